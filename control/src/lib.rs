@@ -1,2 +1,27 @@
-//! Placeholder head, replaced by the first commit of this room.
+//! What the `nestling` command and the hypervisor say to each other.
+//!
+//! There are two ways from one to the other, and each has a module:
+//!
+//! - [`bundle`]: one file, from the command to the hypervisor, before it starts: the guest's kernel, initrd and
+//!   configuration. QEMU loads it as the PVH module (`-initrd`).
+//! - [`frame`] and [`message`]: a byte stream (the second serial port) that carries [`message::ToCommand`] while the
+//!   guest runs and [`message::ToHypervisor`] the other way.
+//!
+//! Neither side trusts the other: the hypervisor's memory may have been damaged by the bug that is being looked for, and
+//! a bundle may come from anywhere. Every parser here is bounds-checked, bounded in memory, and names what was wrong.
+//!
+//! The crate is `no_std` with `alloc`, and the same code runs on both sides: a field added here is added on both.
 #![no_std]
+#![forbid(unsafe_code)]
+
+extern crate alloc;
+
+pub mod bundle;
+pub mod config;
+pub mod frame;
+pub mod message;
+
+/// The version of everything in this crate: it changes with every change of a message, of a frame or of the bundle.
+///
+/// Command and hypervisor are built from the same tree, so there is no negotiation: another version is an error.
+pub const PROTOCOL_VERSION: u32 = 1;

@@ -1,0 +1,139 @@
+//! What the operator asked for: the configuration of one run of one guest.
+//!
+//! The command checks a [`RunConfig`] with [`RunConfig::validate`] before it starts anything, so that the operator reads
+//! the reason at once; the hypervisor checks it again, because a bundle can come from anywhere.
+
+use alloc::string::String;
+use core::fmt;
+
+use serde::{Deserialize, Serialize};
+
+/// The most vCPUs a guest may have. The hypervisor runs each on a CPU of its own, and one CPU more does the housekeeping.
+pub const MAX_VCPUS: u32 = 32;
+/// The least guest memory, in bytes. Below this a Linux kernel cannot even unpack itself.
+pub const MIN_MEMORY_BYTES: u64 = 64 << 20;
+/// The most guest memory, in bytes: what 40 bits of guest physical address leave beside the hole below 4 GiB.
+pub const MAX_MEMORY_BYTES: u64 = 512 << 30;
+/// Guest memory is given in whole units of this many bytes.
+pub const MEMORY_GRANULE_BYTES: u64 = 2 << 20;
+/// The longest guest command line, in bytes, without the terminating zero. Linux on x86 cuts at 2048 with the zero.
+pub const MAX_COMMAND_LINE_BYTES: usize = 2047;
+
+/// The largest page with which the hypervisor may map guest memory.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum HugePages {
+    /// 4 KiB pages only.
+    None,
+    /// Up to 2 MiB.
+    #[default]
+    M2,
+    /// Up to 1 GiB.
+    G1,
+}
+
+/// One run of one guest.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RunConfig {
+    /// vCPUs, 1 to [`MAX_VCPUS`].
+    pub vcpus: u32,
+    /// Guest RAM in bytes: [`MIN_MEMORY_BYTES`] to [`MAX_MEMORY_BYTES`], a multiple of [`MEMORY_GRANULE_BYTES`].
+    pub memory_bytes: u64,
+    /// The largest mapping.
+    pub huge_pages: HugePages,
+    /// A guest whose console prints nothing for this long, in milliseconds of host time, counts as dead. `None`: never,
+    /// as for a shell that waits for its user.
+    pub silence_timeout_ms: Option<u64>,
+    /// The guest kernel's command line.
+    pub command_line: String,
+    /// The first time the guest's console prints this text, the guest counts as booted (see
+    /// [`Report::boot_guest_ns`](crate::message::Report::boot_guest_ns)). Empty: nothing is looked for.
+    pub ready_marker: String,
+}
+
+/// Why a [`RunConfig`] cannot be run.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ConfigError {
+    /// The number of vCPUs is 0 or above [`MAX_VCPUS`].
+    Vcpus {
+        /// The number asked for.
+        asked: u32,
+    },
+    /// Less than [`MIN_MEMORY_BYTES`].
+    MemoryTooSmall {
+        /// Bytes asked for.
+        asked: u64,
+    },
+    /// More than [`MAX_MEMORY_BYTES`].
+    MemoryTooLarge {
+        /// Bytes asked for.
+        asked: u64,
+    },
+    /// Not a multiple of [`MEMORY_GRANULE_BYTES`].
+    MemoryUneven {
+        /// Bytes asked for.
+        asked: u64,
+    },
+    /// The command line is longer than [`MAX_COMMAND_LINE_BYTES`].
+    CommandLineTooLong {
+        /// Its length in bytes.
+        length: usize,
+    },
+    /// The command line holds a byte that ends it early or that no kernel expects (a control character).
+    CommandLineControl {
+        /// Where, in bytes.
+        at: usize,
+    },
+}
+
+impl fmt::Display for ConfigError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Vcpus { asked } => write!(f, "{asked} vCPUs: a guest has 1 to {MAX_VCPUS}"),
+            Self::MemoryTooSmall { asked } => {
+                write!(f, "{asked} bytes of memory: a guest needs at least {} MiB", MIN_MEMORY_BYTES >> 20)
+            }
+            Self::MemoryTooLarge { asked } => {
+                write!(f, "{asked} bytes of memory: a guest has at most {} GiB", MAX_MEMORY_BYTES >> 30)
+            }
+            Self::MemoryUneven { asked } => {
+                write!(f, "{asked} bytes of memory: not a multiple of {} MiB", MEMORY_GRANULE_BYTES >> 20)
+            }
+            Self::CommandLineTooLong { length } => {
+                write!(f, "the guest's command line has {length} bytes: the most is {MAX_COMMAND_LINE_BYTES}")
+            }
+            Self::CommandLineControl { at } => {
+                write!(f, "the guest's command line has a control character at byte {at}")
+            }
+        }
+    }
+}
+
+impl core::error::Error for ConfigError {}
+
+impl RunConfig {
+    /// Checks every bound that this module states.
+    ///
+    /// # Errors
+    /// The first bound that is not kept.
+    pub fn validate(&self) -> Result<(), ConfigError> {
+        if self.vcpus == 0 || self.vcpus > MAX_VCPUS {
+            return Err(ConfigError::Vcpus { asked: self.vcpus });
+        }
+        if self.memory_bytes < MIN_MEMORY_BYTES {
+            return Err(ConfigError::MemoryTooSmall { asked: self.memory_bytes });
+        }
+        if self.memory_bytes > MAX_MEMORY_BYTES {
+            return Err(ConfigError::MemoryTooLarge { asked: self.memory_bytes });
+        }
+        if !self.memory_bytes.is_multiple_of(MEMORY_GRANULE_BYTES) {
+            return Err(ConfigError::MemoryUneven { asked: self.memory_bytes });
+        }
+        if self.command_line.len() > MAX_COMMAND_LINE_BYTES {
+            return Err(ConfigError::CommandLineTooLong { length: self.command_line.len() });
+        }
+        if let Some(at) = self.command_line.bytes().position(|byte| byte.is_ascii_control()) {
+            return Err(ConfigError::CommandLineControl { at });
+        }
+        Ok(())
+    }
+}
