@@ -1,2 +1,22 @@
-//! Placeholder head, replaced by the first commit of this room.
+//! A small bare-metal hypervisor for AMD SVM whose guest memory is managed by [`nestling`](https://docs.rs/nestling).
+//!
+//! The crate is a library and a freestanding binary. The library builds and is tested on the host: whatever can be plain
+//! code is, and what touches the machine is in small modules. The binary adds entry points and runtime, and is built
+//! only with the `bare-metal` feature.
+//!
+//! The rooms: [`boot`] (from the loader to running CPUs), [`cpu`] (tables, interrupts, clocks), [`memory`] (frames, the
+//! map, what `nestling` asks of its embedder), [`svm`] (entering and leaving guests), [`vm`] (a VM, its vCPUs, their exit
+//! loop), [`guest`] (loading guests), [`devices`], and [`control`] (the way to the command).
 #![no_std]
+#![cfg(target_arch = "x86_64")]
+
+extern crate alloc;
+#[cfg(test)]
+extern crate std;
+
+pub mod boot;
+pub mod control;
+pub mod cpu;
+pub mod memory;
+pub mod svm;
+pub mod vm;

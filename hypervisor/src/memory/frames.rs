@@ -1,0 +1,300 @@
+//! The frame allocator: a binary buddy over physical memory, 4 KiB to 1 GiB.
+//!
+//! A block of order *n* is 2^n frames, aligned to its size in physical addresses, so a block of order 9 can be mapped
+//! by a 2 MiB leaf and one of order 18 by a 1 GiB leaf. Free blocks are on one doubly linked list an order, threaded
+//! through the free memory itself; one byte a frame says whether a free block of which order begins there. Giving a
+//! block back merges it with its buddy as long as that is free as a whole, so after everything came back, memory
+//! looks as it did at the start.
+//!
+//! One spin lock guards it. It is taken once a 2 MiB of guest memory at most, and once a page table; both are rare next
+//! to what they pay for. Interrupt and NMI handlers do not allocate.
+
+use core::ops::Range;
+use core::ptr;
+
+use spin::Mutex;
+
+/// Bytes of a frame.
+pub const FRAME: u64 = 4096;
+/// The order of the largest block, 1 GiB.
+pub const MAX_ORDER: u32 = 18;
+const ORDERS: usize = MAX_ORDER as usize + 1;
+
+/// Marks a free block's first frame in the map; the low bits are its order.
+const FREE: u8 = 0x80;
+/// End of a list. No block has this address: it is not aligned.
+const NONE: u64 = u64::MAX;
+
+/// The links in the first bytes of a free block.
+#[repr(C)]
+struct Links {
+    next: u64,
+    previous: u64,
+}
+
+/// The allocator's state. `offset` turns a physical address into a pointer: 0 on the bare machine, the arena's address
+/// in tests.
+#[derive(Debug)]
+pub struct Buddy {
+    offset: usize,
+    map: *mut u8,
+    frames: u64,
+    heads: [u64; ORDERS],
+    free: u64,
+    total: u64,
+}
+
+// SAFETY: the pointers lead to memory that this value owns; whoever has the value may use them from any thread.
+unsafe impl Send for Buddy {}
+
+impl Buddy {
+    /// An allocator that has no memory.
+    #[must_use]
+    pub const fn empty() -> Self {
+        Self { offset: 0, map: ptr::null_mut(), frames: 0, heads: [NONE; ORDERS], free: 0, total: 0 }
+    }
+
+    /// Gives the allocator its map: one byte a frame, for the frames from address 0 to `frames`.
+    ///
+    /// # Safety
+    /// `map` is `frames` bytes that nobody else uses. Whatever is given with [`Buddy::add`] must be memory at
+    /// `offset` + address.
+    pub unsafe fn set_map(&mut self, offset: usize, map: *mut u8, frames: u64) {
+        // SAFETY: the caller gives us these bytes.
+        unsafe { map.write_bytes(0, frames as usize) };
+        (self.offset, self.map, self.frames) = (offset, map, frames);
+    }
+
+    /// Adds the whole frames of `range`.
+    ///
+    /// # Safety
+    /// The memory is nobody else's, lies below the map's end and was not added before.
+    pub unsafe fn add(&mut self, range: Range<u64>) {
+        let (mut at, end) = (range.start.div_ceil(FRAME), (range.end / FRAME).min(self.frames));
+        while at < end {
+            let aligned = if at == 0 { MAX_ORDER } else { at.trailing_zeros().min(MAX_ORDER) };
+            let order = aligned.min((end - at).ilog2());
+            self.total += 1 << order;
+            self.free(at * FRAME, order);
+            at += 1 << order;
+        }
+    }
+
+    /// A block of 2^`order` frames, its content undefined.
+    pub fn alloc(&mut self, order: u32) -> Option<u64> {
+        let from = (order..=MAX_ORDER).find(|&o| self.heads[o as usize] != NONE)?;
+        let block = self.heads[from as usize];
+        self.unlink(block, from);
+        // The upper halves go back, from large to small.
+        for half in (order..from).rev() {
+            self.link(block + (FRAME << half), half);
+        }
+        self.free -= 1 << order;
+        Some(block)
+    }
+
+    /// Takes a block back that [`Buddy::alloc`] gave for the same order.
+    pub fn free(&mut self, block: u64, order: u32) {
+        let (mut frame, mut order) = (block / FRAME, order);
+        assert!(frame + (1 << order) <= self.frames && frame.trailing_zeros() >= order, "a block that was never given");
+        assert!(self.state(frame) & FREE == 0, "a frame came back twice");
+        self.free += 1 << order;
+        while order < MAX_ORDER {
+            let buddy = frame ^ 1 << order;
+            if buddy + (1 << order) > self.frames || self.state(buddy) != FREE | order as u8 {
+                break;
+            }
+            self.unlink(buddy * FRAME, order);
+            frame &= !(1 << order);
+            order += 1;
+        }
+        self.link(frame * FRAME, order);
+    }
+
+    /// Frames that are free now.
+    #[must_use]
+    pub fn free_frames(&self) -> u64 {
+        self.free
+    }
+
+    /// Frames that were ever added.
+    #[must_use]
+    pub fn total_frames(&self) -> u64 {
+        self.total
+    }
+
+    fn state(&self, frame: u64) -> u8 {
+        // SAFETY: `frame` is below `self.frames`: every caller has checked it.
+        unsafe { *self.map.add(frame as usize) }
+    }
+
+    fn set_state(&mut self, block: u64, state: u8) {
+        // SAFETY: as in `state`; `&mut self` excludes other users of the map.
+        unsafe { *self.map.add((block / FRAME) as usize) = state };
+    }
+
+    fn links(&mut self, block: u64) -> &mut Links {
+        let pointer: *mut Links = ptr::with_exposed_provenance_mut(self.offset + block as usize);
+        // SAFETY: the block is free memory that was given to us, aligned to 4 KiB, and large enough for the links.
+        unsafe { &mut *pointer }
+    }
+
+    fn link(&mut self, block: u64, order: u32) {
+        let next = self.heads[order as usize];
+        *self.links(block) = Links { next, previous: NONE };
+        if next != NONE {
+            self.links(next).previous = block;
+        }
+        self.heads[order as usize] = block;
+        self.set_state(block, FREE | order as u8);
+    }
+
+    fn unlink(&mut self, block: u64, order: u32) {
+        let Links { next, previous } = *self.links(block);
+        if next != NONE {
+            self.links(next).previous = previous;
+        }
+        if previous == NONE {
+            self.heads[order as usize] = next;
+        } else {
+            self.links(previous).next = next;
+        }
+        self.set_state(block, 0);
+    }
+}
+
+static FRAMES: Mutex<Buddy> = Mutex::new(Buddy::empty());
+
+/// Sets up the machine's allocator with `usable` memory and room for `frames` frames (counted from address 0) in its
+/// map, which is taken from the first range that is large enough. Returns false when none is.
+///
+/// # Safety
+/// Once, on the boot CPU, with ranges of identity-mapped RAM that nobody uses.
+#[must_use]
+pub unsafe fn init(usable: &[Range<u64>], frames: u64) -> bool {
+    let bytes = frames.next_multiple_of(FRAME);
+    let start = |r: &Range<u64>| r.start.next_multiple_of(FRAME);
+    let Some(home) = usable.iter().position(|r| r.end.saturating_sub(start(r)) >= bytes) else { return false };
+    let map = start(&usable[home]);
+    let mut buddy = FRAMES.lock();
+    // SAFETY: the map's bytes are free RAM that is left out of what is added below.
+    unsafe { buddy.set_map(0, ptr::with_exposed_provenance_mut(map as usize), frames) };
+    for (index, range) in usable.iter().enumerate() {
+        let from = if index == home { map + bytes } else { range.start };
+        // SAFETY: the caller vouches for the ranges; the map's own frames are skipped.
+        unsafe { buddy.add(from..range.end) };
+    }
+    true
+}
+
+/// Adds memory that was not reachable at [`init`].
+///
+/// # Safety
+/// As [`init`], each range once.
+pub unsafe fn add(range: Range<u64>) {
+    // SAFETY: the caller vouches for it.
+    unsafe { FRAMES.lock().add(range) };
+}
+
+/// A block of 2^`order` frames from the machine's allocator: its physical address. Its content is undefined.
+#[must_use]
+pub fn alloc(order: u32) -> Option<u64> {
+    FRAMES.lock().alloc(order)
+}
+
+/// Gives a block back to the machine's allocator.
+pub fn free(block: u64, order: u32) {
+    FRAMES.lock().free(block, order);
+}
+
+/// Free and total frames of the machine's allocator.
+#[must_use]
+pub fn counts() -> (u64, u64) {
+    let frames = FRAMES.lock();
+    (frames.free_frames(), frames.total_frames())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::alloc::{Layout, alloc, dealloc};
+    use std::vec;
+    use std::vec::Vec;
+
+    struct Arena {
+        memory: *mut u8,
+        layout: Layout,
+        map: Vec<u8>,
+        buddy: Buddy,
+    }
+
+    impl Arena {
+        fn new(frames: u64, ranges: &[Range<u64>]) -> Self {
+            let layout = Layout::from_size_align((frames * FRAME) as usize, 4096).unwrap();
+            // SAFETY: the size is not zero.
+            let memory = unsafe { alloc(layout) };
+            let mut arena = Self { memory, layout, map: vec![0xff; frames as usize], buddy: Buddy::empty() };
+            // SAFETY: the map and the arena live as long as the allocator.
+            unsafe { arena.buddy.set_map(memory.expose_provenance(), arena.map.as_mut_ptr(), frames) };
+            for range in ranges {
+                // SAFETY: the ranges lie in the arena.
+                unsafe { arena.buddy.add(range.clone()) };
+            }
+            arena
+        }
+    }
+
+    impl Drop for Arena {
+        fn drop(&mut self) {
+            // SAFETY: allocated with this layout.
+            unsafe { dealloc(self.memory, self.layout) };
+        }
+    }
+
+    #[test]
+    fn blocks_are_aligned_and_everything_merges_back() {
+        let mut arena = Arena::new(4096, &[0x3000..0x9f000, 0x10_0000..0x100_0000]);
+        let before = arena.buddy.free_frames();
+        assert_eq!(before, 0x9c + 0xf00);
+        let huge = arena.buddy.alloc(9).unwrap();
+        assert_eq!(huge % (512 * FRAME), 0);
+        let mut taken = vec![(huge, 9)];
+        let mut seed = 1u64;
+        while let Some(block) = arena.buddy.alloc((seed % 4) as u32) {
+            taken.push((block, (seed % 4) as u32));
+            seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1) >> 1;
+        }
+        let mut spans: Vec<_> = taken.iter().map(|&(b, o)| b..b + (FRAME << o)).collect();
+        spans.sort_by_key(|s| s.start);
+        assert!(spans.windows(2).all(|w| w[0].end <= w[1].start), "two blocks overlap");
+        for (index, (block, order)) in taken.iter().enumerate() {
+            if index % 2 == 0 {
+                arena.buddy.free(*block, *order);
+            }
+        }
+        for (index, (block, order)) in taken.iter().enumerate() {
+            if index % 2 == 1 {
+                arena.buddy.free(*block, *order);
+            }
+        }
+        assert_eq!(arena.buddy.free_frames(), before);
+        // Only complete merging makes all these possible again: the largest aligned blocks of 1 MiB..16 MiB.
+        for order in [11, 10, 9, 8] {
+            assert!(arena.buddy.alloc(order).is_some(), "order {order} did not merge back");
+        }
+    }
+
+    #[test]
+    #[should_panic(expected = "came back twice")]
+    fn a_double_free_is_noticed() {
+        let mut arena = Arena::new(64, &[0..0x4_0000]);
+        let block = arena.buddy.alloc(0).unwrap();
+        arena.buddy.free(block, 0);
+        arena.buddy.free(0, 0);
+    }
+
+    #[test]
+    fn an_empty_allocator_gives_nothing() {
+        assert_eq!(Buddy::empty().alloc(0), None);
+    }
+}
