@@ -1,2 +1,50 @@
-//! Placeholder head, replaced by the first commit of this room.
+//! The guest-memory MMU of a hypervisor.
+//!
+//! An embedder implements the traits of [`host`], makes an [`Mmu`] a VM, a [`Vcpu`] a vCPU and a [`Worker`] for
+//! each thread that manages memory. It adds memslots, hands in second-stage faults, and says when memory goes away;
+//! the library keeps page tables, roots and TLBs consistent while all of that happens at once.
+//!
+//! Rooms, from the bottom up: [`addr`] and [`format`] know numbers and bits; `entry` is the one place where an entry
+//! changes; `lock`, `tlb` and `reclaim` are the protocol of who may look, who must forget, and when a table is freed;
+//! [`slots`], `root` and `notify` say what may be mapped; `tdp` maps and unmaps it; [`vcpu`] and [`worker`] are what
+//! an embedder calls.
+//!
+//! `examples/hosted.rs` is a whole embedder.
+
 #![no_std]
+#![deny(unsafe_code)]
+
+extern crate alloc;
+#[cfg(test)]
+extern crate std;
+
+pub mod addr;
+mod entry;
+pub mod events;
+pub mod format;
+pub mod host;
+mod leaf_lock;
+mod lock;
+mod mmu;
+mod notify;
+mod rcu;
+mod reclaim;
+mod root;
+pub mod slots;
+pub mod sync;
+mod table;
+mod tdp;
+mod tlb;
+pub mod vcpu;
+pub mod worker;
+
+pub use addr::{Gfn, GfnRange, Gpa, Hfn, Hpa, Level};
+pub use events::Counters;
+pub use format::State;
+pub use host::{Access, Host, VcpuId};
+pub use mmu::{Config, ConfigError, Mmu, OutOfMemory};
+pub use root::Role;
+pub use slots::{Slot, SlotConfig, SlotError, SlotFlags, SlotId};
+pub use tdp::zap::Zapped;
+pub use vcpu::{Cause, Fault, FaultError, InGuest, Outcome, Vcpu};
+pub use worker::{Invalidation, Worker};

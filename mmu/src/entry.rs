@@ -1,0 +1,168 @@
+//! The entry state machine: the one place where an entry of a live table changes.
+//!
+//! # Who may change what
+//! Entries change by compare-and-swap from the value that the walker saw, by any thread that is inside the MMU lock
+//! (either side). Two racing updates of one entry: one wins, the other learns the value that won and starts over from
+//! it; nothing is overwritten unseen. The CPU's page walker sets accessed and dirty bits at any time, so even an
+//! owner changes a live entry by read-modify-write, never by a store.
+//!
+//! # Legal transitions
+//! | from | to | by whom, and what is owed |
+//! |---|---|---|
+//! | absent, MMIO | leaf, table, MMIO | a fault; nothing: an absent entry is in no TLB |
+//! | leaf | leaf with more rights | a fault; nothing: a stale TLB faults again and finds it (spurious) |
+//! | leaf, table, access-tracked, MMIO | frozen | a zap; a flush, and the entry stays frozen until it is done |
+//! | frozen | absent | the zap that froze it, after its flush |
+//! | any | dead (frozen for good) | the unlinker of a table, for each of its entries |
+//!
+//! Never legal: a present leaf that becomes a leaf of another host frame (KVM BUGs on it, invariant I9). The way is
+//! zap, flush, fill. [`legal`] states the table above; it is asserted on every change in debug builds.
+
+use crate::addr::Level;
+use crate::events::{Counter, SeatCounters};
+use crate::format::{Format, State};
+use crate::sync::{AtomicU64, Ordering};
+
+/// Whether an entry of `level` may go from `old` to `new`, and nothing but rights differ where a leaf stays a leaf.
+pub(crate) fn legal<F: Format>(old: u64, new: u64, level: Level) -> bool {
+    match (F::decode(old, level), F::decode(new, level)) {
+        (State::Absent | State::Mmio { .. }, State::Leaf(_) | State::Table(_) | State::Mmio { .. }) => true,
+        (State::Leaf(old), State::Leaf(new)) => {
+            old.hfn == new.hfn
+                && new.rights.contains(old.rights)
+                && old.memory == new.memory
+                && (new.dirty || !old.dirty)
+        }
+        (State::Frozen, State::Absent) => true,
+        (_, State::Frozen) => true,
+        _ => false,
+    }
+}
+
+/// Which books a change has to be entered in. The caller knows it at compile time; debug builds check that it is so.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Books {
+    LeafAdded,
+    None,
+}
+
+fn books<F: Format>(old: u64, new: u64, level: Level) -> Books {
+    match (F::decode(old, level), F::decode(new, level)) {
+        (State::Leaf(_) | State::AccessTracked(_), State::Leaf(_)) => Books::None,
+        (_, State::Leaf(_)) => Books::LeafAdded,
+        _ => Books::None,
+    }
+}
+
+/// Changes `cell` from `old` to `new`, or says what it holds now.
+///
+/// Release, so that what a new table holds is seen by whoever follows the entry; acquire on failure, because the
+/// caller goes on from the value it learns.
+#[inline]
+pub(crate) fn change<F: Format>(
+    cell: &AtomicU64,
+    level: Level,
+    old: u64,
+    new: u64,
+    book: Books,
+    seat: &SeatCounters,
+) -> Result<(), u64> {
+    debug_assert!(legal::<F>(old, new, level), "{} {level:?}: {old:#x} -> {new:#x}", F::NAME);
+    debug_assert_eq!(books::<F>(old, new, level), book, "{} {level:?}: {old:#x} -> {new:#x}", F::NAME);
+    match cell.compare_exchange(old, new, Ordering::AcqRel, Ordering::Acquire) {
+        Ok(_) => {
+            if book == Books::LeafAdded {
+                seat.leaf(level, 1);
+            }
+            Ok(())
+        }
+        Err(now) => {
+            seat.add(Counter::LostRace, 1);
+            Err(now)
+        }
+    }
+}
+
+/// Freezes `cell`, which held `old`; fails with what it holds now. The caller becomes the entry's owner and owes a
+/// flush if `old` was present.
+pub(crate) fn freeze<F: Format>(cell: &AtomicU64, level: Level, old: u64, seat: &SeatCounters) -> Result<(), u64> {
+    change::<F>(cell, level, old, F::FROZEN, Books::None, seat)?;
+    note_removed::<F>(old, level, seat);
+    Ok(())
+}
+
+/// Freezes an entry of a table that the caller has unlinked, whatever it holds, and returns that. A fault that is
+/// still walking the table loses its compare-and-swap against this, or won before and is undone by it.
+#[inline]
+pub(crate) fn seize<F: Format>(cell: &AtomicU64, level: Level, seat: &SeatCounters) -> u64 {
+    let old = cell.swap(F::DEAD, Ordering::AcqRel);
+    note_removed::<F>(old, level, seat);
+    old
+}
+
+/// Ends the ownership of a frozen entry: it becomes absent. To be called after the flush that freezing it owed.
+pub(crate) fn thaw<F: Format>(cell: &AtomicU64) {
+    // Only one thing can have happened to it: another zap unlinked its table and made it dead, and so it stays.
+    let thawed = cell.compare_exchange(F::FROZEN, F::ABSENT, Ordering::AcqRel, Ordering::Relaxed);
+    debug_assert!(thawed.is_ok() || thawed == Err(F::DEAD), "a frozen entry was changed: {thawed:x?}");
+}
+
+#[inline]
+fn note_removed<F: Format>(old: u64, level: Level, seat: &SeatCounters) {
+    if old == F::ABSENT {
+        return;
+    }
+    if matches!(F::decode(old, level), State::Leaf(_) | State::AccessTracked(_)) {
+        seat.leaf(level, 1u64.wrapping_neg());
+        seat.add(Counter::Zapped, 1);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::addr::Hfn;
+    use crate::format::{Leaf, MemoryType, Npt, Rights};
+
+    fn leaf(hfn: u64, rights: Rights) -> u64 {
+        let memory = MemoryType::WriteBack;
+        let write = true;
+        let leaf = Leaf {
+            hfn: Hfn(hfn),
+            rights,
+            host_writable: write,
+            mmu_writable: write,
+            accessed: false,
+            dirty: false,
+            memory,
+        };
+        Npt::leaf(Level::K4, leaf)
+    }
+
+    #[test]
+    fn a_leaf_never_changes_its_frame_in_place() {
+        let all = Rights::all();
+        assert!(!legal::<Npt>(leaf(1, all), leaf(2, all), Level::K4));
+        assert!(legal::<Npt>(leaf(1, Rights::READ), leaf(1, all), Level::K4));
+        assert!(!legal::<Npt>(leaf(1, all), leaf(1, Rights::READ), Level::K4), "taking rights owes a flush");
+        assert!(!legal::<Npt>(leaf(1, all), Npt::ABSENT, Level::K4), "zap goes through frozen");
+        assert!(
+            !legal::<Npt>(Npt::FROZEN, leaf(1, all), Level::K4),
+            "a frozen entry is filled only after it is thawed"
+        );
+    }
+
+    #[test]
+    fn the_loser_of_a_race_learns_the_winner() {
+        let seat = SeatCounters::new();
+        let cell = AtomicU64::new(leaf(1, Rights::all()));
+        let lost = change::<Npt>(&cell, Level::K4, Npt::ABSENT, leaf(2, Rights::all()), Books::LeafAdded, &seat);
+        assert_eq!(lost, Err(leaf(1, Rights::all())));
+        freeze::<Npt>(&cell, Level::K4, leaf(1, Rights::all()), &seat).unwrap();
+        thaw::<Npt>(&cell);
+        assert_eq!(cell.load(Ordering::Relaxed), Npt::ABSENT);
+        assert_eq!(seize::<Npt>(&cell, Level::K4, &seat), Npt::ABSENT);
+        thaw::<Npt>(&cell);
+        assert_eq!(cell.load(Ordering::Relaxed), Npt::DEAD, "dead entries stay dead");
+    }
+}

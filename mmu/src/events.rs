@@ -1,0 +1,146 @@
+//! Counters and trace events.
+//!
+//! Counters belong to a seat of the MMU lock (one vCPU or one worker) and are written by its holder alone: an
+//! increment is a plain load, add and store on the holder's own cache line, no locked instruction. A reader sums all
+//! seats; a sum taken while others work is a snapshot of no single moment, each term of it is right. Some counters go
+//! both ways (what one seat maps another zaps): a seat's own value may then be "negative", which wrapping addition
+//! makes right in the sum.
+//!
+//! Trace events go to the embedder's [`crate::host::Host::trace`] and cost nothing unless its `TRACE` is true.
+
+use crate::addr::{Gfn, GfnRange, Level};
+use crate::sync::{AtomicU64, Ordering};
+use crate::vcpu::Outcome;
+
+macro_rules! counters {
+    ($($(#[$doc:meta])* $field:ident = $name:ident,)*) => {
+        /// A counter's name inside the library.
+        #[derive(Clone, Copy, PartialEq, Eq, Debug)]
+        #[repr(usize)]
+        pub(crate) enum Counter { $($name,)* }
+
+        const COUNT: usize = [$(Counter::$name,)*].len();
+
+        /// Sums of all counters at one moment (KVM's statistics, F70).
+        #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+        pub struct Counters { $($(#[$doc])* pub $field: u64,)* }
+
+        impl Counters {
+            fn add(&mut self, seat: &SeatCounters) {
+                $(self.$field = self.$field.wrapping_add(seat.0[Counter::$name as usize].load(Ordering::Relaxed));)*
+            }
+        }
+    };
+}
+
+counters! {
+    /// Faults that made or changed a mapping.
+    faults_fixed = Fixed,
+    /// Faults that found the mapping already there: another vCPU was faster, or the TLB was stale.
+    faults_spurious = Spurious,
+    /// Faults given back to the guest to try again: slots, backing or entry were changing.
+    faults_retried = Retried,
+    /// Accesses to frames without memory.
+    faults_mmio = Mmio,
+    /// Of these, the ones answered from an MMIO entry, without a look at the memslots.
+    faults_mmio_cached = MmioCached,
+    /// Writes to read-only memory.
+    faults_read_only = ReadOnly,
+    /// Faults that ended in an error to the embedder.
+    faults_failed = Failed,
+    /// Compare-and-swaps of an entry that another thread won.
+    lost_races = LostRace,
+    /// Leaves of 4 KiB mapped now.
+    leaves_4k = Leaf4K,
+    /// Leaves of 2 MiB mapped now.
+    leaves_2m = Leaf2M,
+    /// Leaves of 1 GiB mapped now.
+    leaves_1g = Leaf1G,
+    /// Leaves ever zapped.
+    leaves_zapped = Zapped,
+    /// Table frames that the library holds now (linked, cached by a vCPU, or waiting to be freed).
+    table_frames = TableFrames,
+    /// TLB flushes asked of vCPUs (one a vCPU and flush).
+    flush_requests = FlushRequest,
+    /// TLB flushes carried out by vCPUs at entry.
+    flushes = Flush,
+    /// Kicks sent to vCPUs in guest mode.
+    kicks = Kick,
+    /// Times a long operation let go of the lock before its end.
+    yields = Yield,
+    /// Times the lock was taken for exclusive use.
+    exclusive_locks = Exclusive,
+}
+
+impl Counters {
+    /// Bytes of guest memory mapped now, by leaf size: 4 KiB, 2 MiB, 1 GiB.
+    pub const fn mapped_bytes(&self) -> [u64; 3] {
+        [self.leaves_4k << 12, self.leaves_2m << 21, self.leaves_1g << 30]
+    }
+
+    pub(crate) fn sum<'a>(seats: impl Iterator<Item = &'a SeatCounters>) -> Self {
+        let mut sum = Self::default();
+        seats.for_each(|seat| sum.add(seat));
+        sum
+    }
+}
+
+/// The counters of one seat.
+#[derive(Debug)]
+pub(crate) struct SeatCounters([AtomicU64; COUNT]);
+
+impl SeatCounters {
+    pub(crate) fn new() -> Self {
+        Self([const { AtomicU64::new(0) }; COUNT])
+    }
+
+    /// Adds `delta` (two's complement for a decrease). Called by the seat's holder only, which is why no
+    /// read-modify-write is needed.
+    #[inline]
+    pub(crate) fn add(&self, counter: Counter, delta: u64) {
+        let cell = &self.0[counter as usize];
+        cell.store(cell.load(Ordering::Relaxed).wrapping_add(delta), Ordering::Relaxed);
+    }
+
+    #[inline]
+    pub(crate) fn leaf(&self, level: Level, delta: u64) {
+        let counter = match level {
+            Level::K4 => Counter::Leaf4K,
+            Level::M2 => Counter::Leaf2M,
+            _ => Counter::Leaf1G,
+        };
+        self.add(counter, delta);
+    }
+}
+
+/// What happened, for [`crate::host::Host::trace`].
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[non_exhaustive]
+pub enum Event {
+    /// A fault ended.
+    Fault {
+        /// The frame that faulted.
+        gfn: Gfn,
+        /// How it ended.
+        outcome: Outcome,
+    },
+    /// A range was zapped; all of it, or the step of it that one hold of the lock did.
+    Zap {
+        /// The frames.
+        range: GfnRange,
+        /// Leaves that were removed.
+        leaves: u64,
+        /// Table frames that were unlinked.
+        tables: u64,
+    },
+    /// All vCPUs were made to flush.
+    Flush {
+        /// The TLB generation that they reach by it.
+        generation: u64,
+    },
+    /// The memslots changed.
+    Slots {
+        /// Their new generation.
+        generation: u64,
+    },
+}

@@ -1,0 +1,187 @@
+//! The MMU lock.
+//!
+//! # Protocol
+//! Whoever works on page tables sits in a *seat*: each vCPU has one, each worker (memslot updates, zaps, host
+//! invalidations) has one. Inside means that the seat's mark is odd.
+//!
+//! - **Shared side.** Enter: make the own mark odd; light fence; look for a writer; if there is one, step back (make
+//!   the mark even) and wait. Leave: make the mark even (release). The only line written is the reader's own.
+//! - **Exclusive side.** Announce (one writer at a time); heavy fence; wait until no mark is odd. Leave: withdraw the
+//!   announcement (release).
+//!
+//! The fences order "my mark, then their announcement" against "my announcement, then their marks": at least one of
+//! the two sees the other. The light side may be a mere compiler barrier when the heavy side makes all CPUs execute a
+//! real one ([`crate::host::Time`]).
+//!
+//! The same mark is the read-side critical section of `reclaim`: a grace period is over when every mark that was odd
+//! has changed. A table that was reachable when a reader entered is therefore not freed before that reader leaves.
+//!
+//! # Who may wait for whom
+//! A holder of the shared side may wait for a vCPU to leave guest mode (a flush), never for another holder. The
+//! exclusive side may wait for vCPUs as well: a vCPU that waits here is not in guest mode. Guards are not `Send`, and
+//! borrow their seat mutably: a thread cannot be inside twice, which would deadlock against a writer between the two.
+
+use core::marker::PhantomData;
+
+use crate::Mmu;
+use crate::events::{Counter, SeatCounters};
+use crate::host::Host;
+use crate::sync::{AtomicBool, AtomicU32, AtomicU64, Ordering, Padded};
+use alloc::boxed::Box;
+
+/// One participant's place: its mark and its counters, on lines that only it writes.
+#[derive(Debug)]
+pub(crate) struct Seat {
+    /// Odd while inside.
+    mark: AtomicU64,
+    pub(crate) counters: SeatCounters,
+    taken: AtomicBool,
+}
+
+#[inline]
+const fn is_inside(mark: u64) -> bool {
+    mark & 1 != 0
+}
+
+/// The lock: one announcement word that readers only read, and the seats.
+#[derive(Debug)]
+pub(crate) struct MmuLock {
+    writer: Padded<AtomicU32>,
+    seats: Box<[Padded<Seat>]>,
+}
+
+impl MmuLock {
+    pub(crate) fn new(seats: usize) -> Self {
+        let seat =
+            || Padded(Seat { mark: AtomicU64::new(0), counters: SeatCounters::new(), taken: AtomicBool::new(false) });
+        Self { writer: Padded(AtomicU32::new(0)), seats: (0..seats).map(|_| seat()).collect() }
+    }
+
+    pub(crate) fn seats(&self) -> impl Iterator<Item = &Seat> {
+        self.seats.iter().map(|seat| &seat.0)
+    }
+
+    #[inline]
+    pub(crate) fn seat(&self, index: usize) -> &Seat {
+        &self.seats[index].0
+    }
+
+    /// Claims a seat of `range` for a new participant.
+    pub(crate) fn claim(&self, range: core::ops::Range<usize>) -> Option<usize> {
+        range.into_iter().find(|&index| !self.seats[index].taken.swap(true, Ordering::AcqRel))
+    }
+
+    pub(crate) fn release(&self, index: usize) {
+        debug_assert!(!is_inside(self.seats[index].mark.load(Ordering::Relaxed)));
+        self.seats[index].taken.store(false, Ordering::Release);
+    }
+
+    /// The marks that are odd now, as (seat, mark): what a grace period that starts now has to outlive. The caller
+    /// has executed the heavy fence since it unlinked what it wants to free.
+    pub(crate) fn readers(&self) -> impl Iterator<Item = (usize, u64)> {
+        let marks = self.seats.iter().enumerate().map(|(index, seat)| (index, seat.mark.load(Ordering::Acquire)));
+        marks.filter(|&(_, mark)| is_inside(mark))
+    }
+
+    pub(crate) fn has_left(&self, index: usize, mark: u64) -> bool {
+        self.seats[index].mark.load(Ordering::Acquire) != mark
+    }
+
+    fn is_announced(&self) -> bool {
+        self.writer.load(Ordering::Relaxed) != 0
+    }
+}
+
+/// A seat at the table: the right to enter the lock. Not `Clone`; entering borrows it mutably.
+#[derive(Debug)]
+pub(crate) struct Ticket {
+    pub(crate) seat: usize,
+}
+
+/// Inside the lock, with others: page tables may be walked and changed by compare-and-swap.
+///
+/// Holding it also keeps every table that can be reached from being freed.
+pub(crate) struct Shared<'a, H: Host> {
+    pub(crate) mmu: &'a Mmu<H>,
+    seat: &'a Seat,
+    not_send: PhantomData<*mut ()>,
+}
+
+impl<'a, H: Host> Shared<'a, H> {
+    #[inline]
+    pub(crate) fn enter(mmu: &'a Mmu<H>, ticket: &'a mut Ticket) -> Self {
+        let seat = mmu.lock.seat(ticket.seat);
+        let mark = seat.mark.load(Ordering::Relaxed) + 1;
+        seat.mark.store(mark, Ordering::Relaxed);
+        mmu.host.light_fence();
+        // Acquire pairs with the writer's withdrawal: its changes are seen.
+        if mmu.lock.writer.load(Ordering::Acquire) != 0 {
+            Self::step_back(mmu, seat);
+        }
+        Self { mmu, seat, not_send: PhantomData }
+    }
+
+    #[cold]
+    fn step_back(mmu: &Mmu<H>, seat: &Seat) {
+        loop {
+            let mark = seat.mark.load(Ordering::Relaxed);
+            seat.mark.store(mark + 1, Ordering::Release);
+            while mmu.lock.is_announced() {
+                mmu.host.relax();
+            }
+            seat.mark.store(mark + 2, Ordering::Relaxed);
+            mmu.host.light_fence();
+            if mmu.lock.writer.load(Ordering::Acquire) == 0 {
+                return;
+            }
+        }
+    }
+
+    #[inline]
+    pub(crate) fn counters(&self) -> &'a SeatCounters {
+        &self.seat.counters
+    }
+
+    /// Whether a long operation should let others in.
+    pub(crate) fn should_yield(&self) -> bool {
+        self.mmu.lock.is_announced() || self.mmu.host.should_yield()
+    }
+}
+
+impl<H: Host> Drop for Shared<'_, H> {
+    #[inline]
+    fn drop(&mut self) {
+        let mark = self.seat.mark.load(Ordering::Relaxed);
+        self.seat.mark.store(mark + 1, Ordering::Release);
+    }
+}
+
+/// Alone inside the lock. Short by rule: nothing that depends on how much is mapped is done under it.
+pub(crate) struct Exclusive<'a, H: Host> {
+    pub(crate) mmu: &'a Mmu<H>,
+    not_send: PhantomData<*mut ()>,
+}
+
+impl<'a, H: Host> Exclusive<'a, H> {
+    pub(crate) fn enter(mmu: &'a Mmu<H>, ticket: &'a mut Ticket) -> Self {
+        let own = mmu.lock.seat(ticket.seat);
+        while mmu.lock.writer.compare_exchange(0, 1, Ordering::Acquire, Ordering::Relaxed).is_err() {
+            mmu.host.relax();
+        }
+        mmu.host.heavy_fence();
+        for seat in mmu.lock.seats() {
+            // The own seat is even: entering borrowed the ticket, so no shared guard of it lives.
+            while is_inside(seat.mark.load(Ordering::Acquire)) {
+                mmu.host.relax();
+            }
+        }
+        own.counters.add(Counter::Exclusive, 1);
+        Self { mmu, not_send: PhantomData }
+    }
+}
+
+impl<H: Host> Drop for Exclusive<'_, H> {
+    fn drop(&mut self) {
+        self.mmu.lock.writer.store(0, Ordering::Release);
+    }
+}

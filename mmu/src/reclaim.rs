@@ -1,0 +1,225 @@
+//! What a zap owes, and how table frames go back.
+//!
+//! # Protocol
+//! A [`Batch`] collects, during one hold of the shared side, the entries that were frozen and the tables that were
+//! unlinked. [`Zapping`] binds the two together: when it ends (dropped, or yielded), it pays in this order:
+//! 1. flush all vCPUs (still inside the lock: nobody may conclude "absent, so in no TLB" before);
+//! 2. thaw the frozen entries: from now on a fault may fill them, possibly with another host frame;
+//! 3. leave the lock;
+//! 4. hand the unlinked tables to [`Reclaim`].
+//!
+//! A table that was unlinked may still be walked by readers that entered before, so it is freed after a grace period:
+//! every mark that was odd after the unlinking has changed. The flush of step 1 came before, so the TLBs and
+//! paging-structure caches have forgotten it too; `Reclaim::defer` takes the [`Flushed`] proof to say so.
+//!
+//! Two zaps at once: each entry has one freezer (compare-and-swap), each table one unlinker. If a zap unlinks the
+//! table in which another one froze an entry, the first overwrites it with the dead encoding and the other's thaw
+//! finds that and leaves it alone.
+
+#![expect(unsafe_code, reason = "frozen entries are remembered by pointer for the length of one hold of the lock")]
+
+use alloc::vec::Vec;
+use core::ptr::NonNull;
+
+use crate::addr::{Hfn, Level};
+use crate::entry;
+use crate::events::{Counter, SeatCounters};
+use crate::host::Host;
+use crate::leaf_lock::LeafLock;
+use crate::lock::{Shared, Ticket};
+use crate::sync::AtomicU64;
+use crate::tlb::Flushed;
+use crate::{Mmu, OutOfMemory};
+
+/// Entries frozen in one hold at most: the worst step freezes the 512 entries of one table.
+const FROZEN_CAPACITY: usize = 1024;
+/// Tables unlinked in one hold at most.
+const TABLE_CAPACITY: usize = 1024;
+/// What one step of a zap may add to either list: the entries of one table and one for each table above it.
+const STEP: usize = 512 + 4;
+
+/// Room for what one hold of the lock freezes and unlinks. Allocated before the lock is taken, used again and again.
+#[derive(Debug)]
+pub(crate) struct Batch {
+    frozen: Vec<NonNull<AtomicU64>>,
+    tables: Vec<Hfn>,
+    /// A flush is owed although nothing was frozen in this hold.
+    flush: bool,
+}
+
+// SAFETY: the pointers are present only while a `Zapping` exists, which is not `Send`; an idle batch holds none.
+unsafe impl Send for Batch {}
+
+impl Batch {
+    pub(crate) fn new() -> Result<Self, OutOfMemory> {
+        let (mut frozen, mut tables) = (Vec::new(), Vec::new());
+        frozen.try_reserve_exact(FROZEN_CAPACITY)?;
+        tables.try_reserve_exact(TABLE_CAPACITY)?;
+        Ok(Self { frozen, tables, flush: false })
+    }
+
+    fn reserve(&mut self) -> Result<(), OutOfMemory> {
+        // The list of tables is moved out when it is handed to `Reclaim`.
+        Ok(self.tables.try_reserve_exact(TABLE_CAPACITY)?)
+    }
+}
+
+/// One hold of the shared side in which entries are frozen and tables unlinked. Ends by paying what it owes.
+pub(crate) struct Zapping<'a, H: Host> {
+    // Dropped in `Drop` between step 2 and step 4.
+    inside: Option<Shared<'a, H>>,
+    mmu: &'a Mmu<H>,
+    batch: &'a mut Batch,
+    counters: &'a SeatCounters,
+}
+
+impl<'a, H: Host> Zapping<'a, H> {
+    /// Enters the shared side. The batch gets its room before.
+    pub(crate) fn enter(mmu: &'a Mmu<H>, ticket: &'a mut Ticket, batch: &'a mut Batch) -> Result<Self, OutOfMemory> {
+        batch.reserve()?;
+        debug_assert!(batch.frozen.is_empty() && batch.tables.is_empty());
+        let counters = &mmu.lock.seat(ticket.seat).counters;
+        Ok(Self { inside: Some(Shared::enter(mmu, ticket)), mmu, batch, counters })
+    }
+
+    /// The guard that walks need, and the debts that they run up.
+    pub(crate) fn parts(&mut self) -> (&Shared<'a, H>, Debts<'_>) {
+        let inside = self.inside.as_ref().expect("the guard is there until drop");
+        (inside, Debts { batch: self.batch, counters: self.counters })
+    }
+
+    /// Whether the next step may not find room, or others wait.
+    pub(crate) fn should_end(&self) -> bool {
+        self.batch.frozen.len() + STEP > FROZEN_CAPACITY
+            || self.batch.tables.len() + STEP > TABLE_CAPACITY
+            || self.inside.as_ref().is_some_and(Shared::should_yield)
+    }
+}
+
+/// Where a zap step writes down what it owes. Borrowed from the hold, so nothing can be owed outside one.
+pub(crate) struct Debts<'z> {
+    batch: &'z mut Batch,
+    pub(crate) counters: &'z SeatCounters,
+}
+
+impl Debts<'_> {
+    /// Freezes `cell` if it still holds `old`, and remembers to flush and thaw it.
+    pub(crate) fn freeze<H: Host>(&mut self, cell: &AtomicU64, level: Level, old: u64) -> Result<(), u64> {
+        debug_assert!(self.batch.frozen.len() < FROZEN_CAPACITY, "a zap step outgrew its room");
+        entry::freeze::<H::Format>(cell, level, old, self.counters)?;
+        self.batch.frozen.push(NonNull::from(cell));
+        Ok(())
+    }
+
+    /// The hold flushes at its end, whether or not it froze anything.
+    pub(crate) fn owe_flush(&mut self) {
+        self.batch.flush = true;
+    }
+
+    /// Remembers a table that no entry leads to any more and whose entries are all seized.
+    pub(crate) fn unlinked(&mut self, table: Hfn) {
+        // Room was made before the lock was taken. A step can outgrow it only if faults refill an upper table with
+        // hundreds of tables between a look at it and its unlinking; then, and only then, this allocates.
+        self.batch.tables.push(table);
+    }
+}
+
+impl<H: Host> Drop for Zapping<'_, H> {
+    fn drop(&mut self) {
+        if self.batch.frozen.is_empty() && !core::mem::take(&mut self.batch.flush) {
+            // Tables are unlinked by freezing the entry that led to them, so there is none either: nothing is owed.
+            debug_assert!(self.batch.tables.is_empty());
+            return;
+        }
+        self.batch.flush = false;
+        let flushed = self.mmu.tlb.flush(&self.mmu.host, self.counters);
+        for cell in self.batch.frozen.drain(..) {
+            // SAFETY: the pointer was made from a reference into a table during this hold of the shared side, which
+            // has not ended yet, so the table has not been freed.
+            entry::thaw::<H::Format>(unsafe { cell.as_ref() });
+        }
+        drop(self.inside.take());
+        if !self.batch.tables.is_empty() {
+            self.mmu.reclaim.defer(self.mmu, core::mem::take(&mut self.batch.tables), flushed, self.counters);
+        }
+    }
+}
+
+/// Tables that wait for readers to leave.
+#[derive(Debug)]
+struct Pending {
+    tables: Vec<Hfn>,
+    /// The readers that were inside when the tables had been unlinked.
+    readers: Vec<(usize, u64)>,
+}
+
+/// The list of tables that wait for readers to leave.
+#[derive(Debug)]
+pub(crate) struct Reclaim {
+    pending: LeafLock<Vec<Pending>>,
+}
+
+impl Reclaim {
+    pub(crate) const fn new() -> Self {
+        Self { pending: LeafLock::new(Vec::new()) }
+    }
+
+    /// Frees `tables` when every reader that may be walking them has left; the caller is not inside the lock, and has
+    /// flushed the TLBs since it unlinked them, which `_flushed` is the proof of.
+    fn defer<H: Host>(&self, mmu: &Mmu<H>, tables: Vec<Hfn>, _flushed: Flushed, counters: &SeatCounters) {
+        mmu.host.heavy_fence();
+        let mut readers = Vec::new();
+        let mut lists = self.pending.lock(|| mmu.host.relax());
+        let room = readers.try_reserve_exact(mmu.lock.seats().count()).is_ok() && lists.try_reserve(1).is_ok();
+        if room {
+            readers.extend(mmu.lock.readers());
+            lists.push(Pending { tables, readers });
+            drop(lists);
+        } else {
+            // No memory to remember them: wait instead, which a caller outside the lock can always do.
+            drop(lists);
+            synchronize(mmu);
+            free(mmu, &tables, counters);
+        }
+        self.collect(mmu, counters);
+    }
+
+    /// Frees what has waited long enough. Called outside the lock.
+    pub(crate) fn collect<H: Host>(&self, mmu: &Mmu<H>, counters: &SeatCounters) {
+        loop {
+            let mut lists = self.pending.lock(|| mmu.host.relax());
+            let over = |pending: &Pending| pending.readers.iter().all(|&(seat, mark)| mmu.lock.has_left(seat, mark));
+            let Some(index) = lists.iter().position(over) else { return };
+            let ready = lists.swap_remove(index);
+            drop(lists);
+            free(mmu, &ready.tables, counters);
+        }
+    }
+
+    /// Everything that still waits, for the end of the MMU, when there are no readers.
+    pub(crate) fn drain(&mut self) -> impl Iterator<Item = Hfn> {
+        self.pending.get_mut().drain(..).flat_map(|pending| pending.tables)
+    }
+}
+
+fn free<H: Host>(mmu: &Mmu<H>, tables: &[Hfn], counters: &SeatCounters) {
+    counters.add(Counter::TableFrames, (tables.len() as u64).wrapping_neg());
+    for &table in tables {
+        mmu.host.free_table(table);
+    }
+}
+
+/// Proof that a grace period has passed: every reader that was inside when it began has left.
+#[derive(Debug)]
+pub(crate) struct GracePeriod(());
+
+/// Waits until every reader that is inside now has left. The caller is not inside.
+pub(crate) fn synchronize<H: Host>(mmu: &Mmu<H>) -> GracePeriod {
+    mmu.host.heavy_fence();
+    for (seat, mark) in mmu.lock.readers() {
+        while !mmu.lock.has_left(seat, mark) {
+            mmu.host.relax();
+        }
+    }
+    GracePeriod(())
+}

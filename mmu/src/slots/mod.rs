@@ -1,0 +1,322 @@
+//! Memslots: which guest frames have memory, and what stands behind them (F68).
+//!
+//! # Protocol
+//! Readers (faults) see one immutable [`SlotSet`] at a time, published as a whole; a lookup is two binary searches
+//! inside the read-side mark. The set's *generation* goes up with every publication.
+//!
+//! Updates are serialised by one lock. Adding a slot, or giving a slot rights, publishes once. Deleting or moving a
+//! slot, or taking rights, goes in steps:
+//! 1. publish a set in which the slot is [`SlotState::Changing`]: faults on it are retried;
+//! 2. wait for a grace period: every fault that had checked the older generation has left the lock, so nothing is
+//!    mapped by the old slot any more after this;
+//! 3. zap the slot's range in all roots, flushing;
+//! 4. publish the set in which the slot is gone, or is what it became.
+//!
+//! So a fault sees the old slot, the changing one (retry) or the new one, never a mixture: it looks the slot up in
+//! one set, and installs a mapping only after it has found, inside the lock, that the generation is still that of the
+//! set.
+//!
+//! MMIO entries carry the low bits of the generation and are stale in any other. When these bits wrap, all of them
+//! are zapped first, or one of long ago would be valid again.
+
+mod set;
+
+use alloc::boxed::Box;
+use alloc::collections::BTreeMap;
+use alloc::sync::Arc;
+use core::fmt;
+
+use crate::addr::{Gfn, GfnRange, Gpa, PAGE_SHIFT, PAGE_SIZE};
+use crate::format::MMIO_GENERATION_MASK;
+use crate::rcu::{RcuCell, Replaced, UpdateRight};
+use crate::sync::{AtomicU64, Ordering, Padded};
+use crate::{Host, OutOfMemory};
+pub(crate) use set::SlotSet;
+
+/// The number an embedder gives a slot; unique in one MMU at one time.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct SlotId(pub u32);
+
+bitflags::bitflags! {
+    /// What is special about a slot.
+    #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+    pub struct SlotFlags: u32 {
+        /// Guest writes are not carried out; they end in [`crate::Outcome::ReadOnly`].
+        const READ_ONLY = 1;
+    }
+}
+
+/// What an embedder says of a slot.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct SlotConfig {
+    /// Its number.
+    pub id: SlotId,
+    /// First guest-physical address, 4 KiB aligned.
+    pub base: Gpa,
+    /// Length in bytes, a multiple of 4 KiB, not zero.
+    pub size: u64,
+    /// Flags.
+    pub flags: SlotFlags,
+    /// Whatever the embedder's [`crate::host::Backing`] needs to find the memory; not interpreted.
+    pub backing: u64,
+}
+
+/// Where a slot is in its life.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum SlotState {
+    /// In use.
+    Ready,
+    /// Being deleted, moved or restricted: faults on it are retried.
+    Changing,
+}
+
+/// A slot as faults see it; immutable, replaced by every change.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Slot {
+    id: SlotId,
+    range: GfnRange,
+    flags: SlotFlags,
+    backing: u64,
+    state: SlotState,
+}
+
+impl Slot {
+    fn new(config: SlotConfig) -> Result<Self, SlotError> {
+        let SlotConfig { id, base, size, flags, backing } = config;
+        if size == 0 {
+            return Err(SlotError::Empty);
+        }
+        if base.0 % PAGE_SIZE != 0 || size % PAGE_SIZE != 0 {
+            return Err(SlotError::Unaligned);
+        }
+        let range = GfnRange::new(base.gfn(), size >> PAGE_SHIFT).ok_or(SlotError::TooHigh)?;
+        Ok(Self { id, range, flags, backing, state: SlotState::Ready })
+    }
+
+    /// Its number.
+    pub const fn id(&self) -> SlotId {
+        self.id
+    }
+
+    /// Its frames.
+    #[inline]
+    pub const fn range(&self) -> GfnRange {
+        self.range
+    }
+
+    /// Its flags.
+    #[inline]
+    pub const fn flags(&self) -> SlotFlags {
+        self.flags
+    }
+
+    /// The embedder's word for its memory.
+    #[inline]
+    pub const fn backing(&self) -> u64 {
+        self.backing
+    }
+
+    /// Where it is in its life.
+    #[inline]
+    pub const fn state(&self) -> SlotState {
+        self.state
+    }
+
+    fn config(&self) -> SlotConfig {
+        let Self { id, range, flags, backing, .. } = *self;
+        SlotConfig { id, base: range.start.gpa(), size: range.pages() << PAGE_SHIFT, flags, backing }
+    }
+}
+
+/// Why a memslot update was refused. Nothing was changed.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum SlotError {
+    /// The size is zero.
+    Empty,
+    /// Base or size is not a multiple of 4 KiB.
+    Unaligned,
+    /// The slot would pass the last address that the root's levels can translate, or 2^52.
+    TooHigh,
+    /// Frames of it belong to another slot.
+    Overlap(SlotId),
+    /// The number is taken.
+    InUse,
+    /// There is no slot of this number.
+    NotFound,
+    /// [`crate::Config::slots`] is reached.
+    TooMany,
+    /// No memory for the update.
+    OutOfMemory,
+}
+
+impl fmt::Display for SlotError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Empty => f.write_str("the slot's size is zero"),
+            Self::Unaligned => f.write_str("the slot's base and size must be multiples of 4 KiB"),
+            Self::TooHigh => f.write_str("the slot ends above what second-stage paging can translate"),
+            Self::Overlap(other) => write!(f, "the slot overlaps slot {}", other.0),
+            Self::InUse => f.write_str("the slot's number is in use"),
+            Self::NotFound => f.write_str("there is no slot of this number"),
+            Self::TooMany => f.write_str("the limit on the number of slots is reached"),
+            Self::OutOfMemory => f.write_str("out of memory for the slot update"),
+        }
+    }
+}
+
+impl core::error::Error for SlotError {}
+
+impl From<OutOfMemory> for SlotError {
+    fn from(_: OutOfMemory) -> Self {
+        Self::OutOfMemory
+    }
+}
+
+/// The published set, and its generation on a line of its own that every fault reads and only updates write.
+#[derive(Debug)]
+pub(crate) struct Slots {
+    generation: Padded<AtomicU64>,
+    set: RcuCell<SlotSet>,
+}
+
+/// What updates work on, behind the update lock.
+#[derive(Debug)]
+pub(crate) struct Updates {
+    by_id: BTreeMap<SlotId, Arc<Slot>>,
+    right: UpdateRight,
+    limit: usize,
+    /// First frame that no root can translate.
+    end: Gfn,
+}
+
+/// A publication that readers may not all have noticed yet.
+#[must_use = "the old set is freed, and faults by it are over, only after Published::settle"]
+pub(crate) struct Published {
+    old: Replaced<SlotSet>,
+    /// The generation of the new set.
+    pub(crate) generation: u64,
+}
+
+impl Published {
+    /// Waits for a grace period, after which no fault acts on the old set, and frees it.
+    pub(crate) fn settle<H: Host>(self, mmu: &crate::Mmu<H>) {
+        self.old.after_grace_period(crate::reclaim::synchronize(mmu));
+    }
+
+    /// Whether MMIO entries of long ago become valid with this generation unless they are zapped.
+    pub(crate) const fn wraps_mmio(&self) -> bool {
+        self.generation & MMIO_GENERATION_MASK as u64 == 0
+    }
+}
+
+impl Slots {
+    pub(crate) fn new() -> Self {
+        let set = SlotSet::empty();
+        Self { generation: Padded(AtomicU64::new(set.generation())), set: RcuCell::new(Box::new(set)) }
+    }
+
+    /// The generation now. A fault compares it, inside the lock, with that of the set it looked its slot up in.
+    #[inline]
+    pub(crate) fn generation(&self) -> u64 {
+        self.generation.load(Ordering::Acquire)
+    }
+
+    /// The slots now.
+    #[inline]
+    pub(crate) fn read<'g, H: Host>(&'g self, inside: &'g crate::lock::Shared<'_, H>) -> &'g SlotSet {
+        self.set.read(inside)
+    }
+
+    fn publish(&self, updates: &mut Updates, remove: Option<&Slot>, insert: Option<Arc<Slot>>) -> Published {
+        let set = Box::new(self.set.read_exclusive(&mut updates.right).changed(remove, insert));
+        let generation = set.generation();
+        let old = self.set.replace(set, &mut updates.right);
+        // Release: who sees the new generation sees the new set. A fault that still sees the old one is inside the
+        // lock, and the grace period that follows waits for it.
+        self.generation.store(generation, Ordering::Release);
+        Published { old, generation }
+    }
+}
+
+impl Updates {
+    pub(crate) fn new(limit: usize, end: Gfn) -> Self {
+        Self { by_id: BTreeMap::new(), right: UpdateRight::new(), limit, end }
+    }
+
+    fn get(&self, id: SlotId) -> Result<Arc<Slot>, SlotError> {
+        self.by_id.get(&id).cloned().ok_or(SlotError::NotFound)
+    }
+
+    /// Checks a new place for a slot, `except` being where it is now.
+    fn check(&mut self, slots: &Slots, slot: &Slot, except: Option<SlotId>) -> Result<(), SlotError> {
+        if slot.range.end > self.end {
+            return Err(SlotError::TooHigh);
+        }
+        let set = slots.set.read_exclusive(&mut self.right);
+        match set.overlapping(slot.range, except) {
+            Some(other) => Err(SlotError::Overlap(other)),
+            None => Ok(()),
+        }
+    }
+
+    /// Publishes a new slot.
+    pub(crate) fn add(&mut self, slots: &Slots, config: SlotConfig) -> Result<Published, SlotError> {
+        let slot = Arc::new(Slot::new(config)?);
+        if self.by_id.contains_key(&slot.id) {
+            return Err(SlotError::InUse);
+        }
+        if self.by_id.len() >= self.limit {
+            return Err(SlotError::TooMany);
+        }
+        self.check(slots, &slot, None)?;
+        self.by_id.insert(slot.id, Arc::clone(&slot));
+        Ok(slots.publish(self, None, Some(slot)))
+    }
+
+    /// First step of a change of `id`: checks what it is to become and publishes it as changing.
+    pub(crate) fn begin(&mut self, slots: &Slots, id: SlotId, change: Change) -> Result<(Begun, Published), SlotError> {
+        let old = self.get(id)?;
+        let new = match change {
+            Change::Delete => None,
+            Change::Move(base) => Some(Slot::new(SlotConfig { base, ..old.config() })?),
+            Change::Flags(flags) => Some(Slot { flags, ..*old }),
+        };
+        if let Some(new) = &new {
+            self.check(slots, new, Some(id))?;
+        }
+        let changing = Arc::new(Slot { state: SlotState::Changing, ..*old });
+        let published = slots.publish(self, Some(&old), Some(Arc::clone(&changing)));
+        Ok((Begun { changing, new: new.map(Arc::new) }, published))
+    }
+
+    /// Last step: publishes what the slot has become.
+    pub(crate) fn finish(&mut self, slots: &Slots, begun: Begun) -> Published {
+        match &begun.new {
+            Some(new) => self.by_id.insert(new.id, Arc::clone(new)),
+            None => self.by_id.remove(&begun.changing.id),
+        };
+        slots.publish(self, Some(&begun.changing), begun.new)
+    }
+}
+
+/// A change of a slot that exists.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Change {
+    Delete,
+    Move(Gpa),
+    Flags(SlotFlags),
+}
+
+/// A change between its first and its last publication.
+#[must_use = "the slot stays in the changing state, and its faults are retried, until the change is finished"]
+pub(crate) struct Begun {
+    changing: Arc<Slot>,
+    new: Option<Arc<Slot>>,
+}
+
+impl Begun {
+    /// The frames whose mappings must go before the change is finished.
+    pub(crate) fn range(&self) -> GfnRange {
+        self.changing.range
+    }
+}

@@ -1,0 +1,85 @@
+//! Table pages as the walkers see them: borrowed from a guard, so that no table outlives the read-side mark.
+//!
+//! A table is reached from a root or from an entry of another table and in no other way; both keep what is reached
+//! alive for as long as the mark stands (`reclaim` frees a table only after a grace period that began when no entry
+//! led to it any more).
+
+#![expect(unsafe_code, reason = "the one place that follows a frame number to a table")]
+
+use crate::addr::{ENTRIES, Gfn, Hfn, Level};
+use crate::format::Format;
+use crate::host::Host;
+use crate::lock::Shared;
+use crate::root::RootRef;
+use crate::sync::{AtomicU64, Ordering};
+
+/// One table page of `level`, borrowed from the guard of lifetime `'g`.
+pub(crate) struct Table<'g, H: Host> {
+    host: &'g H,
+    entries: &'g [AtomicU64; ENTRIES],
+    pub(crate) level: Level,
+}
+
+impl<'g, H: Host> Clone for Table<'g, H> {
+    #[inline]
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<'g, H: Host> Copy for Table<'g, H> {}
+
+impl<'g, H: Host> Table<'g, H> {
+    /// The root table.
+    #[inline]
+    pub(crate) fn root(inside: &'g Shared<'_, H>, root: &RootRef) -> Self {
+        Self::at(&inside.mmu.host, root.frame(), root.role().level)
+    }
+
+    #[inline]
+    fn at(host: &'g H, frame: Hfn, level: Level) -> Self {
+        let entries = host.table(frame).cast::<[AtomicU64; ENTRIES]>();
+        // SAFETY: `frame` is a root's frame or was read from a table entry under the guard of `'g`, so it is a table
+        // frame that is not freed before the guard is dropped (module head); `TableFrames` promises a valid, aligned
+        // pointer to 512 entries for it, which everyone accesses as atomics only.
+        Self { host, entries: unsafe { entries.as_ref() }, level }
+    }
+
+    /// The table that `raw`, an entry of this table, leads to.
+    #[inline]
+    pub(crate) fn next(&self, raw: u64) -> Option<Self> {
+        let level = self.level.down()?;
+        H::Format::next_table(raw, self.level).map(|frame| Self::at(self.host, frame, level))
+    }
+
+    /// The entry for `gfn`.
+    #[inline]
+    pub(crate) fn entry(&self, gfn: Gfn) -> &'g AtomicU64 {
+        &self.entries[self.level.index(gfn)]
+    }
+
+    /// All entries in order.
+    pub(crate) fn entries(&self) -> &'g [AtomicU64; ENTRIES] {
+        self.entries
+    }
+}
+
+/// Frees the tables of a root that nobody can reach any more: its last reference is given here, at the end of the
+/// MMU, when no guard can exist.
+pub(crate) fn free_tree<H: Host>(host: &H, root: RootRef) {
+    fn free_below<H: Host>(table: Table<'_, H>) {
+        if table.level == Level::K4 {
+            return;
+        }
+        for cell in table.entries {
+            let raw = cell.load(Ordering::Relaxed);
+            if let (Some(next), Some(frame)) = (table.next(raw), H::Format::next_table(raw, table.level)) {
+                free_below(next);
+                table.host.free_table(frame);
+            }
+        }
+    }
+    let frame = root.frame();
+    free_below(Table::at(host, frame, root.role().level));
+    host.free_table(frame);
+}

@@ -1,0 +1,187 @@
+//! Zapping a range: its mappings go, and the tables that only served it.
+//!
+//! # Protocol
+//! Runs inside the shared side, beside faults and other zaps, in holds that are bounded: each step removes what one
+//! level-1 table holds at most, and when the batch is full or others wait, the hold ends (pays its flush, thaws,
+//! leaves) and a new one begins at the next frame that was not done. At least one step is done in each hold.
+//!
+//! An entry is frozen by compare-and-swap, flushed, then thawed. In between nobody can fill it: so no vCPU can use a
+//! new translation of a frame while another still has the old one in its TLB.
+//!
+//! A table whose whole block lies in the range is unlinked: the entry that leads to it is frozen, then each of its
+//! entries is seized, so that a fault that is still inside loses its compare-and-swap. Level-1 tables go first, one a
+//! step; when the walk leaves a block of 1 GiB (and then of 512 GiB), the emptied table above goes too. Should faults
+//! have refilled it meanwhile, what they linked is removed with it.
+//!
+//! A huge leaf that reaches over the range's end is zapped whole: the rest comes back by faults. Root tables stay.
+
+use crate::addr::{Gfn, GfnRange, Level};
+use crate::entry::seize;
+use crate::events::{Counter, Event};
+use crate::format::{Format, State};
+use crate::host::Host;
+use crate::lock::{Shared, Ticket};
+use crate::reclaim::{Batch, Debts, Zapping};
+use crate::root::RootRef;
+use crate::sync::{AtomicU64, Ordering};
+use crate::table::Table;
+use crate::{Mmu, OutOfMemory};
+
+/// What a zap removed.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Zapped {
+    /// Leaves of any size.
+    pub leaves: u64,
+    /// Table frames that were unlinked.
+    pub tables: u64,
+}
+
+/// Removes every mapping of `range` from every root. When it returns `Ok`, no vCPU uses one any more.
+///
+/// Faults may fill the range again at any time unless the caller keeps them from it (a slot that is changing, an
+/// invalidation in progress). Fails only when there is no memory for the list of debts; what was zapped until then
+/// stays zapped and flushed, and calling again goes on.
+pub(crate) fn zap_range<H: Host>(
+    mmu: &Mmu<H>,
+    ticket: &mut Ticket,
+    batch: &mut Batch,
+    range: GfnRange,
+) -> Result<Zapped, OutOfMemory> {
+    let mut total = Zapped::default();
+    let mut number = 0;
+    while let Some(root) = mmu.roots.nth(mmu, number) {
+        number += 1;
+        let end = range.end.min(root.role().level.root_limit());
+        let mut next = range.start;
+        while next < end {
+            let mut hold = Zapping::enter(mmu, ticket, batch)?;
+            loop {
+                let (inside, debts) = hold.parts();
+                next = Step { inside, debts, range, zapped: &mut total }.run(&root, next);
+                if next >= end || hold.should_end() {
+                    break;
+                }
+            }
+            drop(hold);
+            if next < end {
+                mmu.lock.seat(ticket.seat).counters.add(Counter::Yield, 1);
+                mmu.host.yield_now();
+            }
+        }
+    }
+    if H::TRACE {
+        mmu.host.trace(Event::Zap { range, leaves: total.leaves, tables: total.tables });
+    }
+    Ok(total)
+}
+
+struct Step<'s, 'a, H: Host> {
+    inside: &'s Shared<'a, H>,
+    debts: Debts<'s>,
+    range: GfnRange,
+    zapped: &'s mut Zapped,
+}
+
+impl<H: Host> Step<'_, '_, H> {
+    /// Removes what lies at `gfn`: one leaf, one level-1 table, or what is in the range of one. Returns the first
+    /// frame after it.
+    fn run(&mut self, root: &RootRef, gfn: Gfn) -> Gfn {
+        let mut table = Table::root(self.inside, root);
+        let mut path = [None; 5];
+        let after = loop {
+            path[usize::from(table.level.number()) - 1] = Some(table);
+            let cell = table.entry(gfn);
+            let raw = cell.load(Ordering::Acquire);
+            let Some(next) = table.next(raw) else {
+                self.zap_entry(&table, gfn, raw);
+                break table.level.next_block(gfn);
+            };
+            if next.level == Level::K4 {
+                let block = GfnRange::block(table.level, gfn);
+                if self.range.covers(block) {
+                    self.unlink(&table, gfn, raw);
+                    break block.end;
+                }
+                let mut at = gfn;
+                while at < block.end && at < self.range.end {
+                    self.zap_entry(&next, at, next.entry(at).load(Ordering::Acquire));
+                    at = Gfn(at.0 + 1);
+                }
+                break at;
+            }
+            table = next;
+        };
+        self.unlink_emptied(&path, gfn, after);
+        after
+    }
+
+    /// Freezes the leaf or MMIO entry of `table` for `gfn`, whatever becomes of it meanwhile.
+    fn zap_entry(&mut self, table: &Table<'_, H>, gfn: Gfn, mut raw: u64) {
+        loop {
+            match H::Format::decode(raw, table.level) {
+                State::Leaf(_) | State::AccessTracked(_) | State::Mmio { .. } => {}
+                // Another zap does it, and flushes before it ends; but it may end after this one, whose caller is
+                // owed the promise that no TLB has the mapping any more. So this zap flushes as well.
+                State::Frozen => return self.debts.owe_flush(),
+                // A fault put a table here since the walk looked: what is mapped after a zap began is not its to
+                // remove (a caller who wants the range to stay empty keeps faults from it).
+                State::Absent | State::Table(_) => return,
+            }
+            match self.debts.freeze::<H>(table.entry(gfn), table.level, raw) {
+                Ok(()) => {
+                    self.zapped.leaves += u64::from(!matches!(H::Format::decode(raw, table.level), State::Mmio { .. }));
+                    return;
+                }
+                Err(now) => raw = now,
+            }
+        }
+    }
+
+    /// Unlinks the table that `raw`, the entry of `table` for `gfn`, leads to, with everything below it.
+    fn unlink(&mut self, table: &Table<'_, H>, gfn: Gfn, raw: u64) {
+        // The entry of a table changes only by zaps; losing means another zap unlinks it, and owes the flush.
+        if self.debts.freeze::<H>(table.entry(gfn), table.level, raw).is_err() {
+            self.debts.owe_flush();
+            return;
+        }
+        self.bury(table, raw);
+    }
+
+    /// Takes the table that `raw` leads to apart: nothing leads to it any more.
+    fn bury(&mut self, parent: &Table<'_, H>, raw: u64) {
+        let (Some(table), Some(frame)) = (parent.next(raw), H::Format::next_table(raw, parent.level)) else { return };
+        for cell in table.entries() {
+            let old = seize::<H::Format>(cell, table.level, self.debts.counters);
+            match H::Format::decode(old, table.level) {
+                State::Leaf(_) | State::AccessTracked(_) => self.zapped.leaves += 1,
+                State::Table(_) => self.bury(&table, old),
+                State::Absent | State::Mmio { .. } | State::Frozen => {}
+            }
+        }
+        self.zapped.tables += 1;
+        self.debts.unlinked(frame);
+    }
+
+    /// The walk is about to leave blocks of upper levels that lie wholly in the range: their tables go as well, if
+    /// they are empty. One that faults have refilled is in use and stays.
+    fn unlink_emptied(&mut self, path: &[Option<Table<'_, H>>; 5], gfn: Gfn, after: Gfn) {
+        for level in [Level::G1, Level::L4, Level::L5] {
+            let block = GfnRange::block(level, gfn);
+            if after != block.end || !self.range.covers(block) {
+                return;
+            }
+            let Some(table) = path[usize::from(level.number()) - 1] else { continue };
+            let raw = table.entry(gfn).load(Ordering::Acquire);
+            if table.next(raw).is_some_and(|next| next.entries().iter().all(|cell| is_empty::<H>(cell, next.level))) {
+                self.unlink(&table, gfn, raw);
+            }
+        }
+    }
+}
+
+fn is_empty<H: Host>(cell: &AtomicU64, level: Level) -> bool {
+    let raw = cell.load(Ordering::Relaxed);
+    // Frozen entries are those of level-1 tables that this very zap has unlinked and will thaw: overwritten by the
+    // dead encoding when this table is buried, they stay so.
+    raw == H::Format::ABSENT || matches!(H::Format::decode(raw, level), State::Frozen)
+}

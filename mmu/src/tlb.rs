@@ -1,0 +1,105 @@
+//! TLB generations: how a change of the tables reaches every vCPU's TLB.
+//!
+//! # Protocol
+//! One generation counter a VM. A flush advances it, then looks at every vCPU: one that is in guest mode and has not
+//! flushed for this generation is kicked, and the flusher waits until it has left guest mode or has flushed. A vCPU
+//! that enters first says so (`mode`, sequentially consistent), then reads the generation; if that differs from the
+//! one it last flushed for, it flushes before the guest runs.
+//!
+//! Either the flusher sees the vCPU in guest mode, or the vCPU sees the new generation: both sides write first and
+//! read second, with full fences. So when [`Tlb::flush`] returns, no guest instruction runs on a translation that was
+//! removed before it was called; what a vCPU outside guest mode still has in its TLB is flushed before it is used.
+//!
+//! A flush must reach *all* vCPUs, also those on other CPUs: `invlpg` on the own CPU, or a flush of the caller alone,
+//! is the bug that other hypervisors ship.
+//!
+//! A vCPU is expected to stay on its CPU, or to flush when it is moved: what another CPU's TLB holds of an earlier
+//! stay is the embedder's to flush.
+
+use alloc::boxed::Box;
+
+use crate::events::{Counter, Event, SeatCounters};
+use crate::host::{Host, VcpuId};
+use crate::sync::{AtomicU32, AtomicU64, Ordering, Padded};
+
+const OUTSIDE: u32 = 0;
+const IN_GUEST: u32 = 1;
+
+/// What others may know of one vCPU.
+#[derive(Debug, Default)]
+struct VcpuTlb {
+    mode: AtomicU32,
+    /// The generation of the last flush before entry.
+    flushed: AtomicU64,
+}
+
+#[derive(Debug)]
+pub(crate) struct Tlb {
+    generation: Padded<AtomicU64>,
+    vcpus: Box<[Padded<VcpuTlb>]>,
+}
+
+/// Proof that a flush was carried out: no vCPU uses a translation removed before it. What is freed or thawed wants to
+/// see one.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Flushed(());
+
+impl Tlb {
+    pub(crate) fn new(vcpus: usize) -> Self {
+        // Vcpus start one generation behind: the first entry flushes, whatever ran on the CPU before.
+        Self { generation: Padded(AtomicU64::new(1)), vcpus: (0..vcpus).map(|_| Padded::default()).collect() }
+    }
+
+    /// Makes every vCPU flush before it runs another guest instruction, and waits for that.
+    ///
+    /// May be called inside the MMU lock: it waits for vCPUs to leave guest mode and for nothing else.
+    pub(crate) fn flush<H: Host>(&self, host: &H, counters: &SeatCounters) -> Flushed {
+        let generation = self.generation.fetch_add(1, Ordering::SeqCst) + 1;
+        let behind = |vcpu: &VcpuTlb| {
+            vcpu.mode.load(Ordering::SeqCst) == IN_GUEST && vcpu.flushed.load(Ordering::SeqCst) < generation
+        };
+        for (id, vcpu) in self.vcpus.iter().enumerate() {
+            counters.add(Counter::FlushRequest, 1);
+            if behind(vcpu) {
+                counters.add(Counter::Kick, 1);
+                host.kick(VcpuId(id as u16));
+            }
+        }
+        for vcpu in &self.vcpus {
+            // A vCPU that leaves and enters again while this looks away has flushed for this generation by then.
+            while behind(vcpu) {
+                host.relax();
+            }
+        }
+        if H::TRACE {
+            host.trace(Event::Flush { generation });
+        }
+        Flushed(())
+    }
+
+    /// The vCPU is about to run guest code. Returns whether it must flush first.
+    #[inline]
+    pub(crate) fn enter(&self, id: VcpuId) -> bool {
+        let vcpu = &self.vcpus[usize::from(id.0)];
+        vcpu.mode.swap(IN_GUEST, Ordering::SeqCst);
+        let generation = self.generation.load(Ordering::SeqCst);
+        if vcpu.flushed.load(Ordering::Relaxed) == generation {
+            return false;
+        }
+        // Said before it is done: between here and the flush no guest instruction runs.
+        vcpu.flushed.store(generation, Ordering::SeqCst);
+        true
+    }
+
+    /// The vCPU has left guest mode.
+    #[inline]
+    pub(crate) fn leave(&self, id: VcpuId) {
+        // Release: accesses that the guest made are before this for a flusher that sees it.
+        self.vcpus[usize::from(id.0)].mode.store(OUTSIDE, Ordering::Release);
+    }
+
+    /// Whether the vCPU is in guest mode now; the answer may be old when it arrives.
+    pub(crate) fn in_guest(&self, id: VcpuId) -> bool {
+        self.vcpus[usize::from(id.0)].mode.load(Ordering::SeqCst) == IN_GUEST
+    }
+}

@@ -1,0 +1,350 @@
+//! What one vCPU owns: its seat, its root, its table cache and its memory of the last slot.
+//!
+//! # The life of a vCPU's turn
+//! [`Vcpu::enter`] loads a root if there is none, says that the vCPU is in guest mode and returns an [`InGuest`] with
+//! the root to load and whether the TLB must be flushed first. The embedder runs the guest and drops the token as
+//! soon as the guest has stopped: a flusher elsewhere may be waiting for that. [`Vcpu::fault`] handles a second-stage
+//! fault, between two turns.
+//!
+//! # The life of a fault
+//! Slot (from memory if it is still the right one, else looked up) → snapshot of the invalidation sequence → backing,
+//! outside the lock → table cache topped up → inside the shared side: are slots, backing and root still what was
+//! asked about? → walk. Everything that was overtaken is retried, here a few times, then by the guest.
+//!
+//! A vCPU is used by one thread at a time; that is what `&mut` says. Nothing here takes the exclusive lock.
+
+use alloc::sync::Arc;
+use core::fmt;
+
+use crate::Mmu;
+use crate::OutOfMemory;
+use crate::addr::{Gfn, Gpa, Hpa, Level};
+use crate::events::{Counter, Event, SeatCounters};
+use crate::format::{MMIO_GENERATION_MASK, State};
+use crate::host::{Access, BackingError, Host, VcpuId};
+use crate::lock::{Shared, Ticket};
+use crate::notify::Snapshot;
+use crate::root::{Role, RootRef, give_back};
+use crate::slots::{Slot, SlotFlags, SlotState};
+use crate::tdp::fault::{Mapping, TableCache, look_up, map, map_mmio};
+
+/// Why the CPU reported a second-stage fault.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Cause {
+    /// Nothing mapped, or the mapping denies the access.
+    Translation,
+    /// A reserved bit (NPT, error code bit 3) or a misconfiguration (EPT): the sign of an MMIO entry.
+    Reserved,
+}
+
+/// A second-stage fault, as the exit reported it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Fault {
+    /// Where.
+    pub gpa: Gpa,
+    /// What the guest was doing.
+    pub access: Access,
+    /// Why the CPU stopped it.
+    pub cause: Cause,
+}
+
+/// How a fault ended. In all cases but the last two the guest tries its access again.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Outcome {
+    /// A mapping was made, or given rights.
+    Fixed {
+        /// The size of its leaf.
+        level: Level,
+    },
+    /// The mapping was there already.
+    Spurious,
+    /// Slots, backing or entry were changing.
+    Retry,
+    /// No memory there: the access is a device's.
+    Mmio,
+    /// A write to read-only memory: not carried out.
+    ReadOnly,
+}
+
+/// Why a fault could not be handled. Nothing was mapped; the same fault may be handed in again.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum FaultError {
+    /// The embedder has no frame for a table.
+    OutOfTables,
+    /// The embedder's backing has no frame for the guest.
+    Backing(BackingError),
+    /// The backing's answer does not hold the frame that was asked for.
+    BadExtent,
+    /// The backing gave another host frame than is mapped, without an invalidation in between.
+    BackingChanged,
+    /// The vCPU has no root: [`Vcpu::enter`] was never called.
+    NoRoot,
+}
+
+impl fmt::Display for FaultError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::OutOfTables => f.write_str("no frame for a second-stage page table"),
+            Self::Backing(error) => error.fmt(f),
+            Self::BadExtent => f.write_str("the backing's extent does not hold the frame that was asked for"),
+            Self::BackingChanged => f.write_str("the backing changed a host frame without an invalidation"),
+            Self::NoRoot => f.write_str("the vCPU has no root loaded"),
+        }
+    }
+}
+
+impl core::error::Error for FaultError {}
+
+impl From<OutOfMemory> for FaultError {
+    fn from(_: OutOfMemory) -> Self {
+        Self::OutOfTables
+    }
+}
+
+/// The slot of the last fault, and the generation of the set it was looked up in.
+#[derive(Debug)]
+struct Hint {
+    slot: Arc<Slot>,
+    generation: u64,
+}
+
+/// One vCPU's part of the MMU.
+pub struct Vcpu<H: Host> {
+    mmu: Arc<Mmu<H>>,
+    ticket: Ticket,
+    id: VcpuId,
+    role: Role,
+    root: Option<RootRef>,
+    cache: TableCache,
+    hint: Option<Hint>,
+}
+
+impl<H: Host> fmt::Debug for Vcpu<H> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Vcpu").field("id", &self.id).field("role", &self.role).field("root", &self.root).finish()
+    }
+}
+
+/// The vCPU may run guest code. Drop it as soon as the guest has stopped.
+#[must_use = "the vCPU counts as in guest mode until this is dropped"]
+#[derive(Debug)]
+pub struct InGuest<'a, H: Host> {
+    vcpu: &'a Vcpu<H>,
+    root: Hpa,
+    flush: bool,
+}
+
+impl<H: Host> InGuest<'_, H> {
+    /// The root table to load (nCR3, or the EPT pointer's address).
+    #[inline]
+    pub fn root(&self) -> Hpa {
+        self.root
+    }
+
+    /// Whether all of the guest's translations in this CPU's TLB must be flushed before the guest runs.
+    ///
+    /// Not advice: the library has already told others that it is done.
+    #[inline]
+    #[must_use = "the guest must not run before the flush"]
+    pub fn must_flush(&self) -> bool {
+        self.flush
+    }
+}
+
+impl<H: Host> Drop for InGuest<'_, H> {
+    #[inline]
+    fn drop(&mut self) {
+        self.vcpu.mmu.tlb.leave(self.vcpu.id);
+    }
+}
+
+impl<H: Host> Vcpu<H> {
+    pub(crate) fn new(mmu: &Arc<Mmu<H>>, id: VcpuId) -> Option<Self> {
+        let seat = usize::from(id.0);
+        let seat = mmu.lock.claim(seat..seat + 1)?;
+        let role = Role { level: mmu.config.root_level };
+        let ticket = Ticket { seat };
+        Some(Self { mmu: Arc::clone(mmu), ticket, id, role, root: None, cache: TableCache::default(), hint: None })
+    }
+
+    /// The vCPU's number.
+    pub fn id(&self) -> VcpuId {
+        self.id
+    }
+
+    /// The MMU that it belongs to.
+    pub fn mmu(&self) -> &Arc<Mmu<H>> {
+        &self.mmu
+    }
+
+    /// Gets the vCPU ready to run guest code. To be called with whatever the embedder kicks with held back (interrupts
+    /// disabled), so that a kick from here on ends the guest's run at once.
+    #[inline]
+    pub fn enter(&mut self) -> Result<InGuest<'_, H>, FaultError> {
+        if self.root.is_none() {
+            self.load_root()?;
+        }
+        let root = self.root.as_ref().ok_or(FaultError::NoRoot)?.frame().hpa();
+        let flush = self.mmu.tlb.enter(self.id);
+        if flush {
+            self.counters().add(Counter::Flush, 1);
+        }
+        Ok(InGuest { vcpu: self, root, flush })
+    }
+
+    /// Handles a second-stage fault.
+    #[inline]
+    pub fn fault(&mut self, fault: Fault) -> Result<Outcome, FaultError> {
+        let result = self.handle(fault);
+        let (counter, outcome) = match result {
+            Ok(outcome @ Outcome::Fixed { .. }) => (Counter::Fixed, outcome),
+            Ok(outcome @ Outcome::Spurious) => (Counter::Spurious, outcome),
+            Ok(outcome @ Outcome::Retry) => (Counter::Retried, outcome),
+            Ok(outcome @ Outcome::Mmio) => (Counter::Mmio, outcome),
+            Ok(outcome @ Outcome::ReadOnly) => (Counter::ReadOnly, outcome),
+            Err(error) => {
+                self.counters().add(Counter::Failed, 1);
+                return Err(error);
+            }
+        };
+        self.counters().add(counter, 1);
+        if H::TRACE {
+            self.mmu.host.trace(Event::Fault { gfn: fault.gpa.gfn(), outcome });
+        }
+        Ok(outcome)
+    }
+
+    #[inline]
+    fn counters(&self) -> &SeatCounters {
+        &self.mmu.lock.seat(self.ticket.seat).counters
+    }
+
+    #[inline]
+    fn handle(&mut self, fault: Fault) -> Result<Outcome, FaultError> {
+        let gfn = fault.gpa.gfn();
+        if gfn >= self.role.level.root_limit() {
+            return Ok(Outcome::Mmio);
+        }
+        if fault.cause == Cause::Reserved && self.is_known_mmio(gfn)? {
+            self.counters().add(Counter::MmioCached, 1);
+            return Ok(Outcome::Mmio);
+        }
+        let fresh = self.mmu.slots.generation();
+        let generation = match &self.hint {
+            Some(hint) if hint.generation == fresh && hint.slot.range().contains(gfn) => fresh,
+            _ => match self.look_up_slot(gfn) {
+                Ok(generation) => generation,
+                Err(generation) => return self.no_memory(gfn, generation),
+            },
+        };
+        // The hint was found or made just now.
+        let Some(Hint { slot, .. }) = &self.hint else { return Ok(Outcome::Retry) };
+        if slot.state() == SlotState::Changing {
+            return Ok(Outcome::Retry);
+        }
+        let snapshot = self.mmu.notify.snapshot();
+        if self.mmu.notify.must_retry(snapshot, gfn) {
+            return Ok(Outcome::Retry);
+        }
+        let extent = self.mmu.host.resolve(slot, gfn, fault.access).map_err(FaultError::Backing)?;
+        if !extent.gfns.contains(gfn) {
+            return Err(FaultError::BadExtent);
+        }
+        let writable = extent.writable && !slot.flags().contains(SlotFlags::READ_ONLY);
+        if !writable && fault.access == Access::Write {
+            return Ok(Outcome::ReadOnly);
+        }
+        let want = Mapping::new(slot, gfn, fault.access, extent, self.mmu.config.largest, writable);
+        self.install(gfn, want, generation, snapshot)
+    }
+
+    /// The locked part: checks that nothing was overtaken, then walks.
+    #[inline]
+    fn install(&mut self, gfn: Gfn, want: Mapping, generation: u64, snapshot: Snapshot) -> Result<Outcome, FaultError> {
+        if !self.cache.is_full() {
+            self.top_up()?;
+        }
+        let root = self.root.as_ref().ok_or(FaultError::NoRoot)?;
+        let inside = Shared::enter(&self.mmu, &mut self.ticket);
+        // From here on no update gets past its grace period and no invalidation begins before the guard is dropped.
+        if self.mmu.slots.generation() != generation || self.mmu.notify.must_retry(snapshot, gfn) {
+            return Ok(Outcome::Retry);
+        }
+        map(&inside, root, want, &mut self.cache)
+    }
+
+    /// Finds the slot of `gfn` and remembers it. `Err` if there is none. Both ways the generation of the set.
+    #[cold]
+    fn look_up_slot(&mut self, gfn: Gfn) -> Result<u64, u64> {
+        let inside = Shared::enter(&self.mmu, &mut self.ticket);
+        let set = self.mmu.slots.read(&inside);
+        let generation = set.generation();
+        let slot = Arc::clone(set.find(gfn).ok_or(generation)?);
+        drop(inside);
+        self.hint = Some(Hint { slot, generation });
+        Ok(generation)
+    }
+
+    /// No slot holds `gfn`: leaves an MMIO entry, unless a slot was added meanwhile.
+    #[cold]
+    fn no_memory(&mut self, gfn: Gfn, generation: u64) -> Result<Outcome, FaultError> {
+        if self.mmu.config.mmio_entries {
+            self.top_up()?;
+            let root = self.root.as_ref().ok_or(FaultError::NoRoot)?;
+            let inside = Shared::enter(&self.mmu, &mut self.ticket);
+            if self.mmu.slots.generation() != generation {
+                return Ok(Outcome::Retry);
+            }
+            map_mmio(&inside, root, gfn, generation, &mut self.cache);
+        }
+        Ok(Outcome::Mmio)
+    }
+
+    /// Whether the tables say that `gfn` has no memory, for the memslots as they are now.
+    #[cold]
+    fn is_known_mmio(&mut self, gfn: Gfn) -> Result<bool, FaultError> {
+        let root = self.root.as_ref().ok_or(FaultError::NoRoot)?;
+        let inside = Shared::enter(&self.mmu, &mut self.ticket);
+        let now = self.mmu.slots.generation() as u32 & MMIO_GENERATION_MASK;
+        Ok(matches!(look_up(&inside, root, gfn).0, State::Mmio { generation } if generation == now))
+    }
+
+    #[cold]
+    fn top_up(&mut self) -> Result<(), FaultError> {
+        while !self.cache.is_full() {
+            let frame = self.mmu.host.alloc_table().ok_or(FaultError::OutOfTables)?;
+            self.counters().add(Counter::TableFrames, 1);
+            self.cache.put(frame);
+        }
+        Ok(())
+    }
+
+    #[cold]
+    fn load_root(&mut self) -> Result<(), FaultError> {
+        let root = match self.mmu.roots.get(&self.mmu, self.role) {
+            Some(root) => root,
+            None => {
+                let mut frame = Some(self.mmu.host.alloc_table().ok_or(FaultError::OutOfTables)?);
+                self.counters().add(Counter::TableFrames, 1);
+                let root = self.mmu.roots.get_or_make(&self.mmu, self.role, &mut frame);
+                if frame.is_some() {
+                    self.counters().add(Counter::TableFrames, 1u64.wrapping_neg());
+                    give_back(&self.mmu.host, frame);
+                }
+                root?
+            }
+        };
+        self.root = Some(root);
+        Ok(())
+    }
+}
+
+impl<H: Host> Drop for Vcpu<H> {
+    fn drop(&mut self) {
+        while let Some(frame) = self.cache.take() {
+            self.counters().add(Counter::TableFrames, 1u64.wrapping_neg());
+            give_back(&self.mmu.host, Some(frame));
+        }
+        self.mmu.lock.release(self.ticket.seat);
+    }
+}

@@ -1,0 +1,169 @@
+//! Workers: whoever works on the tables without being a vCPU. Memslot updates, zaps, host invalidations.
+//!
+//! A worker has a seat of the lock and the room for a zap's debts, both reserved when it is made. It is used by one
+//! thread at a time; an embedder has one for each thread that manages memory. Its operations may wait: for vCPUs to
+//! leave guest mode, for readers to leave the lock, for other updates. So a thread that runs a vCPU may use a worker
+//! only while that vCPU is not in guest mode, which the borrow of [`crate::InGuest`] does not know about.
+
+use alloc::sync::Arc;
+use core::fmt;
+
+use crate::addr::{Gfn, GfnRange, Gpa};
+use crate::events::Event;
+use crate::host::Host;
+use crate::lock::{Exclusive, Shared, Ticket};
+use crate::reclaim::Batch;
+use crate::root::Role;
+use crate::slots::{Change, Published, Slot, SlotConfig, SlotError, SlotFlags, SlotId};
+use crate::tdp::fault::look_up;
+use crate::tdp::zap::{Zapped, zap_range};
+use crate::{Level, Mmu, OutOfMemory, State};
+
+/// See the module head.
+pub struct Worker<H: Host> {
+    mmu: Arc<Mmu<H>>,
+    ticket: Ticket,
+    batch: Batch,
+}
+
+impl<H: Host> fmt::Debug for Worker<H> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Worker").field("seat", &self.ticket.seat).finish_non_exhaustive()
+    }
+}
+
+impl<H: Host> Worker<H> {
+    pub(crate) fn new(mmu: &Arc<Mmu<H>>) -> Result<Self, OutOfMemory> {
+        let batch = Batch::new()?;
+        let first = usize::from(mmu.config.vcpus);
+        let seat = mmu.lock.claim(first..first + usize::from(mmu.config.workers)).ok_or(OutOfMemory)?;
+        Ok(Self { mmu: Arc::clone(mmu), ticket: Ticket { seat }, batch })
+    }
+
+    /// Adds a slot. Its frames have memory from the return on; an access that raced with it may still end as MMIO.
+    pub fn add_slot(&mut self, config: SlotConfig) -> Result<(), SlotError> {
+        let mmu = Arc::clone(&self.mmu);
+        let mut updates = mmu.updates.lock(|| mmu.host.relax());
+        let published = updates.add(&mmu.slots, config)?;
+        self.settle(&mmu, published);
+        Ok(())
+    }
+
+    /// Deletes a slot. When it returns, no vCPU reaches the slot's memory any more.
+    pub fn delete_slot(&mut self, id: SlotId) -> Result<(), SlotError> {
+        self.change_slot(id, Change::Delete)
+    }
+
+    /// Moves a slot to another place in the guest's address space; its memory stays what it was.
+    pub fn move_slot(&mut self, id: SlotId, base: Gpa) -> Result<(), SlotError> {
+        self.change_slot(id, Change::Move(base))
+    }
+
+    /// Changes a slot's flags. When it returns, what they forbid is no longer possible.
+    pub fn set_slot_flags(&mut self, id: SlotId, flags: SlotFlags) -> Result<(), SlotError> {
+        self.change_slot(id, Change::Flags(flags))
+    }
+
+    /// The slot that holds `gfn`, as faults see it now.
+    pub fn slot_at(&mut self, gfn: Gfn) -> Option<Slot> {
+        let inside = Shared::enter(&self.mmu, &mut self.ticket);
+        self.mmu.slots.read(&inside).find(gfn).map(|slot| **slot)
+    }
+
+    /// All slots in the order of their frames, as faults see them now.
+    pub fn slots(&mut self) -> alloc::vec::Vec<Slot> {
+        let inside = Shared::enter(&self.mmu, &mut self.ticket);
+        self.mmu.slots.read(&inside).iter().map(|slot| **slot).collect()
+    }
+
+    /// Removes every mapping of `range` from every root. When it returns, no vCPU uses one that was there when it was
+    /// called; faults may have made new ones.
+    ///
+    /// Fails when there is no memory for the list of debts; calling again goes on.
+    pub fn zap(&mut self, range: GfnRange) -> Result<Zapped, OutOfMemory> {
+        zap_range(&self.mmu, &mut self.ticket, &mut self.batch, range)
+    }
+
+    /// Takes `range` from the guest until the returned value is dropped: when this returns, no vCPU reaches what
+    /// stood behind it, and faults on it are retried. In between the embedder changes what its backing answers.
+    pub fn invalidate(&mut self, range: GfnRange) -> Result<Invalidation<'_, H>, OutOfMemory> {
+        let alone = Exclusive::enter(&self.mmu, &mut self.ticket);
+        self.mmu.notify.begin(range, &alone);
+        drop(alone);
+        // Dropping ends the pair also when the zap fails: the embedder was told so and must not touch the memory.
+        let pair = Invalidation { worker: self };
+        let worker = &mut *pair.worker;
+        zap_range(&worker.mmu, &mut worker.ticket, &mut worker.batch, range)?;
+        Ok(pair)
+    }
+
+    /// What the tables say of `gfn` under the root of `role`: the state of the last entry of the walk, and its level.
+    /// `None` if no vCPU has loaded such a root.
+    pub fn look_up(&mut self, role: Role, gfn: Gfn) -> Option<(State, Level)> {
+        let root = self.mmu.roots.get(&self.mmu, role)?;
+        let inside = Shared::enter(&self.mmu, &mut self.ticket);
+        Some(look_up(&inside, &root, gfn))
+    }
+
+    /// Frees tables whose readers have left. Done by every zap as well; for an embedder that wants memory back now.
+    pub fn collect(&mut self) {
+        self.mmu.reclaim.collect(&self.mmu, &self.mmu.lock.seat(self.ticket.seat).counters);
+    }
+
+    fn change_slot(&mut self, id: SlotId, change: Change) -> Result<(), SlotError> {
+        let mmu = Arc::clone(&self.mmu);
+        // Held to the end: one update at a time, and the set in between is nobody else's to build on.
+        let mut updates = mmu.updates.lock(|| mmu.host.relax());
+        let (begun, published) = updates.begin(&mmu.slots, id, change)?;
+        self.settle(&mmu, published);
+        // Every fault that had checked an older generation has left: the old slot maps nothing more from here on.
+        self.zap_surely(begun.range());
+        let published = updates.finish(&mmu.slots, begun);
+        self.settle(&mmu, published);
+        Ok(())
+    }
+
+    /// Zaps `range` in the middle of an update that can not be given up: it would leave a slot in between for good.
+    /// What was zapped stays zapped, so trying again gets there as soon as there is a page of heap.
+    fn zap_surely(&mut self, range: GfnRange) {
+        while self.zap(range).is_err() {
+            self.mmu.host.yield_now();
+        }
+    }
+
+    /// After a publication: a grace period, then the old set is freed, and MMIO entries that would become valid again
+    /// are zapped.
+    fn settle(&mut self, mmu: &Mmu<H>, published: Published) {
+        let (wraps, generation) = (published.wraps_mmio(), published.generation);
+        published.settle(mmu);
+        if H::TRACE {
+            mmu.host.trace(Event::Slots { generation });
+        }
+        if wraps {
+            let all = GfnRange { start: Gfn(0), end: mmu.config.root_level.root_limit() };
+            self.zap_surely(all);
+        }
+    }
+}
+
+impl<H: Host> Drop for Worker<H> {
+    fn drop(&mut self) {
+        self.collect();
+        self.mmu.lock.release(self.ticket.seat);
+    }
+}
+
+/// A range is taken from the guest until this is dropped.
+#[must_use = "dropping it gives the range back to the guest's faults at once"]
+#[derive(Debug)]
+pub struct Invalidation<'w, H: Host> {
+    worker: &'w mut Worker<H>,
+}
+
+impl<H: Host> Drop for Invalidation<'_, H> {
+    fn drop(&mut self) {
+        let worker = &mut *self.worker;
+        let alone = Exclusive::enter(&worker.mmu, &mut worker.ticket);
+        worker.mmu.notify.end(&alone);
+    }
+}
