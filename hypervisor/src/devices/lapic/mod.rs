@@ -1,0 +1,464 @@
+//! The local APIC of one vCPU, in x2APIC mode (AMD APM vol. 2, 16.3 to 16.16).
+//!
+//! Two halves, after who may touch them:
+//!
+//! * [`Lapic`] holds the registers and belongs to the thread that runs the vCPU. It has no locks.
+//! * [`LapicShared`] is what other CPUs may do to it: post a vector, an NMI, an INIT or a start-up IPI. It is all atomics.
+//!
+//! Sending. A write to ICR returns an [`IpiCommand`]; [`route`] says which vCPUs it means; the caller posts it to each
+//! one's `LapicShared` and then kicks that vCPU. The order matters: post, then kick.
+//!
+//! Receiving. Before each entry into the guest the vCPU's thread calls [`Lapic::sync`], which moves what was posted into
+//! IRR and returns the events that are not vectors. It must look at [`LapicShared::has_pending`] once more after it has
+//! announced that it is in guest mode: a sender that posted before it could see the announcement sends no kick, and both
+//! sides use sequentially consistent operations, so one of the two always sees the other.
+//!
+//! Delivering. [`Lapic::deliverable`] names the vector that the processor priority lets through;
+//! [`Lapic::acknowledge`] moves it from IRR to ISR and must be called exactly when the injection is committed.
+//!
+//! There is no MMIO window: the guest finds x2APIC mode on in APIC_BASE and can't go back to xAPIC mode except by way of
+//! disabling the APIC; in xAPIC mode it has no registers. Level-triggered vectors have no source without an I/O APIC, so
+//! TMR reads 0 and an EOI is nobody else's business.
+
+mod ipi;
+mod shared;
+mod timer;
+
+pub use ipi::{Destination, IpiCommand, IpiKind, MAX_VCPUS, VcpuSet, logical_id, route};
+pub use shared::{LapicShared, Pending};
+
+use super::{Gp, Now};
+use timer::{Timer, TimerMode};
+
+/// First MSR of the x2APIC range.
+pub const X2APIC_FIRST: u32 = 0x800;
+/// Last MSR of the x2APIC range.
+pub const X2APIC_LAST: u32 = 0x8ff;
+/// Address that APIC_BASE holds, and the only one it may hold.
+pub const APIC_DEFAULT_BASE: u64 = 0xfee0_0000;
+
+const APIC_BASE_BSP: u64 = 1 << 8;
+const APIC_BASE_X2APIC: u64 = 1 << 10;
+const APIC_BASE_ENABLE: u64 = 1 << 11;
+
+const ID: u32 = 0x802;
+const VERSION: u32 = 0x803;
+const TPR: u32 = 0x808;
+const PPR: u32 = 0x80a;
+const EOI: u32 = 0x80b;
+const LDR: u32 = 0x80d;
+const SVR: u32 = 0x80f;
+const ISR: u32 = 0x810;
+const TMR: u32 = 0x818;
+const IRR: u32 = 0x820;
+const ESR: u32 = 0x828;
+const ICR: u32 = 0x830;
+const LVT_TIMER: u32 = 0x832;
+const LVT_LINT0: u32 = 0x835;
+const LVT_ERROR: u32 = 0x837;
+const TIMER_INITIAL: u32 = 0x838;
+const TIMER_CURRENT: u32 = 0x839;
+const TIMER_DIVIDE: u32 = 0x83e;
+const SELF_IPI: u32 = 0x83f;
+
+/// Version 0x14, six LVT entries.
+const VERSION_VALUE: u64 = 0x0005_0014;
+const SVR_ENABLE: u32 = 1 << 8;
+/// Vector, enable and focus checking.
+const SVR_VALID: u32 = 0x3ff;
+const LVT_MASKED: u32 = 1 << 16;
+const LVT_MODE_MASK: u32 = 7 << 8;
+const LVT_MODE_NMI: u32 = 4 << 8;
+const LVT_MODE_EXTINT: u32 = 7 << 8;
+
+const ESR_SEND_ILLEGAL: u32 = 1 << 5;
+const ESR_RECEIVE_ILLEGAL: u32 = 1 << 6;
+
+/// Vectors below this are exceptions and can't be delivered as interrupts.
+const FIRST_VECTOR: u8 = 16;
+
+/// Writable bits of the entries from LVT_TIMER to LVT_ERROR.
+const LVT_VALID: [u32; 6] = [
+    0x0007_00ff, // timer: vector, mask, mode
+    0x0001_07ff, // thermal: vector, delivery mode, mask
+    0x0001_07ff, // performance counters
+    0x0001_a7ff, // LINT0: also polarity and trigger mode
+    0x0001_a7ff, // LINT1
+    0x0001_07ff, // error
+];
+
+/// What a write did beyond the registers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LapicEffect {
+    /// Nothing.
+    None,
+    /// What can be delivered may have changed.
+    Interrupts,
+    /// The next deadline may have changed, and with it what can be delivered.
+    Timer,
+    /// An interprocessor interrupt is to be sent.
+    Ipi(IpiCommand),
+}
+
+/// What a local APIC is made with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LapicConfig {
+    /// Its ID.
+    pub apic_id: u32,
+    /// Whether it belongs to the bootstrap vCPU, whose LINT0 the interrupt controllers drive.
+    pub bootstrap: bool,
+    /// Rate of the guest's TSC in kHz, for TSC deadlines. At least 1.
+    pub tsc_khz: u64,
+}
+
+/// The local APIC of a vCPU; belongs to the thread that runs it.
+#[derive(Clone, Debug)]
+pub struct Lapic {
+    id: u32,
+    bootstrap: bool,
+    base: u64,
+    tpr: u8,
+    svr: u32,
+    irr: Vectors,
+    isr: Vectors,
+    /// What the guest reads.
+    esr: u32,
+    /// What has gone wrong since the guest last wrote ESR.
+    errors: u32,
+    icr: u64,
+    lvt: [u32; 6],
+    timer: Timer,
+}
+
+impl Lapic {
+    /// The APIC as firmware hands it over: in x2APIC mode and, on the bootstrap vCPU, enabled in virtual wire mode (LINT0
+    /// takes the interrupt controllers' requests, LINT1 is NMI).
+    pub fn new(config: LapicConfig) -> Self {
+        let bsp = if config.bootstrap { APIC_BASE_BSP } else { 0 };
+        let mut lapic = Self {
+            id: config.apic_id,
+            bootstrap: config.bootstrap,
+            base: APIC_DEFAULT_BASE | APIC_BASE_ENABLE | APIC_BASE_X2APIC | bsp,
+            tpr: 0,
+            svr: 0,
+            irr: Vectors::default(),
+            isr: Vectors::default(),
+            esr: 0,
+            errors: 0,
+            icr: 0,
+            lvt: [0; 6],
+            timer: Timer::new(config.tsc_khz),
+        };
+        lapic.init();
+        if config.bootstrap {
+            lapic.svr |= SVR_ENABLE;
+            lapic.lvt[lvt_index(LVT_LINT0)] = LVT_MODE_EXTINT;
+            lapic.lvt[lvt_index(LVT_LINT0) + 1] = LVT_MODE_NMI;
+        }
+        lapic
+    }
+
+    /// INIT: all registers to their reset values, except the ID and APIC_BASE (APM vol. 2, 16.3.5 and table 14-1).
+    pub fn init(&mut self) {
+        self.tpr = 0;
+        self.svr = 0xff;
+        self.irr = Vectors::default();
+        self.isr = Vectors::default();
+        self.esr = 0;
+        self.errors = 0;
+        self.icr = 0;
+        self.lvt = [LVT_MASKED; 6];
+        self.timer.reset();
+    }
+
+    /// The APIC's ID.
+    pub fn id(&self) -> u32 {
+        self.id
+    }
+
+    /// Takes in what other CPUs have posted, and returns what is not a vector.
+    pub fn sync(&mut self, shared: &LapicShared) -> Pending {
+        shared.drain(|vector| {
+            self.accept_enabled(vector);
+        })
+    }
+
+    /// Lets time pass: a timer that is due requests its vector.
+    pub fn poll(&mut self, now: Now) {
+        if self.timer.expire(now, self.timer_mode()) {
+            self.raise_lvt(LVT_TIMER);
+        }
+    }
+
+    /// When [`Self::poll`] is due next, in VM nanoseconds; `None` while the timer could not interrupt anyway.
+    pub fn next_deadline_ns(&self, now: Now) -> Option<u64> {
+        let masked = self.lvt[0] & LVT_MASKED != 0 || !self.accepts_vectors();
+        if masked { None } else { self.timer.deadline_ns(now, self.timer_mode()) }
+    }
+
+    /// The requested vector that is above the processor priority, if there is one.
+    pub fn deliverable(&self) -> Option<u8> {
+        self.irr.highest().filter(|vector| self.accepts_vectors() && vector >> 4 > self.ppr() >> 4)
+    }
+
+    /// Takes [`Self::deliverable`] into service and returns it.
+    pub fn acknowledge(&mut self) -> Option<u8> {
+        let vector = self.deliverable()?;
+        self.irr.clear(vector);
+        self.isr.set(vector);
+        Some(vector)
+    }
+
+    /// Whether a request of the interrupt controllers reaches this vCPU: LINT0 is wired to the bootstrap vCPU only, and
+    /// goes straight to the processor while the APIC is disabled.
+    pub fn accepts_extint(&self) -> bool {
+        let lint0 = self.lvt[lvt_index(LVT_LINT0)];
+        self.bootstrap && (self.base & APIC_BASE_ENABLE == 0 || lint0 & (LVT_MASKED | LVT_MODE_MASK) == LVT_MODE_EXTINT)
+    }
+
+    /// CR8: the class of the task priority.
+    pub fn cr8(&self) -> u8 {
+        self.tpr >> 4
+    }
+
+    /// The guest has written CR8 (0..=15).
+    pub fn set_cr8(&mut self, class: u8) {
+        self.tpr = class << 4;
+    }
+
+    /// The task priority register.
+    pub fn tpr(&self) -> u8 {
+        self.tpr
+    }
+
+    /// The processor priority register (APM vol. 2, 16.6.4).
+    pub fn ppr(&self) -> u8 {
+        let in_service = self.isr.highest().unwrap_or(0);
+        if self.tpr >> 4 >= in_service >> 4 { self.tpr } else { in_service & 0xf0 }
+    }
+
+    /// Reads APIC_BASE.
+    pub fn apic_base(&self) -> u64 {
+        self.base
+    }
+
+    /// Writes APIC_BASE. Legal are the transitions of APM vol. 2, 16.9: to x2APIC mode from xAPIC mode, away from it only
+    /// by disabling, and no enabling of both at once. The window can't be moved.
+    pub fn set_apic_base(&mut self, value: u64) -> Result<LapicEffect, Gp> {
+        let mode = APIC_BASE_ENABLE | APIC_BASE_X2APIC;
+        if value & !(mode | APIC_BASE_BSP) != APIC_DEFAULT_BASE {
+            return Err(Gp);
+        }
+        let (from, to) = (self.base & mode, value & mode);
+        let legal = match to {
+            _ if from == to => true,
+            0 => true,
+            APIC_BASE_ENABLE => from == 0,
+            APIC_BASE_X2APIC => false,
+            _ => from == APIC_BASE_ENABLE,
+        };
+        if !legal {
+            return Err(Gp);
+        }
+        self.base = value;
+        if to == 0 && from != 0 {
+            self.init();
+        }
+        Ok(LapicEffect::Timer)
+    }
+
+    /// Reads IA32_TSC_DEADLINE.
+    pub fn tsc_deadline(&mut self, now: Now) -> u64 {
+        self.poll(now);
+        if self.timer_mode() == TimerMode::TscDeadline { self.timer.tsc_deadline() } else { 0 }
+    }
+
+    /// Writes IA32_TSC_DEADLINE: ignored unless the timer is in that mode, 0 disarms.
+    pub fn set_tsc_deadline(&mut self, now: Now, value: u64) -> LapicEffect {
+        self.poll(now);
+        if self.timer_mode() != TimerMode::TscDeadline {
+            return LapicEffect::None;
+        }
+        self.timer.arm_tsc(value);
+        self.poll(now);
+        LapicEffect::Timer
+    }
+
+    /// Reads a register by its MSR number. Registers that don't exist, can't be read, or belong to a mode that is off
+    /// raise #GP.
+    pub fn rdmsr(&mut self, now: Now, msr: u32) -> Result<u64, Gp> {
+        if !self.x2apic() {
+            return Err(Gp);
+        }
+        self.poll(now);
+        Ok(match msr {
+            ID => u64::from(self.id),
+            VERSION => VERSION_VALUE,
+            TPR => u64::from(self.tpr),
+            PPR => u64::from(self.ppr()),
+            LDR => u64::from(logical_id(self.id)),
+            SVR => u64::from(self.svr),
+            ISR..TMR => u64::from(self.isr.0[(msr - ISR) as usize]),
+            TMR..IRR => 0,
+            IRR..ESR => u64::from(self.irr.0[(msr - IRR) as usize]),
+            ESR => u64::from(self.esr),
+            ICR => self.icr,
+            LVT_TIMER..=LVT_ERROR => u64::from(self.lvt[lvt_index(msr)]),
+            TIMER_INITIAL => u64::from(self.timer.initial()),
+            TIMER_CURRENT => u64::from(self.timer.current(now, self.timer_mode())),
+            TIMER_DIVIDE => u64::from(self.timer.divide_register()),
+            _ => return Err(Gp),
+        })
+    }
+
+    /// Writes a register by its MSR number. Registers that don't exist, can't be written, or belong to a mode that is off
+    /// raise #GP, and so do reserved bits; then nothing has changed.
+    pub fn wrmsr(&mut self, now: Now, msr: u32, value: u64) -> Result<LapicEffect, Gp> {
+        if !self.x2apic() {
+            return Err(Gp);
+        }
+        self.poll(now);
+        if msr == ICR {
+            return self.write_icr(value);
+        }
+        let value = u32::try_from(value).map_err(|_| Gp)?;
+        let fits = |valid: u32| if value & !valid == 0 { Ok(value) } else { Err(Gp) };
+        match msr {
+            TPR => self.tpr = fits(0xff)? as u8,
+            EOI => {
+                fits(0)?;
+                if let Some(vector) = self.isr.highest() {
+                    self.isr.clear(vector);
+                }
+            }
+            SVR => {
+                self.svr = fits(SVR_VALID)?;
+                if !self.accepts_vectors() {
+                    // While disabled by software all entries are masked, and stay so (APM vol. 2, 16.4.1).
+                    self.lvt.iter_mut().for_each(|entry| *entry |= LVT_MASKED);
+                }
+            }
+            ESR => {
+                fits(0)?;
+                self.esr = core::mem::take(&mut self.errors);
+                return Ok(LapicEffect::None);
+            }
+            LVT_TIMER..=LVT_ERROR => {
+                let index = lvt_index(msr);
+                let before = self.timer_mode();
+                let valid = fits(LVT_VALID[index])?;
+                if msr == LVT_TIMER && TimerMode::from_lvt(valid) == TimerMode::Reserved {
+                    return Err(Gp);
+                }
+                self.lvt[index] = if self.accepts_vectors() { valid } else { valid | LVT_MASKED };
+                let after = self.timer_mode();
+                if (before == TimerMode::TscDeadline) != (after == TimerMode::TscDeadline) {
+                    self.timer.stop();
+                }
+                return Ok(LapicEffect::Timer);
+            }
+            TIMER_INITIAL => {
+                self.timer.start(now, value, self.timer_mode());
+                return Ok(LapicEffect::Timer);
+            }
+            TIMER_DIVIDE => {
+                self.timer.set_divide(now, fits(0x0b)?, self.timer_mode());
+                return Ok(LapicEffect::Timer);
+            }
+            SELF_IPI => self.accept_enabled(fits(0xff)? as u8),
+            _ => return Err(Gp),
+        }
+        Ok(LapicEffect::Interrupts)
+    }
+
+    fn write_icr(&mut self, value: u64) -> Result<LapicEffect, Gp> {
+        let command = ipi::decode(value)?;
+        self.icr = value;
+        Ok(match command {
+            None => LapicEffect::None,
+            Some(IpiCommand { kind: IpiKind::Fixed(vector) | IpiKind::LowestPriority(vector), .. })
+                if vector < FIRST_VECTOR =>
+            {
+                self.error(ESR_SEND_ILLEGAL);
+                LapicEffect::Interrupts
+            }
+            Some(IpiCommand { kind: IpiKind::Fixed(vector), destination: Destination::Myself }) => {
+                self.accept_enabled(vector);
+                LapicEffect::Interrupts
+            }
+            Some(command) => LapicEffect::Ipi(command),
+        })
+    }
+
+    fn x2apic(&self) -> bool {
+        let mode = APIC_BASE_ENABLE | APIC_BASE_X2APIC;
+        self.base & mode == mode
+    }
+
+    /// Enabled in APIC_BASE and by software.
+    fn accepts_vectors(&self) -> bool {
+        self.base & APIC_BASE_ENABLE != 0 && self.svr & SVR_ENABLE != 0
+    }
+
+    fn timer_mode(&self) -> TimerMode {
+        TimerMode::from_lvt(self.lvt[0])
+    }
+
+    /// A vector arrives from outside; while the APIC is disabled it is lost.
+    fn accept_enabled(&mut self, vector: u8) {
+        if self.accepts_vectors() {
+            self.accept(vector);
+        }
+    }
+
+    fn accept(&mut self, vector: u8) {
+        if vector < FIRST_VECTOR {
+            self.error(ESR_RECEIVE_ILLEGAL);
+        } else {
+            self.irr.set(vector);
+        }
+    }
+
+    fn raise_lvt(&mut self, register: u32) {
+        let entry = self.lvt[lvt_index(register)];
+        if entry & LVT_MASKED == 0 && self.accepts_vectors() {
+            self.accept(entry as u8);
+        }
+    }
+
+    fn error(&mut self, bit: u32) {
+        let news = self.errors & bit == 0;
+        self.errors |= bit;
+        // An error entry with an illegal vector is an error too, the one that is recorded by now, so this ends.
+        if news {
+            self.raise_lvt(LVT_ERROR);
+        }
+    }
+}
+
+/// Index of an LVT entry among the six.
+const fn lvt_index(msr: u32) -> usize {
+    (msr - LVT_TIMER) as usize
+}
+
+/// One bit a vector, as IRR and ISR lay them out.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Vectors([u32; 8]);
+
+impl Vectors {
+    fn set(&mut self, vector: u8) {
+        self.0[usize::from(vector >> 5)] |= 1 << (vector & 31);
+    }
+
+    fn clear(&mut self, vector: u8) {
+        self.0[usize::from(vector >> 5)] &= !(1 << (vector & 31));
+    }
+
+    fn highest(&self) -> Option<u8> {
+        let word = self.0.iter().rposition(|word| *word != 0)?;
+        Some((word as u8) << 5 | self.0[word].ilog2() as u8)
+    }
+}
+
+#[cfg(test)]
+mod tests;

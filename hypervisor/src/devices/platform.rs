@@ -1,0 +1,511 @@
+//! All port devices of one VM and the wires between them.
+//!
+//! Protocol. One `Platform` a VM, behind the caller's lock. Each entry point first brings the devices up to the time it is
+//! given, then does its work, then settles the wires (UART → IRQ 4, timer → IRQ 0, ACPI → IRQ 9, controllers → CPU). What
+//! the caller must act on accumulates in [`Effects`]; take them, still under the lock, after each call:
+//!
+//! * `interrupt_changed`: the level that the bootstrap vCPU sees on LINT0 has changed. If that vCPU is another one than the
+//!   caller's, it must be kicked. It then looks at [`Platform::interrupt_asserted`] and, when it can take the interrupt,
+//!   calls [`Platform::interrupt_acknowledge`]. The request may have gone by then; the answer is then a spurious vector,
+//!   which is delivered like any other.
+//! * `end`: the guest has ended. Later accesses behave as before; the first end counts.
+//! * `console_output`: there is something for [`Platform::console_take`]. Not taking it stops the guest's console but
+//!   loses nothing.
+//!
+//! Whoever keeps time for the VM calls [`Platform::poll`] no later than [`Platform::next_deadline_ns`], which may have
+//! moved after any call.
+
+use alloc::vec::Vec;
+
+use super::cmos::Cmos;
+use super::debug_exit;
+use super::pic::PicPair;
+use super::pit::Pit;
+use super::pm::{Pm, PmRequest};
+use super::ports::{Claim, Direction, UnclaimedPort, UnclaimedPorts, decode};
+use super::reset::{RESET_CONTROL, ResetPorts};
+use super::uart::Uart;
+use super::{Width, pm};
+
+const IRQ_TIMER: u8 = 0;
+const IRQ_COM1: u8 = 4;
+/// The system control interrupt, as the FADT names it.
+pub const IRQ_SCI: u8 = 9;
+
+/// What a VM's port devices are made of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PlatformConfig {
+    /// What the clock shows when the VM starts: Unix seconds, UTC.
+    pub wall_clock_s: u64,
+    /// Most bytes of console output that are kept for the caller.
+    pub console_output: usize,
+    /// Most bytes of console input that are kept for the guest.
+    pub console_input: usize,
+}
+
+impl Default for PlatformConfig {
+    fn default() -> Self {
+        Self { wall_clock_s: 0, console_output: 4096, console_input: 1024 }
+    }
+}
+
+/// How the guest ended by its own doing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum GuestEnd {
+    /// ACPI soft-off.
+    PowerOff,
+    /// A reset, by any of the ports that can.
+    Reset,
+    /// A write to the test exit port.
+    Exit {
+        /// The machine's exit status, `value << 1 | 1`.
+        status: u32,
+    },
+}
+
+/// What the caller of a [`Platform`] must act on.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[must_use]
+pub struct Effects {
+    /// The interrupt line to the bootstrap vCPU has changed.
+    pub interrupt_changed: bool,
+    /// The guest has sent something to the console.
+    pub console_output: bool,
+    /// The guest has ended.
+    pub end: Option<GuestEnd>,
+    /// A port that nobody claims was used for the first time.
+    pub unclaimed: Option<UnclaimedPort>,
+}
+
+/// The port devices of one VM.
+#[derive(Debug)]
+pub struct Platform {
+    pic: PicPair,
+    pit: Pit,
+    cmos: Cmos,
+    uart: Uart,
+    pm: Pm,
+    reset: ResetPorts,
+    unclaimed: UnclaimedPorts,
+    now_ns: u64,
+    interrupt: bool,
+    effects: Effects,
+}
+
+impl Platform {
+    /// The devices after power-on.
+    pub fn new(config: PlatformConfig) -> Self {
+        Self {
+            pic: PicPair::new(),
+            pit: Pit::new(),
+            cmos: Cmos::new(config.wall_clock_s),
+            uart: Uart::new(config.console_output, config.console_input),
+            pm: Pm::new(),
+            reset: ResetPorts::new(),
+            unclaimed: UnclaimedPorts::default(),
+            now_ns: 0,
+            interrupt: false,
+            effects: Effects::default(),
+        }
+    }
+
+    /// The guest executes IN: the value, zero-extended.
+    pub fn io_read(&mut self, now_ns: u64, port: u16, width: Width) -> u32 {
+        self.advance(now_ns);
+        let value = match decode(port) {
+            Some(Claim::Pm(offset)) => self.pm.read(self.now_ns, offset, width),
+            // The reset register shares its ports with a PCI host bridge's address register, whose accesses are wider.
+            Some(Claim::Reset) if port == RESET_CONTROL && width != Width::Byte => self.unclaimed_read(port, width),
+            Some(_) => (0..width.bytes())
+                .fold(0, |value, lane| value | u32::from(self.read_byte(port.wrapping_add(lane))) << (8 * lane)),
+            None => self.unclaimed_read(port, width),
+        };
+        self.settle();
+        value
+    }
+
+    /// The guest executes OUT. Bits of `value` beyond `width` are ignored.
+    pub fn io_write(&mut self, now_ns: u64, port: u16, width: Width, value: u32) {
+        self.advance(now_ns);
+        let value = value & width.mask();
+        match decode(port) {
+            Some(Claim::Pm(offset)) => {
+                if self.pm.write(self.now_ns, offset, width, value) == PmRequest::PowerOff {
+                    self.end(GuestEnd::PowerOff);
+                }
+            }
+            Some(Claim::DebugExit) => self.end(GuestEnd::Exit { status: debug_exit::exit_status(value) }),
+            Some(Claim::Reset) if port == RESET_CONTROL && width != Width::Byte => {
+                self.note_unclaimed(port, Direction::Write);
+            }
+            Some(_) => {
+                for lane in 0..width.bytes() {
+                    self.write_byte(port.wrapping_add(lane), (value >> (8 * lane)) as u8);
+                }
+            }
+            None => self.note_unclaimed(port, Direction::Write),
+        }
+        self.settle();
+    }
+
+    /// Lets time pass.
+    pub fn poll(&mut self, now_ns: u64) {
+        self.advance(now_ns);
+        self.settle();
+    }
+
+    /// When [`Self::poll`] is due next, in VM nanoseconds. `None`: nothing will happen by itself.
+    pub fn next_deadline_ns(&self) -> Option<u64> {
+        // An edge of a masked timer need not wake anybody: it is caught up with when the mask is written, because every
+        // access polls first. Guests that time with the local APIC leave the timer running behind its mask.
+        let timer = if self.pic.is_masked(IRQ_TIMER) { None } else { self.pit.next_edge_ns() };
+        match (timer, self.pm.next_deadline_ns()) {
+            (Some(a), Some(b)) => Some(a.min(b)),
+            (a, b) => a.or(b),
+        }
+    }
+
+    /// The level of the interrupt line to the bootstrap vCPU's LINT0.
+    pub fn interrupt_asserted(&self) -> bool {
+        self.interrupt
+    }
+
+    /// The bootstrap vCPU acknowledges the interrupt: its vector. To be called only when the vector will be delivered.
+    pub fn interrupt_acknowledge(&mut self) -> u8 {
+        let vector = self.pic.acknowledge();
+        self.settle();
+        vector
+    }
+
+    /// Types `bytes` at the console; returns how many fitted.
+    pub fn console_push(&mut self, now_ns: u64, bytes: &[u8]) -> usize {
+        self.advance(now_ns);
+        let accepted = self.uart.push_input(bytes);
+        self.settle();
+        accepted
+    }
+
+    /// Moves what the guest has sent to the console to the end of `into`.
+    pub fn console_take(&mut self, now_ns: u64, into: &mut Vec<u8>) {
+        self.advance(now_ns);
+        self.uart.take_output(into);
+        self.settle();
+    }
+
+    /// The operator asks the guest to shut down (ACPI power button).
+    pub fn press_power_button(&mut self, now_ns: u64) {
+        self.advance(now_ns);
+        self.pm.press_power_button();
+        self.settle();
+    }
+
+    /// What has happened since this was last asked.
+    pub fn take_effects(&mut self) -> Effects {
+        core::mem::take(&mut self.effects)
+    }
+
+    /// The ports that nobody claims.
+    pub fn unclaimed(&self) -> &UnclaimedPorts {
+        &self.unclaimed
+    }
+
+    /// Time never goes back: vCPUs read the clock before they take the lock, so two of them may arrive in the wrong order.
+    fn advance(&mut self, now_ns: u64) {
+        self.now_ns = self.now_ns.max(now_ns);
+        self.pm.poll(self.now_ns);
+        if self.pit.take_edge(self.now_ns) {
+            self.pic.set_irq(IRQ_TIMER, false);
+            self.pic.set_irq(IRQ_TIMER, true);
+        }
+    }
+
+    /// Carries every level along its wire.
+    fn settle(&mut self) {
+        self.pic.set_irq(IRQ_COM1, self.uart.interrupt());
+        self.pic.set_irq(IRQ_SCI, self.pm.sci());
+        self.effects.console_output |= self.uart.has_output();
+        let interrupt = self.pic.output();
+        self.effects.interrupt_changed |= interrupt != self.interrupt;
+        self.interrupt = interrupt;
+    }
+
+    fn end(&mut self, end: GuestEnd) {
+        self.effects.end.get_or_insert(end);
+    }
+
+    fn note_unclaimed(&mut self, port: u16, direction: Direction) {
+        let first = self.unclaimed.note(port, direction);
+        self.effects.unclaimed = self.effects.unclaimed.or(first);
+    }
+
+    fn unclaimed_read(&mut self, port: u16, width: Width) -> u32 {
+        self.note_unclaimed(port, Direction::Read);
+        width.mask()
+    }
+
+    fn read_byte(&mut self, port: u16) -> u8 {
+        let now_ns = self.now_ns;
+        let Some(claim) = decode(port) else {
+            return self.unclaimed_read(port, Width::Byte) as u8;
+        };
+        match claim {
+            Claim::Pic(chip, register) => self.pic.read(chip, register),
+            Claim::PitChannel(channel) => self.pit.read_channel(now_ns, channel),
+            Claim::Speaker => self.pit.read_speaker(now_ns),
+            Claim::CmosData => self.cmos.read(now_ns),
+            Claim::Uart(offset) => self.uart.read(offset),
+            Claim::Pm(offset) => self.pm.read(now_ns, offset, Width::Byte) as u8,
+            Claim::Reset => self.reset.read(port),
+            // Write-only registers float.
+            Claim::PitControl | Claim::CmosIndex => 0xff,
+            Claim::DebugExit | Claim::Quiet => 0,
+        }
+    }
+
+    fn write_byte(&mut self, port: u16, value: u8) {
+        let now_ns = self.now_ns;
+        let Some(claim) = decode(port) else {
+            return self.note_unclaimed(port, Direction::Write);
+        };
+        match claim {
+            Claim::Pic(chip, register) => self.pic.write(chip, register, value),
+            Claim::PitChannel(channel) => {
+                self.pit.write_channel(now_ns, channel, value);
+                self.settle_timer(channel);
+            }
+            Claim::PitControl => {
+                self.pit.write_control(now_ns, value);
+                self.settle_timer(usize::from(value >> 6));
+            }
+            Claim::Speaker => self.pit.write_speaker(now_ns, value),
+            Claim::CmosIndex => self.cmos.select(value),
+            Claim::CmosData => self.cmos.write(now_ns, value),
+            Claim::Uart(offset) => self.uart.write(offset, value),
+            Claim::Pm(offset) => {
+                if self.pm.write(now_ns, offset, Width::Byte, u32::from(value)) == PmRequest::PowerOff {
+                    self.end(GuestEnd::PowerOff);
+                }
+            }
+            Claim::Reset => {
+                if self.reset.write(port, value) {
+                    self.end(GuestEnd::Reset);
+                }
+            }
+            Claim::DebugExit | Claim::Quiet => {}
+        }
+    }
+
+    /// Programming channel 0 takes back a request whose output has fallen, so that a stale tick doesn't outlive it.
+    fn settle_timer(&mut self, channel: usize) {
+        if channel == 0 && !self.pit.output(self.now_ns) {
+            self.pic.set_irq(IRQ_TIMER, false);
+        }
+    }
+}
+
+const _: () = assert!(pm::PM_CONTROL + 2 <= pm::PM_TIMER);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::devices::pit::PIT_HZ;
+    use crate::devices::testing::Random;
+    use crate::devices::ticks_to_ns_ceil;
+    use alloc::vec;
+
+    fn platform() -> Platform {
+        let mut platform = Platform::new(PlatformConfig::default());
+        for (port, value) in [
+            (0x20, 0x11),
+            (0x21, 0x30),
+            (0x21, 0x04),
+            (0x21, 0x01),
+            (0xa0, 0x11),
+            (0xa1, 0x38),
+            (0xa1, 0x02),
+            (0xa1, 0x01),
+            (0x21, 0x00),
+            (0xa1, 0x00),
+        ] {
+            platform.io_write(0, port, Width::Byte, value);
+        }
+        platform
+    }
+
+    fn eoi(platform: &mut Platform, now: u64) {
+        platform.io_write(now, 0xa0, Width::Byte, 0x20);
+        platform.io_write(now, 0x20, Width::Byte, 0x20);
+    }
+
+    #[test]
+    fn console_output_and_input_with_interrupts() {
+        let mut platform = platform();
+        platform.io_write(0, 0x3fc, Width::Byte, 0x0b);
+        platform.io_write(0, 0x3f9, Width::Byte, 0x01);
+        platform.io_write(0, 0x3f8, Width::Byte, u32::from(b'!'));
+        assert!(platform.take_effects().console_output);
+        let mut out = Vec::new();
+        platform.console_take(0, &mut out);
+        assert_eq!(out, b"!");
+        assert!(!platform.take_effects().console_output);
+        assert_eq!(platform.console_push(0, b"ls\n"), 3);
+        assert!(platform.take_effects().interrupt_changed);
+        assert_eq!(platform.interrupt_acknowledge(), 0x34);
+        let typed: Vec<u32> = (0..3).map(|_| platform.io_read(0, 0x3f8, Width::Byte)).collect();
+        assert_eq!(typed, vec![u32::from(b'l'), u32::from(b's'), 10]);
+        eoi(&mut platform, 0);
+        assert!(!platform.interrupt_asserted());
+    }
+
+    #[test]
+    fn timer_interrupts_at_its_deadline() {
+        let mut platform = platform();
+        platform.io_write(0, 0x43, Width::Byte, 0x34);
+        platform.io_write(0, 0x40, Width::Byte, 0xa9);
+        platform.io_write(0, 0x40, Width::Byte, 0x04);
+        let period = ticks_to_ns_ceil(0x4a9, PIT_HZ);
+        assert_eq!(platform.next_deadline_ns(), Some(period));
+        platform.poll(period - 1);
+        assert!(!platform.interrupt_asserted());
+        platform.poll(period);
+        assert!(platform.interrupt_asserted());
+        assert_eq!(platform.interrupt_acknowledge(), 0x30);
+        eoi(&mut platform, period);
+        assert!(!platform.interrupt_asserted());
+        platform.poll(2 * period + 1);
+        assert!(platform.interrupt_asserted());
+    }
+
+    #[test]
+    fn masked_timer_wakes_nobody_but_is_not_forgotten() {
+        let mut platform = platform();
+        platform.io_write(0, 0x21, Width::Byte, 0x01);
+        platform.io_write(0, 0x43, Width::Byte, 0x34);
+        platform.io_write(0, 0x40, Width::Byte, 0);
+        platform.io_write(0, 0x40, Width::Byte, 0x10);
+        assert_eq!(platform.next_deadline_ns(), None);
+        platform.io_write(1_000_000_000, 0x21, Width::Byte, 0x00);
+        assert!(platform.interrupt_asserted());
+        assert!(platform.next_deadline_ns().is_some());
+    }
+
+    #[test]
+    fn reprogramming_the_timer_takes_back_its_request() {
+        let mut platform = platform();
+        platform.io_write(0, 0x43, Width::Byte, 0x30);
+        platform.io_write(0, 0x40, Width::Byte, 0x10);
+        platform.io_write(0, 0x40, Width::Byte, 0x00);
+        platform.poll(1_000_000);
+        assert!(platform.interrupt_asserted());
+        platform.io_write(1_000_000, 0x43, Width::Byte, 0x30);
+        assert!(!platform.interrupt_asserted());
+    }
+
+    #[test]
+    fn every_way_out() {
+        let ends = [
+            (0x604, Width::Word, 0x3400, GuestEnd::PowerOff),
+            (0xcf9, Width::Byte, 0x06, GuestEnd::Reset),
+            (0x64, Width::Byte, 0xfe, GuestEnd::Reset),
+            (0x92, Width::Byte, 0x01, GuestEnd::Reset),
+            (0xf4, Width::Dword, 0x10, GuestEnd::Exit { status: 0x21 }),
+            (0xf4, Width::Byte, 0xffff_ff00, GuestEnd::Exit { status: 1 }),
+        ];
+        for (port, width, value, end) in ends {
+            let mut platform = platform();
+            platform.io_write(0, port, width, value);
+            assert_eq!(platform.take_effects().end, Some(end), "{port:#x}");
+            assert_eq!(platform.take_effects().end, None, "reported once");
+        }
+    }
+
+    #[test]
+    fn the_first_end_counts() {
+        let mut platform = platform();
+        platform.io_write(0, 0xf4, Width::Byte, 3);
+        platform.io_write(0, 0x64, Width::Byte, 0xfe);
+        assert_eq!(platform.take_effects().end, Some(GuestEnd::Exit { status: 7 }));
+    }
+
+    #[test]
+    fn pci_probe_neither_resets_nor_answers() {
+        let mut platform = platform();
+        platform.io_write(0, 0xcf8, Width::Dword, 0x8000_0600);
+        platform.io_write(0, 0xcf9, Width::Word, 0x0606);
+        assert_eq!(platform.io_read(0, 0xcf8, Width::Dword), 0xffff_ffff);
+        assert_eq!(platform.io_read(0, 0xcfc, Width::Word), 0xffff);
+        assert_eq!(platform.take_effects().end, None);
+    }
+
+    #[test]
+    fn unclaimed_ports_read_ones_and_are_reported_once() {
+        let mut platform = platform();
+        assert_eq!(platform.io_read(0, 0x2f8, Width::Byte), 0xff);
+        let seen = platform.take_effects().unclaimed;
+        assert_eq!(seen, Some(UnclaimedPort { port: 0x2f8, direction: Direction::Read }));
+        assert_eq!(platform.io_read(0, 0x2f8, Width::Dword), 0xffff_ffff);
+        assert_eq!(platform.take_effects().unclaimed, None);
+        assert_eq!(platform.unclaimed().accesses(), 2);
+    }
+
+    #[test]
+    fn wide_accesses_split_into_bytes() {
+        let mut platform = platform();
+        platform.io_write(0, 0x70, Width::Word, 0x5a_0e);
+        assert_eq!(platform.io_read(0, 0x71, Width::Byte), 0x5a);
+        assert_eq!(platform.io_read(0, 0x3ff, Width::Word) >> 8, 0xff, "beyond the last register is nobody's");
+        assert_eq!(platform.io_read(0, 0xffff, Width::Dword), 0xffff_ffff, "ports wrap without a fault");
+    }
+
+    #[test]
+    fn power_button_reaches_the_cpu_as_the_sci() {
+        let mut platform = platform();
+        platform.io_write(0, 0x602, Width::Word, 1 << 8);
+        platform.press_power_button(0);
+        assert_eq!(platform.interrupt_acknowledge(), 0x39);
+    }
+
+    #[test]
+    fn time_does_not_go_back() {
+        let mut platform = platform();
+        platform.poll(5_000_000_000);
+        assert_eq!(platform.io_read(1, 0x608, Width::Dword), platform.io_read(5_000_000_000, 0x608, Width::Dword));
+    }
+
+    #[test]
+    fn random_guests_never_panic_and_memory_stays_bounded() {
+        let mut random = Random::new(6);
+        let mut platform = platform();
+        let (mut now, mut out) = (0u64, Vec::new());
+        for _ in 0..500_000 {
+            now = now.saturating_add(random.next() >> (30 + random.below(34)));
+            let port = match random.below(4) {
+                0 => random.next() as u16,
+                1 => 0x3f8 + random.below(8) as u16,
+                2 => [0x20, 0x21, 0xa0, 0xa1, 0x40, 0x43, 0x61, 0x70, 0x71, 0x4d0][random.below(10) as usize],
+                _ => 0x600 + random.below(12) as u16,
+            };
+            let width = [Width::Byte, Width::Word, Width::Dword][random.below(3) as usize];
+            match random.below(8) {
+                0 => {
+                    platform.console_push(now, &[0; 64]);
+                }
+                1 => {
+                    out.clear();
+                    platform.console_take(now, &mut out);
+                    assert!(out.len() <= PlatformConfig::default().console_output);
+                }
+                2 => {
+                    platform.poll(now);
+                    if platform.interrupt_asserted() {
+                        platform.interrupt_acknowledge();
+                    }
+                }
+                3 | 4 => assert_eq!(platform.io_read(now, port, width) & !width.mask(), 0),
+                _ => platform.io_write(now, port, width, random.next() as u32),
+            }
+            assert!(platform.next_deadline_ns().is_none_or(|deadline| deadline > now || now == u64::MAX));
+            let _ = platform.take_effects();
+        }
+    }
+}
