@@ -45,6 +45,7 @@ pub use host::{Access, Host, VcpuId};
 pub use mmu::{Config, ConfigError, Mmu, OutOfMemory};
 pub use root::Role;
 pub use slots::{Slot, SlotConfig, SlotError, SlotFlags, SlotId};
+pub use tdp::inspect::{Walk, WalkStep};
 pub use tdp::zap::Zapped;
 pub use vcpu::{Cause, Fault, FaultError, InGuest, Outcome, Vcpu};
 pub use worker::{Invalidation, Worker};

@@ -26,7 +26,8 @@ use crate::lock::{Shared, Ticket};
 use crate::notify::Snapshot;
 use crate::root::{Role, RootRef, give_back};
 use crate::slots::{Slot, SlotFlags, SlotState};
-use crate::tdp::fault::{Mapping, TableCache, look_up, map, map_mmio};
+use crate::tdp::fault::{Mapping, TableCache, map, map_mmio};
+use crate::tdp::inspect::walk;
 
 /// Why the CPU reported a second-stage fault.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -306,7 +307,8 @@ impl<H: Host> Vcpu<H> {
         let root = self.root.as_ref().ok_or(FaultError::NoRoot)?;
         let inside = Shared::enter(&self.mmu, &mut self.ticket);
         let now = self.mmu.slots.generation() as u32 & MMIO_GENERATION_MASK;
-        Ok(matches!(look_up(&inside, root, gfn).0, State::Mmio { generation } if generation == now))
+        let state = walk(&inside, root, gfn).last().map(|step| step.state);
+        Ok(matches!(state, Some(State::Mmio { generation }) if generation == now))
     }
 
     #[cold]

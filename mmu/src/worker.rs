@@ -15,9 +15,9 @@ use crate::lock::{Exclusive, Shared, Ticket};
 use crate::reclaim::Batch;
 use crate::root::Role;
 use crate::slots::{Change, Published, Slot, SlotConfig, SlotError, SlotFlags, SlotId};
-use crate::tdp::fault::look_up;
+use crate::tdp::inspect::{Walk, walk};
 use crate::tdp::zap::{Zapped, zap_range};
-use crate::{Level, Mmu, OutOfMemory, State};
+use crate::{Mmu, OutOfMemory};
 
 /// See the module head.
 pub struct Worker<H: Host> {
@@ -97,12 +97,11 @@ impl<H: Host> Worker<H> {
         Ok(pair)
     }
 
-    /// What the tables say of `gfn` under the root of `role`: the state of the last entry of the walk, and its level.
-    /// `None` if no vCPU has loaded such a root.
-    pub fn look_up(&mut self, role: Role, gfn: Gfn) -> Option<(State, Level)> {
+    /// The entries that translate `gfn` under the root of `role`. `None` if no vCPU has loaded such a root.
+    pub fn walk(&mut self, role: Role, gfn: Gfn) -> Option<Walk> {
         let root = self.mmu.roots.get(&self.mmu, role)?;
         let inside = Shared::enter(&self.mmu, &mut self.ticket);
-        Some(look_up(&inside, &root, gfn))
+        Some(walk(&inside, &root, gfn))
     }
 
     /// Frees tables whose readers have left. Done by every zap as well; for an embedder that wants memory back now.

@@ -272,15 +272,3 @@ pub(crate) fn map_mmio<H: Host>(
         }
     }
 }
-
-/// The state of the entry that translates `gfn`, and its level: the last one of the walk.
-pub(crate) fn look_up<H: Host>(inside: &Shared<'_, H>, root: &RootRef, gfn: Gfn) -> (State, Level) {
-    let mut table = Table::root(inside, root);
-    loop {
-        let raw = table.entry(gfn).load(Ordering::Acquire);
-        match table.next(raw) {
-            Some(next) => table = next,
-            None => return (H::Format::decode(raw, table.level), table.level),
-        }
-    }
-}
