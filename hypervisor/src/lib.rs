@@ -17,6 +17,7 @@ extern crate std;
 pub mod boot;
 pub mod control;
 pub mod cpu;
+pub mod devices;
 pub mod memory;
 pub mod svm;
 pub mod vm;

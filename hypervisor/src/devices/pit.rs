@@ -361,7 +361,7 @@ impl Pit {
     pub fn read_speaker(&self, now_ns: u64) -> u8 {
         u8::from(self.channels[2].gate)
             | u8::from(self.speaker) << 1
-            | ((now_ns / REFRESH_NS & 1) as u8) << 4
+            | u8::from(now_ns / REFRESH_NS % 2 == 1) << 4
             | u8::from(self.channels[2].output(now_ns)) << 5
     }
 
