@@ -118,6 +118,8 @@ pub struct Vcpu<H: Host> {
     root: Option<RootRef>,
     cache: TableCache,
     hint: Option<Hint>,
+    /// The TLB must be flushed before the guest runs.
+    flush_owed: bool,
 }
 
 impl<H: Host> fmt::Debug for Vcpu<H> {
@@ -130,9 +132,8 @@ impl<H: Host> fmt::Debug for Vcpu<H> {
 #[must_use = "the vCPU counts as in guest mode until this is dropped"]
 #[derive(Debug)]
 pub struct InGuest<'a, H: Host> {
-    vcpu: &'a Vcpu<H>,
+    vcpu: &'a mut Vcpu<H>,
     root: Hpa,
-    flush: bool,
 }
 
 impl<H: Host> InGuest<'_, H> {
@@ -142,13 +143,15 @@ impl<H: Host> InGuest<'_, H> {
         self.root
     }
 
-    /// Whether all of the guest's translations in this CPU's TLB must be flushed before the guest runs.
+    /// Whether all of the guest's translations in this CPU's TLB must be flushed before the guest runs; takes the
+    /// obligation over.
     ///
-    /// Not advice: the library has already told others that it is done.
+    /// Not advice: the library has already told others that it is done. An embedder that decides not to run the guest
+    /// after all asks for it no sooner than it runs: what is not taken stays owed to the next entry.
     #[inline]
     #[must_use = "the guest must not run before the flush"]
-    pub fn must_flush(&self) -> bool {
-        self.flush
+    pub fn take_flush(&mut self) -> bool {
+        core::mem::take(&mut self.vcpu.flush_owed)
     }
 }
 
@@ -165,7 +168,8 @@ impl<H: Host> Vcpu<H> {
         let seat = mmu.lock.claim(seat..seat + 1)?;
         let role = Role { level: mmu.config.root_level };
         let ticket = Ticket { seat };
-        Some(Self { mmu: Arc::clone(mmu), ticket, id, role, root: None, cache: TableCache::default(), hint: None })
+        let (mmu, cache) = (Arc::clone(mmu), TableCache::default());
+        Some(Self { mmu, ticket, id, role, root: None, cache, hint: None, flush_owed: false })
     }
 
     /// The vCPU's number.
@@ -186,11 +190,11 @@ impl<H: Host> Vcpu<H> {
             self.load_root()?;
         }
         let root = self.root.as_ref().ok_or(FaultError::NoRoot)?.frame().hpa();
-        let flush = self.mmu.tlb.enter(self.id);
-        if flush {
+        if self.mmu.tlb.enter(self.id) {
             self.counters().add(Counter::Flush, 1);
+            self.flush_owed = true;
         }
-        Ok(InGuest { vcpu: self, root, flush })
+        Ok(InGuest { vcpu: self, root })
     }
 
     /// Handles a second-stage fault.
