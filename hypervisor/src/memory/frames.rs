@@ -207,6 +207,17 @@ pub fn free(block: u64, order: u32) {
     FRAMES.lock().free(block, order);
 }
 
+/// A block's bytes.
+///
+/// # Safety
+/// The block was given by [`alloc`] for this order, and the result is its only use for as long as it lives.
+#[must_use]
+pub unsafe fn block<'a>(block: u64, order: u32) -> &'a mut [u8] {
+    let start = ptr::with_exposed_provenance_mut(block as usize);
+    // SAFETY: identity-mapped RAM that is the caller's.
+    unsafe { core::slice::from_raw_parts_mut(start, (FRAME as usize) << order) }
+}
+
 /// Free and total frames of the machine's allocator.
 #[must_use]
 pub fn counts() -> (u64, u64) {

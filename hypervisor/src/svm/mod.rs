@@ -1,6 +1,12 @@
 //! AMD Secure Virtual Machine: whether it is there, turning it on, and (in the rooms below) the VMCB, guest entry and the
 //! meaning of exits. Section numbers are of the AMD64 Architecture Programmer's Manual, volume 2.
 
+pub mod entry;
+pub mod exit;
+pub mod permission;
+mod vcpu;
+pub mod vmcb;
+
 use alloc::string::{String, ToString};
 use alloc::vec::Vec;
 use core::arch::x86_64::__cpuid;
@@ -8,10 +14,13 @@ use core::arch::x86_64::__cpuid;
 use crate::cpu::instructions;
 use crate::memory::frames;
 
+pub use vcpu::{Event, Vcpu};
+
 const MSR_EFER: u32 = 0xc000_0080;
 const MSR_VM_CR: u32 = 0xc001_0114;
 const MSR_VM_HSAVE_PA: u32 = 0xc001_0117;
-const EFER_SVME: u64 = 1 << 12;
+/// SVM is on. Must be set in a guest's EFER too, and is hidden from it.
+pub const EFER_SVME: u64 = 1 << 12;
 const VM_CR_SVMDIS: u64 = 1 << 4;
 
 /// What CPUID 0x8000_000a says.
