@@ -1,2 +1,80 @@
-//! Placeholder head, replaced by the first commit of this room.
-fn main() {}
+//! The `nestling` command.
+
+use std::{
+    io::{self, Write},
+    process::ExitCode,
+    thread,
+};
+
+use clap::Parser;
+use nestling_cli::{
+    args::{Cli, Command, RunArgs},
+    doctor,
+    error::Error,
+    plan::Seat,
+    progress::Progress,
+    run,
+    session::Remote,
+    terminal::{self, Terminal},
+};
+use signal_hook::{
+    consts::{SIGHUP, SIGINT, SIGTERM},
+    iterator::Signals,
+};
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    match cli.command {
+        Some(Command::Doctor) => ExitCode::from(u8::from(!doctor::print(&doctor::examine()))),
+        Some(Command::Run(args)) => run_guest(&args),
+        None => run_guest(&cli.run),
+    }
+}
+
+fn run_guest(args: &RunArgs) -> ExitCode {
+    let seat = terminal::seat();
+    let progress = Progress::for_stderr();
+    let outcome = run::prepare(args, seat, progress).and_then(|prepared| {
+        if let Seat::Terminal(..) = seat {
+            progress.note("starting the guest; Ctrl-A x leaves it");
+        } else {
+            progress.note("starting the guest");
+        }
+        prepared.run(|remote| console(remote, seat))
+    });
+    match outcome {
+        Ok(outcome) => ExitCode::from(outcome.exit_status()),
+        Err(error) => {
+            eprintln!("nestling: {error}");
+            ExitCode::from(error.status() as u8)
+        }
+    }
+}
+
+/// Where the guest's console goes: to the terminal as it is, to a pipe without the carriage returns.
+fn console(remote: Remote, seat: Seat) -> Result<Box<dyn Write>, Error> {
+    let mut signals = Signals::new([SIGHUP, SIGINT, SIGTERM]).map_err(Error::io("listen for signals"))?;
+    let signalled = remote.clone();
+    thread::spawn(move || signals.forever().for_each(|number| signalled.signal(number)));
+    match seat {
+        Seat::Terminal(..) => {
+            Ok(Box::new(Terminal::enter(remote).map_err(Error::io("put the terminal into raw mode"))?))
+        }
+        Seat::Pipe => Ok(Box::new(WithoutCarriageReturns(io::stdout()))),
+    }
+}
+
+struct WithoutCarriageReturns<W>(W);
+
+impl<W: Write> Write for WithoutCarriageReturns<W> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        for part in bytes.split(|&byte| byte == b'\r') {
+            self.0.write_all(part)?;
+        }
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.0.flush()
+    }
+}

@@ -1,0 +1,167 @@
+//! The command line.
+
+use std::{path::PathBuf, time::Duration};
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use nestling_control::config::HugePages;
+
+/// Boots unmodified Linux guests on a hypervisor whose guest memory is managed by the library `nestling`.
+///
+/// Without a subcommand: run.
+#[derive(Clone, Debug, Parser)]
+#[command(name = "nestling", version, args_conflicts_with_subcommands = true, after_help = STATUSES)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Option<Command>,
+    /// The options of `run`, which may be left out.
+    #[command(flatten)]
+    pub run: RunArgs,
+}
+
+const STATUSES: &str = "\
+Exit status: 0 the guest powered off or reset (in check mode: and passed); an odd number is the guest's own, \
+(value << 1) | 1 for the value it wrote to port 0xf4; 2 options or files that cannot be used; 64 no verdict; \
+66 self-check failed; 70 the guest died; 72 QEMU or the hypervisor failed; 74 timeout; 76 something is missing; \
+78 any other error; 128 + n ended by signal n.";
+
+/// The subcommands.
+#[derive(Clone, Debug, Subcommand)]
+pub enum Command {
+    /// Boot a guest. With a terminal: a shell in it, left with Ctrl-A x. Without: its self-check and a verdict.
+    Run(Box<RunArgs>),
+    /// Say what is there, what is missing and how to get it.
+    Doctor,
+}
+
+/// What can be said about a run.
+#[derive(Args, Clone, Debug)]
+pub struct RunArgs {
+    /// Guest kernel, a Linux bzImage [default: Debian's cloud kernel, fetched once by package name]
+    #[arg(long, value_name = "FILE")]
+    pub kernel: Option<PathBuf>,
+    /// Guest initial RAM disk [default: busybox and a self-check, put together here]
+    #[arg(long, value_name = "FILE")]
+    pub initrd: Option<PathBuf>,
+    /// Words added to the guest kernel's command line; where two contradict, the kernel takes the later
+    #[arg(long, value_name = "TEXT", default_value = "", allow_hyphen_values = true)]
+    pub append: String,
+    /// Guest memory: a number and M or G
+    #[arg(long, short, value_name = "SIZE", default_value = "1G", value_parser = memory_bytes)]
+    pub memory: u64,
+    /// Virtual CPUs, each on a CPU of its own
+    #[arg(long, value_name = "N", default_value_t = 4)]
+    pub vcpus: u32,
+    /// The largest page with which guest memory is mapped
+    #[arg(long, value_name = "SIZE", value_enum, default_value_t = PageSize::M2)]
+    pub huge_pages: PageSize,
+    /// End the run after this long and fail [default: 300 in check mode, none with a shell]
+    #[arg(long, value_name = "SECONDS", value_parser = seconds)]
+    pub timeout: Option<Duration>,
+    /// Write what the run cost as JSON
+    #[arg(long, value_name = "FILE")]
+    pub report: Option<PathBuf>,
+    /// What the default guest does [default: shell at a terminal, otherwise check; no check with an initrd of one's own]
+    #[arg(long, value_enum)]
+    pub mode: Option<Mode>,
+    /// How QEMU runs the hypervisor
+    #[arg(long, value_enum, default_value_t = Accel::Auto)]
+    pub accel: Accel,
+    /// A hypervisor that is built already [default: built from this source tree]
+    #[arg(long, value_name = "FILE")]
+    pub hypervisor: Option<PathBuf>,
+    /// Show all that the hypervisor says, and QEMU's command line
+    #[arg(long, short)]
+    pub verbose: bool,
+}
+
+/// `--huge-pages`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum PageSize {
+    /// 4 KiB pages only
+    None,
+    /// Up to 2 MiB
+    #[value(name = "2M")]
+    M2,
+    /// Up to 1 GiB
+    #[value(name = "1G")]
+    G1,
+}
+
+impl From<PageSize> for HugePages {
+    fn from(size: PageSize) -> Self {
+        match size {
+            PageSize::None => Self::None,
+            PageSize::M2 => Self::M2,
+            PageSize::G1 => Self::G1,
+        }
+    }
+}
+
+/// `--mode`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, serde::Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Mode {
+    /// An interactive shell
+    Shell,
+    /// Check itself, print a verdict, power off
+    Check,
+}
+
+/// `--accel`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Accel {
+    /// Hardware virtualisation where it can nest SVM, otherwise emulation
+    Auto,
+    /// Emulation
+    Tcg,
+    /// Hardware virtualisation or nothing
+    Kvm,
+}
+
+/// A size with its unit. A bare number is refused: tools differ in what they take it for.
+fn memory_bytes(text: &str) -> Result<u64, String> {
+    let text = text.trim();
+    let (number, shift) = match text.as_bytes().last() {
+        Some(b'M' | b'm') => (&text[..text.len() - 1], 20),
+        Some(b'G' | b'g') => (&text[..text.len() - 1], 30),
+        _ => return Err("a number and a unit are needed, as 512M or 2G".into()),
+    };
+    let number: u64 =
+        number.parse().map_err(|_| "a whole number is needed before the unit, as 512M or 2G".to_owned())?;
+    number.checked_mul(1 << shift).ok_or_else(|| "beyond 64 bits".into())
+}
+
+fn seconds(text: &str) -> Result<Duration, String> {
+    match text.parse() {
+        Ok(0) => Err("the guest needs some time: at least 1".into()),
+        Ok(seconds) => Ok(Duration::from_secs(seconds)),
+        Err(_) => Err("a whole number of seconds is needed".into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_need_a_unit_and_do_not_overflow() {
+        assert_eq!(memory_bytes("512M"), Ok(512 << 20));
+        assert_eq!(memory_bytes("2g"), Ok(2 << 30));
+        for bad in ["", "1", "1024", "G", "1.5G", "-1G", "1T", "99999999999999G", "1 G", "é"] {
+            assert!(memory_bytes(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn run_is_the_default_and_takes_its_options_with_or_without_its_name() {
+        use clap::CommandFactory;
+        Cli::command().debug_assert();
+        let bare = Cli::parse_from(["nestling", "--vcpus", "2", "--huge-pages", "1G"]);
+        assert!(bare.command.is_none());
+        assert_eq!((bare.run.vcpus, bare.run.huge_pages), (2, PageSize::G1));
+        let named = Cli::parse_from(["nestling", "run", "--append", "-x", "--memory", "64M"]);
+        let Some(Command::Run(run)) = named.command else { panic!("not run: {named:?}") };
+        assert_eq!((run.append.as_str(), run.memory), ("-x", 64 << 20));
+    }
+}

@@ -1,0 +1,114 @@
+//! `nestling doctor`: what is there, what is missing, and how to get it. Looks only: installs, fetches and builds nothing.
+
+use std::{fmt, process::Command};
+
+use nestling_control::config::MIN_MEMORY_BYTES;
+
+use crate::{
+    accel, artifacts,
+    error::Mebibytes,
+    guest::packages,
+    qemu,
+    setup::{self, Privilege, find_program, install_line, run_quietly},
+};
+
+/// How one thing stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum State {
+    /// There.
+    Ok,
+    /// Not there yet; `nestling run` gets it by itself.
+    OnDemand,
+    /// Not there, and somebody must act.
+    Missing,
+}
+
+impl fmt::Display for State {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Ok => "ok",
+            Self::OnDemand => "on demand",
+            Self::Missing => "MISSING",
+        })
+    }
+}
+
+/// One line of the table.
+#[derive(Clone, Debug)]
+pub struct Finding {
+    /// What was looked for.
+    pub what: &'static str,
+    /// How it stands.
+    pub state: State,
+    /// Which one, or how to get it.
+    pub detail: String,
+}
+
+/// Looks at everything a run needs.
+#[must_use]
+pub fn examine() -> Vec<Finding> {
+    let privilege = Privilege::of_this_process();
+    let finding = |what, state, detail| Finding { what, state, detail };
+    let mut findings = Vec::new();
+
+    findings.push(match find_program(setup::QEMU) {
+        Some(path) => {
+            let version = qemu::version(&path).unwrap_or_else(|| "it does not say its version".into());
+            finding("QEMU", State::Ok, format!("{} ({version})", path.display()))
+        }
+        None if privilege != Privilege::None && find_program("apt-get").is_some() => {
+            finding("QEMU", State::OnDemand, format!("`nestling run` installs the package {}", setup::QEMU_PACKAGE))
+        }
+        None => finding("QEMU", State::Missing, install_line(setup::QEMU_PACKAGE)),
+    });
+    findings.push(match accel::nested_svm() {
+        Ok(()) => finding("acceleration", State::Ok, "KVM with nested SVM".into()),
+        Err(reason) => finding("acceleration", State::Ok, format!("emulation (TCG): {reason}")),
+    });
+    findings.push(match run_quietly(Command::new("cargo").arg("--version")) {
+        Ok(version) => finding("cargo", State::Ok, version.trim().into()),
+        Err(_) => finding("cargo", State::Missing, "install Rust, or give --hypervisor and --initrd".into()),
+    });
+    findings.push(match artifacts::source_tree() {
+        Some(root) => finding("source tree", State::Ok, root.display().to_string()),
+        None => {
+            finding("source tree", State::Missing, "run from a source tree, or give --hypervisor and --initrd".into())
+        }
+    });
+    let fetching = ["apt-get", "apt-cache", "dpkg-deb"].iter().all(|tool| find_program(tool).is_some());
+    let packages = [
+        ("guest kernel", packages::cached_kernel(), "give one with --kernel"),
+        ("guest busybox", packages::cached_busybox(), "give an initial RAM disk with --initrd"),
+    ];
+    for (what, cached, instead) in packages {
+        findings.push(match cached {
+            Some(path) => finding(what, State::Ok, path.display().to_string()),
+            None if fetching => {
+                finding(what, State::OnDemand, "`nestling run` fetches its package with apt-get".into())
+            }
+            None => finding(what, State::Missing, format!("apt-get and dpkg-deb are not here: {instead}")),
+        });
+    }
+    findings.push(match setup::available_memory_bytes() {
+        Some(bytes) if bytes < 2 * MIN_MEMORY_BYTES + (256 << 20) => {
+            finding("host memory", State::Missing, format!("{} available: too little for any guest", Mebibytes(bytes)))
+        }
+        Some(bytes) => finding("host memory", State::Ok, format!("{} available", Mebibytes(bytes))),
+        None => finding("host memory", State::Ok, "unknown".into()),
+    });
+    findings
+}
+
+/// Prints the table. Whether nothing is missing comes back.
+#[must_use]
+pub fn print(findings: &[Finding]) -> bool {
+    for Finding { what, state, detail } in findings {
+        println!("{what:<14} {state:<10} {detail}");
+    }
+    let missing = findings.iter().filter(|finding| finding.state == State::Missing).count();
+    match missing {
+        0 => println!("nothing is missing: `nestling run` boots a guest"),
+        count => println!("{count} missing: see above how to get it"),
+    }
+    missing == 0
+}

@@ -1,0 +1,209 @@
+//! What a run came to: one exit status, one verdict, one sentence.
+
+use nestling_control::message::{GuestExit, Report};
+
+use crate::{
+    accel::Acceleration,
+    args::Mode,
+    error::{Mebibytes, Status},
+    session::{Ending, HypervisorFailure, Record},
+};
+
+/// A finished run.
+#[derive(Clone, Debug)]
+pub struct Outcome {
+    /// What the guest was to do.
+    pub mode: Mode,
+    /// How QEMU ran.
+    pub acceleration: Acceleration,
+    /// What was learned.
+    pub record: Record,
+}
+
+impl Outcome {
+    /// The exit status of the command. Only a good run gives 0.
+    #[must_use]
+    pub fn exit_status(&self) -> u8 {
+        match &self.record.ending {
+            Ending::Guest(GuestExit::PowerOff | GuestExit::Reset) => self.judged() as u8,
+            // As QEMU's isa-debug-exit gives it; the low bit keeps it from ever being 0.
+            Ending::Guest(GuestExit::DebugExit { value }) => (*value as u8) << 1 | 1,
+            Ending::Guest(GuestExit::Died) => Status::GuestDied as u8,
+            Ending::Guest(GuestExit::Error { .. }) | Ending::Hypervisor(_) => Status::HypervisorFailed as u8,
+            Ending::Guest(GuestExit::Stopped) | Ending::Left => match self.mode {
+                Mode::Shell => Status::Good as u8,
+                Mode::Check => Status::NoVerdict as u8,
+            },
+            Ending::TimedOut(_) => Status::TimedOut as u8,
+            Ending::Signal(number) => 128 + (*number as u8 & 0x7f),
+        }
+    }
+
+    /// Judges a guest that ended by itself.
+    fn judged(&self) -> Status {
+        match (self.mode, self.record.console.verdict()) {
+            (Mode::Check, None) => return Status::NoVerdict,
+            (Mode::Check, Some(Err(_))) => return Status::CheckFailed,
+            (Mode::Check, Some(Ok(_))) | (Mode::Shell, _) => {}
+        }
+        match &self.record.report {
+            Some(report) if frames_left(report) == 0 => Status::Good,
+            // No report, or a leak: the guest did its part, the hypervisor did not.
+            _ => Status::HypervisorFailed,
+        }
+    }
+
+    /// Whether the run was good.
+    #[must_use]
+    pub fn passed(&self) -> bool {
+        self.exit_status() == 0
+    }
+
+    /// How it ended, in a few words that scripts can compare.
+    #[must_use]
+    pub fn end_name(&self) -> &'static str {
+        match &self.record.ending {
+            Ending::Guest(GuestExit::PowerOff) => "power-off",
+            Ending::Guest(GuestExit::Reset) => "reset",
+            Ending::Guest(GuestExit::DebugExit { .. }) => "debug-exit",
+            Ending::Guest(GuestExit::Died) => "died",
+            Ending::Guest(GuestExit::Error { .. }) => "error",
+            Ending::Guest(GuestExit::Stopped) | Ending::Left => "left",
+            Ending::TimedOut(_) => "timeout",
+            Ending::Signal(_) => "signal",
+            Ending::Hypervisor(_) => "hypervisor-failed",
+        }
+    }
+
+    /// One sentence for people.
+    #[must_use]
+    pub fn sentence(&self) -> String {
+        let record = &self.record;
+        let end = match &record.ending {
+            Ending::Guest(GuestExit::PowerOff) => "the guest switched itself off".into(),
+            Ending::Guest(GuestExit::Reset) => "the guest asked for a reset".into(),
+            Ending::Guest(GuestExit::DebugExit { value }) => format!("the guest ended with the value {value}"),
+            Ending::Guest(GuestExit::Died) => "the guest died".into(),
+            Ending::Guest(GuestExit::Error { text }) => format!("the hypervisor gave up: {text}"),
+            Ending::Guest(GuestExit::Stopped) | Ending::Left => "left".into(),
+            Ending::TimedOut(after) => format!("no end within {} s (--timeout)", after.as_secs()),
+            Ending::Signal(number) => format!("ended by signal {number}"),
+            Ending::Hypervisor(HypervisorFailure::Died { status }) => match status {
+                Some(status) => format!("the hypervisor died without a word (QEMU: {status})"),
+                None => "the hypervisor stopped talking".into(),
+            },
+            Ending::Hypervisor(HypervisorFailure::Silent) => "the hypervisor did not come up".into(),
+            Ending::Hypervisor(HypervisorFailure::Protocol { version }) => {
+                format!("the hypervisor speaks protocol {version}: build it and the command from the same tree")
+            }
+        };
+        let verdict = match (self.mode, record.console.verdict()) {
+            (_, Some(Ok(words) | Err(words))) => format!("; self-check: {words}"),
+            (Mode::Check, None) => "; self-check: no verdict".into(),
+            (Mode::Shell, None) => String::new(),
+        };
+        let left = match &record.report {
+            Some(report) if frames_left(report) > 0 => format!("; LEAK: {} frames not given back", frames_left(report)),
+            None if matches!(record.ending, Ending::Guest(GuestExit::PowerOff | GuestExit::Reset)) => {
+                "; the hypervisor sent no report".into()
+            }
+            _ => String::new(),
+        };
+        format!("{end}{verdict}{left}")
+    }
+
+    /// What the run cost, in one line.
+    #[must_use]
+    pub fn cost(&self) -> Option<String> {
+        let report = self.record.report.as_ref()?;
+        let exits: u64 = report.exits.values().sum();
+        let faults: u64 = report.faults.values().sum();
+        let mapped = &report.mapped_bytes;
+        Some(format!(
+            "{:.1} s, booted in {}; {exits} exits, {faults} faults; mapped {} by 4K, {} by 2M, {} by 1G pages with {} \
+             tables; {} flushes, {} kicks",
+            self.record.wall.as_secs_f64(),
+            self.record.boot_wall.map_or_else(|| "no time known".into(), |boot| format!("{:.1} s", boot.as_secs_f64())),
+            Mebibytes(mapped.size_4k),
+            Mebibytes(mapped.size_2m),
+            Mebibytes(mapped.size_1g),
+            report.table_frames.peak,
+            report.tlb_flushes,
+            report.kicks
+        ))
+    }
+}
+
+/// Frames that were not given back.
+fn frames_left(report: &Report) -> u64 {
+    report.table_frames.left.saturating_add(report.guest_frames_left)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use nestling_control::message::TableFrames;
+
+    use super::*;
+    use crate::console::Judge;
+
+    fn outcome(mode: Mode, ending: Ending, console: &str, report: Option<Report>) -> Outcome {
+        let mut judge = Judge::default();
+        judge.read(console.as_bytes());
+        let record = Record {
+            ending,
+            hello: None,
+            report,
+            death: None,
+            console: judge,
+            boot_wall: None,
+            wall: Duration::ZERO,
+            qemu_output: String::new(),
+        };
+        Outcome { mode, acceleration: Acceleration::Tcg, record }
+    }
+
+    const PASS: &str = "nestling-selfcheck: PASS in 1 s\n";
+    const FAIL: &str = "nestling-selfcheck: FAIL memory\n";
+
+    #[test]
+    fn only_a_run_in_which_everything_is_right_gives_0() {
+        let off = || Ending::Guest(GuestExit::PowerOff);
+        let whole = || Some(Report::default());
+        let leak = || Some(Report { table_frames: TableFrames { peak: 9, left: 1 }, ..Report::default() });
+        let leaked_guest = || Some(Report { guest_frames_left: 1, ..Report::default() });
+        let status = |mode, ending, console, report| outcome(mode, ending, console, report).exit_status();
+        assert_eq!(status(Mode::Check, off(), PASS, whole()), 0);
+        assert_eq!(status(Mode::Check, Ending::Guest(GuestExit::Reset), PASS, whole()), 0);
+        assert_eq!(status(Mode::Shell, off(), "", whole()), 0);
+        assert_eq!(status(Mode::Shell, Ending::Left, "", None), 0);
+
+        assert_eq!(status(Mode::Check, off(), "", whole()), 64);
+        assert_eq!(status(Mode::Check, Ending::Left, PASS, whole()), 64);
+        assert_eq!(status(Mode::Check, off(), FAIL, whole()), 66);
+        assert_eq!(status(Mode::Check, off(), PASS, None), 72);
+        assert_eq!(status(Mode::Check, off(), PASS, leak()), 72);
+        assert_eq!(status(Mode::Shell, off(), "", leaked_guest()), 72);
+        assert_eq!(status(Mode::Check, Ending::Guest(GuestExit::Died), PASS, whole()), 70);
+        assert_eq!(status(Mode::Check, Ending::Guest(GuestExit::Error { text: String::new() }), PASS, whole()), 72);
+        assert_eq!(status(Mode::Check, Ending::TimedOut(Duration::ZERO), PASS, whole()), 74);
+        assert_eq!(status(Mode::Check, Ending::Signal(15), PASS, whole()), 143);
+        let failures = [
+            HypervisorFailure::Died { status: None },
+            HypervisorFailure::Silent,
+            HypervisorFailure::Protocol { version: 0 },
+        ];
+        for failure in failures {
+            assert_eq!(status(Mode::Shell, Ending::Hypervisor(failure), PASS, whole()), 72);
+        }
+    }
+
+    #[test]
+    fn a_guests_own_status_is_odd_whatever_it_writes() {
+        for (value, expected) in [(0, 1), (1, 3), (0x7f, 0xff), (0x80, 1), (u32::MAX, 0xff)] {
+            let ending = Ending::Guest(GuestExit::DebugExit { value });
+            assert_eq!(outcome(Mode::Check, ending, PASS, None).exit_status(), expected, "value {value:#x}");
+        }
+    }
+}

@@ -1,0 +1,392 @@
+//! Watches a running machine to its end.
+//!
+//! One loop takes events from a bounded queue: bytes of the guest's console and messages of the control channel, each
+//! read by a thread, and keys, leaving and signals from whoever holds a [`Remote`]. A reader that finds the queue full
+//! waits, and with it the machine: a slow terminal slows the guest, it does not fill memory. Keys are dropped when the
+//! queue is full, as on any serial line.
+//!
+//! The loop ends in one of these ways, each with a bound of its own:
+//! - the hypervisor says `Done`: then QEMU has [`END_GRACE`] to end by itself;
+//! - the control channel closes, or nothing comes on it for [`HELLO_WITHIN`]: the hypervisor has failed;
+//! - somebody leaves: the hypervisor is asked to stop and has [`STOP_GRACE`];
+//! - the time limit is over, or a signal comes: QEMU is killed.
+
+use std::{
+    io::{Read, Write},
+    os::unix::net::UnixStream,
+    process::ExitStatus,
+    sync::mpsc::{self, Receiver, RecvTimeoutError, SyncSender},
+    thread,
+    time::{Duration, Instant},
+};
+
+use nestling_control::{
+    PROTOCOL_VERSION,
+    frame::{self, Decoder, FrameError},
+    message::{DeathReport, GuestExit, Hello, LogLevel, Report, ToCommand, ToHypervisor},
+};
+
+use crate::{console::Judge, error::Error, plan::Plan, qemu::Machine};
+
+/// From QEMU's start to the hypervisor's first message. It takes a fraction of a second; this is for a loaded emulator.
+pub const HELLO_WITHIN: Duration = Duration::from_secs(60);
+/// From the request to stop to the hypervisor's report.
+pub const STOP_GRACE: Duration = Duration::from_secs(5);
+/// From the hypervisor's last message to QEMU's end.
+pub const END_GRACE: Duration = Duration::from_secs(5);
+
+const QUEUE: usize = 1024;
+/// A damaged channel may produce any number of errors; people need the first few.
+const SHOWN_FRAME_ERRORS: u32 = 3;
+
+/// Something that happened.
+#[derive(Debug)]
+enum Event {
+    Console(Vec<u8>),
+    ConsoleClosed,
+    Control(Result<ToCommand, FrameError>),
+    ControlClosed,
+    Keys(Vec<u8>),
+    Leave,
+    Signal(i32),
+}
+
+/// Acts on a session from outside of its loop.
+#[derive(Clone, Debug)]
+pub struct Remote(SyncSender<Event>);
+
+impl Remote {
+    /// Types into the guest's console.
+    pub fn send_keys(&self, keys: Vec<u8>) {
+        // Full: dropped, as said above. Closed: the session is over.
+        let _ = self.0.try_send(Event::Keys(keys));
+    }
+
+    /// Ends the session as its user's wish.
+    pub fn leave(&self) {
+        let _ = self.0.send(Event::Leave);
+    }
+
+    /// Ends the session because of a signal.
+    pub fn signal(&self, number: i32) {
+        let _ = self.0.send(Event::Signal(number));
+    }
+}
+
+/// How a session ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Ending {
+    /// The hypervisor said how its guest ended.
+    Guest(GuestExit),
+    /// Its user left.
+    Left,
+    /// The time limit was over.
+    TimedOut(Duration),
+    /// A signal came.
+    Signal(i32),
+    /// The hypervisor failed.
+    Hypervisor(HypervisorFailure),
+}
+
+/// How the hypervisor failed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum HypervisorFailure {
+    /// The machine ended before the hypervisor said how its guest did.
+    Died {
+        /// QEMU's status, if it ended by itself.
+        status: Option<ExitStatus>,
+    },
+    /// It never said a word.
+    Silent,
+    /// It speaks another protocol.
+    Protocol {
+        /// Its version.
+        version: u32,
+    },
+}
+
+/// All that a session has learned.
+#[derive(Clone, Debug)]
+pub struct Record {
+    /// How it ended.
+    pub ending: Ending,
+    /// What the hypervisor said of itself.
+    pub hello: Option<Hello>,
+    /// What the run cost.
+    pub report: Option<Report>,
+    /// How the guest died.
+    pub death: Option<DeathReport>,
+    /// The console.
+    pub console: Judge,
+    /// From QEMU's start to the first line of the default guest's init.
+    pub boot_wall: Option<Duration>,
+    /// From QEMU's start to the end.
+    pub wall: Duration,
+    /// What QEMU itself said, the end of it.
+    pub qemu_output: String,
+}
+
+/// The queue's two ends.
+#[derive(Debug)]
+pub struct Queue {
+    sender: SyncSender<Event>,
+    receiver: Receiver<Event>,
+}
+
+impl Default for Queue {
+    fn default() -> Self {
+        let (sender, receiver) = mpsc::sync_channel(QUEUE);
+        Self { sender, receiver }
+    }
+}
+
+impl Queue {
+    /// A handle for somebody outside.
+    #[must_use]
+    pub fn remote(&self) -> Remote {
+        Remote(self.sender.clone())
+    }
+}
+
+/// Watches `machine`, started at `start`, and copies its console to `output`.
+///
+/// # Errors
+/// If the machine's streams cannot be shared between threads, or `output` cannot be written.
+pub fn watch(
+    machine: Machine,
+    start: Instant,
+    plan: &Plan,
+    queue: Queue,
+    output: &mut dyn Write,
+) -> Result<Record, Error> {
+    let share = |stream: &UnixStream| stream.try_clone().map_err(Error::io("share a serial line between threads"));
+    spawn_reader(share(&machine.console)?, queue.sender.clone(), Event::ConsoleClosed, |bytes, events| {
+        events.send(Event::Console(bytes.to_vec())).is_ok()
+    });
+    let mut decoder = Decoder::default();
+    spawn_reader(share(&machine.control)?, queue.sender.clone(), Event::ControlClosed, move |bytes, events| {
+        bytes.iter().all(|&byte| match decoder.push(byte) {
+            Some(result) => events.send(Event::Control(result)).is_ok(),
+            None => true,
+        })
+    });
+    let keys = spawn_writer(share(&machine.console)?);
+    let mut control = share(&machine.control)?;
+
+    let mut session = Session {
+        plan,
+        keys,
+        output,
+        start,
+        phase: Phase::Greeting,
+        hello: None,
+        report: None,
+        death: None,
+        console: Judge::default(),
+        boot_wall: None,
+        frame_errors: 0,
+        console_open: true,
+        control_open: true,
+    };
+    let ending = session.watch_until_end(&queue.receiver, &mut control)?;
+    let Session { hello, report, death, console, boot_wall, .. } = session;
+    // Whoever ended by itself is given time to leave, anything else is killed at once.
+    let grace = match &ending {
+        Ending::Guest(_) | Ending::Hypervisor(HypervisorFailure::Died { .. }) => END_GRACE,
+        _ => Duration::ZERO,
+    };
+    let (status, qemu_output) = machine.finish(grace);
+    let ending = match ending {
+        Ending::Hypervisor(HypervisorFailure::Died { .. }) => Ending::Hypervisor(HypervisorFailure::Died { status }),
+        ending => ending,
+    };
+    Ok(Record { ending, hello, report, death, console, boot_wall, wall: start.elapsed(), qemu_output })
+}
+
+struct Session<'a> {
+    plan: &'a Plan,
+    keys: SyncSender<Vec<u8>>,
+    output: &'a mut dyn Write,
+    start: Instant,
+    phase: Phase,
+    hello: Option<Hello>,
+    report: Option<Report>,
+    death: Option<DeathReport>,
+    console: Judge,
+    boot_wall: Option<Duration>,
+    frame_errors: u32,
+    console_open: bool,
+    control_open: bool,
+}
+
+enum Phase {
+    /// The hypervisor has not said hello.
+    Greeting,
+    /// It has.
+    Running,
+    /// It was asked to stop.
+    Stopping { until: Instant },
+    /// How it ended is known; the streams have still to run dry.
+    Ended { ending: Ending, until: Instant },
+}
+
+impl Session<'_> {
+    fn watch_until_end(&mut self, events: &Receiver<Event>, control: &mut UnixStream) -> Result<Ending, Error> {
+        loop {
+            if let Phase::Ended { ending, .. } = &self.phase
+                && !self.console_open
+                && !self.control_open
+            {
+                return Ok(ending.clone());
+            }
+            let event = match self.deadline() {
+                None => events.recv().map_err(|_| RecvTimeoutError::Disconnected),
+                Some((at, ending)) => match events.recv_timeout(at.saturating_duration_since(Instant::now())) {
+                    Err(RecvTimeoutError::Timeout) => return Ok(ending),
+                    event => event,
+                },
+            };
+            match event {
+                Ok(Event::Console(bytes)) => self.console(&bytes)?,
+                Ok(Event::ConsoleClosed) => self.console_open = false,
+                Ok(Event::Control(Ok(message))) => self.message(message),
+                Ok(Event::Control(Err(damage))) => self.damaged(&damage),
+                Ok(Event::ControlClosed) => {
+                    self.control_open = false;
+                    self.end(Ending::Hypervisor(HypervisorFailure::Died { status: None }));
+                }
+                Ok(Event::Keys(keys)) => {
+                    // Full: dropped, as on a serial line.
+                    let _ = self.keys.try_send(keys);
+                }
+                Ok(Event::Leave) => self.stop(control),
+                Ok(Event::Signal(number)) => return Ok(Ending::Signal(number)),
+                // This side holds a sender itself: the queue cannot close. If it did there would be nothing to wait for.
+                Err(_) => return Ok(Ending::Hypervisor(HypervisorFailure::Died { status: None })),
+            }
+        }
+    }
+
+    /// When the loop ends whatever happens, and how it has ended then.
+    fn deadline(&self) -> Option<(Instant, Ending)> {
+        let limit = self.plan.timeout.map(|timeout| (self.start + timeout, Ending::TimedOut(timeout)));
+        let greeting = (self.start + HELLO_WITHIN, Ending::Hypervisor(HypervisorFailure::Silent));
+        match &self.phase {
+            Phase::Greeting => limit.into_iter().chain([greeting]).min_by_key(|(at, _)| *at),
+            Phase::Running => limit,
+            Phase::Stopping { until } => Some((*until, Ending::Left)),
+            Phase::Ended { ending, until } => Some((*until, ending.clone())),
+        }
+    }
+
+    /// The first ending stands: what follows are its consequences.
+    fn end(&mut self, ending: Ending) {
+        let ending = match self.phase {
+            Phase::Ended { .. } => return,
+            Phase::Stopping { .. } => Ending::Left,
+            Phase::Greeting | Phase::Running => ending,
+        };
+        self.phase = Phase::Ended { ending, until: Instant::now() + END_GRACE };
+    }
+
+    fn stop(&mut self, control: &mut UnixStream) {
+        if !matches!(self.phase, Phase::Greeting | Phase::Running) {
+            return;
+        }
+        let mut stop = Vec::new();
+        let asked = frame::encode(&ToHypervisor::Stop, &mut stop).is_ok() && control.write_all(&stop).is_ok();
+        let grace = if asked { STOP_GRACE } else { Duration::ZERO };
+        self.phase = Phase::Stopping { until: Instant::now() + grace };
+    }
+
+    fn console(&mut self, bytes: &[u8]) -> Result<(), Error> {
+        self.console.read(bytes);
+        if self.console.ready() && self.boot_wall.is_none() {
+            self.boot_wall = Some(self.start.elapsed());
+        }
+        self.output.write_all(bytes).and_then(|()| self.output.flush()).map_err(Error::io("write the guest's console"))
+    }
+
+    fn message(&mut self, message: ToCommand) {
+        match message {
+            ToCommand::Hello(hello) => {
+                if hello.protocol == PROTOCOL_VERSION {
+                    if matches!(self.phase, Phase::Greeting) {
+                        self.phase = Phase::Running;
+                    }
+                } else {
+                    self.end(Ending::Hypervisor(HypervisorFailure::Protocol { version: hello.protocol }));
+                }
+                self.say(
+                    LogLevel::Info,
+                    &format!(
+                        "{} CPUs, {} MiB, {}, SVM features: {}",
+                        hello.cpus,
+                        hello.memory_bytes >> 20,
+                        hello.cpu_name.trim(),
+                        hello.svm_features.join(" ")
+                    ),
+                );
+                self.hello = Some(hello);
+            }
+            ToCommand::Log { level, text } => self.say(level, &text),
+            ToCommand::GuestStarted { vcpus, memory_bytes, huge_pages } => self.say(
+                LogLevel::Info,
+                &format!("guest started: {vcpus} vCPUs, {} MiB, huge pages {huge_pages:?}", memory_bytes >> 20),
+            ),
+            ToCommand::GuestReady { guest_ns } => {
+                self.say(LogLevel::Info, &format!("guest ready after {:.2} s of its time", guest_ns as f64 / 1e9));
+            }
+            ToCommand::Death(death) => self.death = Some(death),
+            ToCommand::Report(report) => self.report = Some(report),
+            ToCommand::Done(exit) => self.end(Ending::Guest(exit)),
+        }
+    }
+
+    fn damaged(&mut self, damage: &FrameError) {
+        self.frame_errors += 1;
+        if self.frame_errors <= SHOWN_FRAME_ERRORS {
+            self.say(LogLevel::Warn, &format!("control channel: {damage}"));
+        }
+    }
+
+    /// Says something on standard error. The carriage return is for a terminal in raw mode; it harms nowhere else.
+    fn say(&self, level: LogLevel, text: &str) {
+        if level <= LogLevel::Warn || self.plan.verbose {
+            let text: String = text.chars().filter(|character| !character.is_control()).collect();
+            eprint!("hypervisor: {text}\r\n");
+        }
+    }
+}
+
+fn spawn_reader(
+    mut stream: UnixStream,
+    events: SyncSender<Event>,
+    closed: Event,
+    mut take: impl FnMut(&[u8], &SyncSender<Event>) -> bool + Send + 'static,
+) {
+    thread::spawn(move || {
+        let mut bytes = [0; 4096];
+        // An error is an end as well: QEMU has gone.
+        while let Ok(length @ 1..) = stream.read(&mut bytes) {
+            if !take(&bytes[..length], &events) {
+                return;
+            }
+        }
+        // Nobody listens any more: the session is over.
+        let _ = events.send(closed);
+    });
+}
+
+/// A thread of its own writes keys, so that a guest that reads none cannot hold up the loop.
+fn spawn_writer(mut stream: UnixStream) -> SyncSender<Vec<u8>> {
+    let (sender, receiver) = mpsc::sync_channel::<Vec<u8>>(64);
+    thread::spawn(move || {
+        for keys in receiver {
+            if stream.write_all(&keys).is_err() {
+                return;
+            }
+        }
+    });
+    sender
+}
