@@ -18,6 +18,7 @@ pub mod boot;
 pub mod control;
 pub mod cpu;
 pub mod devices;
+pub mod guest;
 pub mod memory;
 pub mod svm;
 pub mod vm;

@@ -26,7 +26,7 @@ pub mod reset;
 pub mod uart;
 
 #[cfg(test)]
-mod testing;
+pub(crate) mod testing;
 
 /// The moment at which something happens to a vCPU, on both clocks that a device may count with.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
