@@ -106,6 +106,18 @@ impl Machine {
     }
 }
 
+#[cfg(test)]
+impl Machine {
+    /// A machine without QEMU, and the far ends of its console and its control channel.
+    pub(crate) fn fake() -> (Self, UnixStream, UnixStream) {
+        let (console, far_console) = UnixStream::pair().expect("a pair of sockets");
+        let (control, far_control) = UnixStream::pair().expect("a pair of sockets");
+        let child = Command::new("true").spawn().expect("a process");
+        let files = tempfile::tempdir().expect("a directory");
+        (Self { child, stderr: None, console, control, _files: files }, far_console, far_control)
+    }
+}
+
 impl Drop for Machine {
     fn drop(&mut self) {
         self.kill();

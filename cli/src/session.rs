@@ -390,3 +390,163 @@ fn spawn_writer(mut stream: UnixStream) -> SyncSender<Vec<u8>> {
     });
     sender
 }
+
+#[cfg(test)]
+mod tests {
+    use nestling_control::config::{HugePages, RunConfig};
+
+    use super::*;
+    use crate::{accel::Acceleration, args::Mode};
+
+    fn plan(timeout: Option<Duration>) -> Plan {
+        Plan {
+            config: RunConfig {
+                vcpus: 1,
+                memory_bytes: 64 << 20,
+                huge_pages: HugePages::M2,
+                silence_timeout_ms: None,
+                command_line: String::new(),
+                ready_marker: String::new(),
+            },
+            mode: Mode::Check,
+            acceleration: Acceleration::Tcg,
+            timeout,
+            kernel: None,
+            initrd: None,
+            hypervisor: None,
+            verbose: false,
+        }
+    }
+
+    fn hello(protocol: u32) -> ToCommand {
+        ToCommand::Hello(Hello {
+            protocol,
+            cpus: 2,
+            memory_bytes: 1 << 30,
+            cpu_name: "test".into(),
+            svm_features: vec!["NP".into()],
+        })
+    }
+
+    fn bytes(messages: &[ToCommand]) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        for message in messages {
+            frame::encode(message, &mut bytes).expect("fits");
+        }
+        bytes
+    }
+
+    /// Runs a session against `hypervisor`, which has the far ends of console and control channel.
+    fn session(
+        timeout: Option<Duration>,
+        hypervisor: impl FnOnce(UnixStream, UnixStream, Remote) + Send + 'static,
+    ) -> (Record, String) {
+        let (machine, console, control) = Machine::fake();
+        let queue = Queue::default();
+        let remote = queue.remote();
+        let far = thread::spawn(move || hypervisor(console, control, remote));
+        let mut output = Vec::new();
+        let record = watch(machine, Instant::now(), &plan(timeout), queue, &mut output).expect("the streams work");
+        far.join().expect("the hypervisor's side did not fail");
+        (record, String::from_utf8(output).expect("text"))
+    }
+
+    #[test]
+    fn a_good_run_is_recorded_whole() {
+        let report = Report { vcpus: 1, kicks: 5, ..Report::default() };
+        let sent = report.clone();
+        let (record, output) = session(None, move |mut console, mut control, _| {
+            control.write_all(&bytes(&[hello(PROTOCOL_VERSION)])).expect("sent");
+            console.write_all(b"nestling-init: up\r\nnestling-selfcheck: PASS\r\n").expect("sent");
+            control.write_all(&bytes(&[ToCommand::Report(sent), ToCommand::Done(GuestExit::PowerOff)])).expect("sent");
+        });
+        assert_eq!(record.ending, Ending::Guest(GuestExit::PowerOff));
+        assert_eq!(record.report, Some(report));
+        assert_eq!(record.console.verdict(), Some(Ok("PASS")));
+        assert!(record.boot_wall.is_some() && record.hello.is_some());
+        assert_eq!(output, "nestling-init: up\r\nnestling-selfcheck: PASS\r\n");
+    }
+
+    #[test]
+    fn a_channel_that_closes_early_is_a_failure_whatever_the_console_says() {
+        let (record, _) = session(None, |mut console, mut control, _| {
+            console.write_all(b"nestling-selfcheck: PASS\n").expect("sent");
+            control.write_all(&bytes(&[hello(PROTOCOL_VERSION)])).expect("sent");
+        });
+        assert!(matches!(record.ending, Ending::Hypervisor(HypervisorFailure::Died { .. })), "{:?}", record.ending);
+    }
+
+    #[test]
+    fn garbage_on_the_channel_costs_nothing_but_itself() {
+        let (record, _) = session(None, |_console, mut control, _| {
+            control.write_all(&[0xff; 200_000]).expect("sent");
+            control.write_all(&bytes(&[hello(PROTOCOL_VERSION)])).expect("sent");
+            control.write_all(b"\0garbage\0\0").expect("sent");
+            control.write_all(&bytes(&[ToCommand::Done(GuestExit::Reset)])).expect("sent");
+        });
+        assert_eq!(record.ending, Ending::Guest(GuestExit::Reset));
+    }
+
+    #[test]
+    fn another_protocol_is_named() {
+        let (record, _) = session(None, |_console, mut control, _| {
+            control.write_all(&bytes(&[hello(PROTOCOL_VERSION + 1)])).expect("sent");
+        });
+        let version = PROTOCOL_VERSION + 1;
+        assert_eq!(record.ending, Ending::Hypervisor(HypervisorFailure::Protocol { version }));
+    }
+
+    #[test]
+    fn the_time_limit_ends_a_machine_that_never_would() {
+        let limit = Duration::from_millis(20);
+        let (record, _) = session(Some(limit), |mut console, mut control, _| {
+            control.write_all(&bytes(&[hello(PROTOCOL_VERSION)])).expect("sent");
+            // Until the other side is gone.
+            while console.write_all(b"still here\n").is_ok() {}
+        });
+        assert_eq!(record.ending, Ending::TimedOut(limit));
+    }
+
+    #[test]
+    fn who_leaves_asks_the_hypervisor_to_stop_and_still_gets_its_report() {
+        let (record, _) = session(None, |_console, mut control, remote| {
+            control.write_all(&bytes(&[hello(PROTOCOL_VERSION)])).expect("sent");
+            remote.leave();
+            let mut decoder = Decoder::default();
+            let mut byte = [0];
+            let asked = loop {
+                control.read_exact(&mut byte).expect("a request comes");
+                if let Some(message) = decoder.push(byte[0]) {
+                    break message;
+                }
+            };
+            assert_eq!(asked, Ok(ToHypervisor::Stop));
+            let end = [ToCommand::Report(Report::default()), ToCommand::Done(GuestExit::Stopped)];
+            control.write_all(&bytes(&end)).expect("sent");
+        });
+        assert_eq!(record.ending, Ending::Left);
+        assert!(record.report.is_some());
+    }
+
+    #[test]
+    fn keys_reach_the_console() {
+        let (record, _) = session(None, |mut console, mut control, remote| {
+            control.write_all(&bytes(&[hello(PROTOCOL_VERSION)])).expect("sent");
+            remote.send_keys(b"ls\r".to_vec());
+            let mut keys = [0; 3];
+            console.read_exact(&mut keys).expect("keys come");
+            assert_eq!(&keys, b"ls\r");
+            control.write_all(&bytes(&[ToCommand::Done(GuestExit::PowerOff)])).expect("sent");
+        });
+        assert_eq!(record.ending, Ending::Guest(GuestExit::PowerOff));
+    }
+
+    #[test]
+    fn a_signal_ends_it() {
+        let (record, _) = session(None, |console, control, remote| {
+            remote.signal(15);
+            drop((console, control));
+        });
+        assert_eq!(record.ending, Ending::Signal(15));
+    }
+}
