@@ -1,1 +1,18 @@
-//! Placeholder head, replaced by the first commit of this room.
+//! Benchmarks of `nestling` against its peers and against a bare lock-free walk.
+//!
+//! Rooms, from the bottom up: [`arena`] is the memory that every contender's tables come from; [`floor`] is the bare
+//! walk; [`contenders`] gives all of them one face; [`plan`] says which page is touched when, by whom; [`clock`]
+//! measures one repetition in wall time; [`instructions`] counts instructions under valgrind; [`figures`] turns
+//! samples into the lines that scripts read.
+//!
+//! `cargo bench -p nestling-bench` runs all of it (`benches/mmu.rs`); the crate's README says how to read the output.
+
+#![deny(unsafe_code)]
+
+pub mod arena;
+pub mod clock;
+pub mod contenders;
+pub mod figures;
+pub mod floor;
+pub mod instructions;
+pub mod plan;
