@@ -28,6 +28,7 @@ use crate::events::{Counter, SeatCounters};
 use crate::host::Host;
 use crate::sync::{AtomicBool, AtomicU32, AtomicU64, Ordering, Padded};
 use alloc::boxed::Box;
+use alloc::sync::Arc;
 
 /// One participant's place: its mark and its counters, on lines that only it writes.
 #[derive(Debug)]
@@ -47,33 +48,24 @@ const fn is_inside(mark: u64) -> bool {
 #[derive(Debug)]
 pub(crate) struct MmuLock {
     writer: Padded<AtomicU32>,
-    seats: Box<[Padded<Seat>]>,
+    // Shared with the tickets, so that a holder goes to its seat without a look at this list.
+    seats: Box<[Arc<Padded<Seat>>]>,
 }
 
 impl MmuLock {
     pub(crate) fn new(seats: usize) -> Self {
-        let seat =
-            || Padded(Seat { mark: AtomicU64::new(0), counters: SeatCounters::new(), taken: AtomicBool::new(false) });
-        Self { writer: Padded(AtomicU32::new(0)), seats: (0..seats).map(|_| seat()).collect() }
+        let seat = || Seat { mark: AtomicU64::new(0), counters: SeatCounters::new(), taken: AtomicBool::new(false) };
+        Self { writer: Padded(AtomicU32::new(0)), seats: (0..seats).map(|_| Arc::new(Padded(seat()))).collect() }
     }
 
     pub(crate) fn seats(&self) -> impl Iterator<Item = &Seat> {
         self.seats.iter().map(|seat| &seat.0)
     }
 
-    #[inline]
-    pub(crate) fn seat(&self, index: usize) -> &Seat {
-        &self.seats[index].0
-    }
-
     /// Claims a seat of `range` for a new participant.
-    pub(crate) fn claim(&self, range: core::ops::Range<usize>) -> Option<usize> {
-        range.into_iter().find(|&index| !self.seats[index].taken.swap(true, Ordering::AcqRel))
-    }
-
-    pub(crate) fn release(&self, index: usize) {
-        debug_assert!(!is_inside(self.seats[index].mark.load(Ordering::Relaxed)));
-        self.seats[index].taken.store(false, Ordering::Release);
+    pub(crate) fn claim(&self, range: core::ops::Range<usize>) -> Option<Ticket> {
+        let free = self.seats[range].iter().find(|seat| !seat.taken.swap(true, Ordering::AcqRel));
+        free.map(|seat| Ticket { seat: Arc::clone(seat) })
     }
 
     /// The marks that are odd now, as (seat, mark): what a grace period that starts now has to outlive. The caller
@@ -92,10 +84,26 @@ impl MmuLock {
     }
 }
 
-/// A seat at the table: the right to enter the lock. Not `Clone`; entering borrows it mutably.
+/// A seat at the table: the right to enter the lock. Not `Clone`; entering borrows it mutably. Dropping it gives the
+/// seat back.
 #[derive(Debug)]
 pub(crate) struct Ticket {
-    pub(crate) seat: usize,
+    seat: Arc<Padded<Seat>>,
+}
+
+impl Ticket {
+    /// The holder's own counters.
+    #[inline]
+    pub(crate) fn counters(&self) -> &SeatCounters {
+        &self.seat.counters
+    }
+}
+
+impl Drop for Ticket {
+    fn drop(&mut self) {
+        debug_assert!(!is_inside(self.seat.mark.load(Ordering::Relaxed)));
+        self.seat.taken.store(false, Ordering::Release);
+    }
 }
 
 /// Inside the lock, with others: page tables may be walked and changed by compare-and-swap.
@@ -110,7 +118,7 @@ pub(crate) struct Shared<'a, H: Host> {
 impl<'a, H: Host> Shared<'a, H> {
     #[inline]
     pub(crate) fn enter(mmu: &'a Mmu<H>, ticket: &'a mut Ticket) -> Self {
-        let seat = mmu.lock.seat(ticket.seat);
+        let seat = &ticket.seat.0;
         let mark = seat.mark.load(Ordering::Relaxed) + 1;
         seat.mark.store(mark, Ordering::Relaxed);
         mmu.host.light_fence();
@@ -164,7 +172,6 @@ pub(crate) struct Exclusive<'a, H: Host> {
 
 impl<'a, H: Host> Exclusive<'a, H> {
     pub(crate) fn enter(mmu: &'a Mmu<H>, ticket: &'a mut Ticket) -> Self {
-        let own = mmu.lock.seat(ticket.seat);
         while mmu.lock.writer.compare_exchange(0, 1, Ordering::Acquire, Ordering::Relaxed).is_err() {
             mmu.host.relax();
         }
@@ -175,7 +182,7 @@ impl<'a, H: Host> Exclusive<'a, H> {
                 mmu.host.relax();
             }
         }
-        own.counters.add(Counter::Exclusive, 1);
+        ticket.counters().add(Counter::Exclusive, 1);
         Self { mmu, not_send: PhantomData }
     }
 }

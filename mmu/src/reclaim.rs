@@ -78,8 +78,9 @@ impl<'a, H: Host> Zapping<'a, H> {
     pub(crate) fn enter(mmu: &'a Mmu<H>, ticket: &'a mut Ticket, batch: &'a mut Batch) -> Result<Self, OutOfMemory> {
         batch.reserve()?;
         debug_assert!(batch.frozen.is_empty() && batch.tables.is_empty());
-        let counters = &mmu.lock.seat(ticket.seat).counters;
-        Ok(Self { inside: Some(Shared::enter(mmu, ticket)), mmu, batch, counters })
+        let inside = Shared::enter(mmu, ticket);
+        let counters = inside.counters();
+        Ok(Self { inside: Some(inside), mmu, batch, counters })
     }
 
     /// The guard that walks need, and the debts that they run up.

@@ -165,9 +165,8 @@ impl<H: Host> Drop for InGuest<'_, H> {
 impl<H: Host> Vcpu<H> {
     pub(crate) fn new(mmu: &Arc<Mmu<H>>, id: VcpuId) -> Option<Self> {
         let seat = usize::from(id.0);
-        let seat = mmu.lock.claim(seat..seat + 1)?;
+        let ticket = mmu.lock.claim(seat..seat + 1)?;
         let role = Role { level: mmu.config.root_level };
-        let ticket = Ticket { seat };
         let (mmu, cache) = (Arc::clone(mmu), TableCache::default());
         Some(Self { mmu, ticket, id, role, root: None, cache, hint: None, flush_owed: false })
     }
@@ -221,7 +220,7 @@ impl<H: Host> Vcpu<H> {
 
     #[inline]
     fn counters(&self) -> &SeatCounters {
-        &self.mmu.lock.seat(self.ticket.seat).counters
+        self.ticket.counters()
     }
 
     #[inline]
@@ -351,6 +350,5 @@ impl<H: Host> Drop for Vcpu<H> {
             self.counters().add(Counter::TableFrames, 1u64.wrapping_neg());
             give_back(&self.mmu.host, Some(frame));
         }
-        self.mmu.lock.release(self.ticket.seat);
     }
 }

@@ -28,7 +28,7 @@ pub struct Worker<H: Host> {
 
 impl<H: Host> fmt::Debug for Worker<H> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Worker").field("seat", &self.ticket.seat).finish_non_exhaustive()
+        f.debug_struct("Worker").finish_non_exhaustive()
     }
 }
 
@@ -36,8 +36,8 @@ impl<H: Host> Worker<H> {
     pub(crate) fn new(mmu: &Arc<Mmu<H>>) -> Result<Self, OutOfMemory> {
         let batch = Batch::new()?;
         let first = usize::from(mmu.config.vcpus);
-        let seat = mmu.lock.claim(first..first + usize::from(mmu.config.workers)).ok_or(OutOfMemory)?;
-        Ok(Self { mmu: Arc::clone(mmu), ticket: Ticket { seat }, batch })
+        let ticket = mmu.lock.claim(first..first + usize::from(mmu.config.workers)).ok_or(OutOfMemory)?;
+        Ok(Self { mmu: Arc::clone(mmu), ticket, batch })
     }
 
     /// Adds a slot. Its frames have memory from the return on; an access that raced with it may still end as MMIO.
@@ -106,7 +106,7 @@ impl<H: Host> Worker<H> {
 
     /// Frees tables whose readers have left. Done by every zap as well; for an embedder that wants memory back now.
     pub fn collect(&mut self) {
-        self.mmu.reclaim.collect(&self.mmu, &self.mmu.lock.seat(self.ticket.seat).counters);
+        self.mmu.reclaim.collect(&self.mmu, self.ticket.counters());
     }
 
     fn change_slot(&mut self, id: SlotId, change: Change) -> Result<(), SlotError> {
@@ -148,7 +148,6 @@ impl<H: Host> Worker<H> {
 impl<H: Host> Drop for Worker<H> {
     fn drop(&mut self) {
         self.collect();
-        self.mmu.lock.release(self.ticket.seat);
     }
 }
 

@@ -64,7 +64,7 @@ pub(crate) fn zap_range<H: Host>(
             }
             drop(hold);
             if next < end {
-                mmu.lock.seat(ticket.seat).counters.add(Counter::Yield, 1);
+                ticket.counters().add(Counter::Yield, 1);
                 mmu.host.yield_now();
             }
         }
