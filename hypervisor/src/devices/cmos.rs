@@ -177,7 +177,7 @@ impl Cmos {
     }
 
     fn pack(&self, value: u8) -> u8 {
-        if self.reg_b & B_BINARY != 0 { value } else { (value / 10) * 16 + value % 10 }
+        if self.reg_b & B_BINARY != 0 { value } else { (value / 10 % 10) * 16 + value % 10 }
     }
 
     fn unpack(&self, value: u8) -> u8 {

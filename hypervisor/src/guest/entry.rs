@@ -168,7 +168,7 @@ pub fn write_tables(memory: &impl GuestMemory) -> Result<(), GuestMemoryError> {
     memory.write(table(0), &page(|index| if index == 0 { table(1) | flags } else { 0 }))?;
     memory.write(table(1), &page(|index| if index < 4 { table(2 + index) | flags } else { 0 }))?;
     for gib in 0..4 {
-        memory.write(table(2 + gib), &page(|index| (gib * 512 + index) * LARGE_PAGE | flags | PTE_LARGE))?;
+        memory.write(table(2 + gib), &page(|index| (gib * 512 + index) * LARGE_PAGE + (flags | PTE_LARGE)))?;
     }
     Ok(())
 }

@@ -13,7 +13,7 @@ pub mod layout;
 pub mod linux;
 
 #[cfg(test)]
-mod testing;
+pub(crate) mod testing;
 
 pub use entry::VcpuInit;
 pub use linux::{LinuxConfig, LoadError, load_linux};
