@@ -12,7 +12,7 @@ use nestling_cli::{
     doctor,
     error::Error,
     plan::Seat,
-    progress::Progress,
+    progress::{Progress, Step},
     run,
     session::Remote,
     terminal::{self, Terminal},
@@ -34,14 +34,8 @@ fn main() -> ExitCode {
 fn run_guest(args: &RunArgs) -> ExitCode {
     let seat = terminal::seat();
     let progress = Progress::for_stderr();
-    let outcome = run::prepare(args, seat, progress).and_then(|prepared| {
-        if let Seat::Terminal(..) = seat {
-            progress.note("starting the guest; Ctrl-A x leaves it");
-        } else {
-            progress.note("starting the guest");
-        }
-        prepared.run(|remote| console(remote, seat))
-    });
+    let outcome =
+        run::prepare(args, seat, progress).and_then(|prepared| prepared.run(|remote| console(remote, seat, progress)));
     match outcome {
         Ok(outcome) => ExitCode::from(outcome.exit_status()),
         Err(error) => {
@@ -52,15 +46,37 @@ fn run_guest(args: &RunArgs) -> ExitCode {
 }
 
 /// Where the guest's console goes: to the terminal as it is, to a pipe without the carriage returns.
-fn console(remote: Remote, seat: Seat) -> Result<Box<dyn Write>, Error> {
+fn console(remote: Remote, seat: Seat, progress: Progress) -> Result<Box<dyn Write>, Error> {
     let mut signals = Signals::new([SIGHUP, SIGINT, SIGTERM]).map_err(Error::io("listen for signals"))?;
     let signalled = remote.clone();
     thread::spawn(move || signals.forever().for_each(|number| signalled.signal(number)));
     match seat {
         Seat::Terminal(..) => {
-            Ok(Box::new(Terminal::enter(remote).map_err(Error::io("put the terminal into raw mode"))?))
+            let booting = progress.step("booting the guest; Ctrl-A x leaves it");
+            let terminal = Terminal::enter(remote).map_err(Error::io("put the terminal into raw mode"))?;
+            Ok(Box::new(FirstWord { booting: Some(booting), console: terminal }))
         }
-        Seat::Pipe => Ok(Box::new(WithoutCarriageReturns(io::stdout()))),
+        Seat::Pipe => {
+            progress.note("starting the guest");
+            Ok(Box::new(WithoutCarriageReturns(io::stdout())))
+        }
+    }
+}
+
+/// Ends the progress display with the console's first output, so that the two do not write over each other.
+struct FirstWord {
+    booting: Option<Step>,
+    console: Terminal,
+}
+
+impl Write for FirstWord {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.booting = None;
+        self.console.write(bytes)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.console.flush()
     }
 }
 

@@ -2,12 +2,13 @@
 //!
 //! Each serial line is a UNIX socket in a private temporary directory. This side listens before QEMU is started and
 //! accepts one connection on each; QEMU ends them when it ends, whatever the reason, and that is how the rest of the
-//! command learns of it. The process is killed when [`Machine`] is dropped.
+//! command learns of it. The process is killed when [`Machine`] is dropped, and by the kernel when this process is gone.
 
 use std::{
     ffi::OsString,
     fs,
     io::{self, Read},
+    net::Shutdown,
     os::unix::net::{UnixListener, UnixStream},
     path::{Path, PathBuf},
     process::{Child, Command, ExitStatus, Stdio},
@@ -17,7 +18,7 @@ use std::{
 
 use tempfile::TempDir;
 
-use crate::{accel::Acceleration, error::Error};
+use crate::{accel::Acceleration, error::Error, setup::find_program};
 
 /// QEMU connects within its first milliseconds; this is for a machine that is swapping.
 const CONNECT_WITHIN: Duration = Duration::from_secs(60);
@@ -104,6 +105,13 @@ impl Machine {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+
+    /// Ends the threads that read and write the serial lines, whoever else may hold the far ends.
+    fn hang_up(&self) {
+        // They fail only where the far end is gone, which is what is wanted.
+        let _ = self.console.shutdown(Shutdown::Both);
+        let _ = self.control.shutdown(Shutdown::Both);
+    }
 }
 
 #[cfg(test)]
@@ -121,6 +129,7 @@ impl Machine {
 impl Drop for Machine {
     fn drop(&mut self) {
         self.kill();
+        self.hang_up();
     }
 }
 
@@ -131,7 +140,7 @@ fn command(start: &Start<'_>, bundle: &Path, console: &Path, control: &Path) -> 
     // guest: it does the housekeeping, and vCPUs run on the others. The hypervisor does the same on real hardware, so
     // that there is one layout to test.
     let cpus = start.vcpus + 1;
-    let mut command = Command::new(start.qemu);
+    let mut command = on_behalf_of_this_process(start.qemu);
     // Not microvm: with several CPUs it hangs now and then.
     command.args(["-machine", "q35", "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]);
     match start.acceleration {
@@ -147,6 +156,19 @@ fn command(start: &Start<'_>, bundle: &Path, console: &Path, control: &Path) -> 
     command.arg("-kernel").arg(start.hypervisor).arg("-initrd").arg(bundle);
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
     command
+}
+
+/// A command that ends with this process, however that ends: a machine that nobody watches would run for ever. Where
+/// util-linux is not there, only an orderly end takes the machine with it.
+fn on_behalf_of_this_process(program: &Path) -> Command {
+    match find_program("setpriv") {
+        Some(setpriv) => {
+            let mut command = Command::new(setpriv);
+            command.args(["--pdeathsig", "KILL", "--"]).arg(program);
+            command
+        }
+        None => Command::new(program),
+    }
 }
 
 /// A chardev's options; in a value QEMU wants a comma twice.

@@ -8,8 +8,9 @@
 //! The loop ends in one of these ways, each with a bound of its own:
 //! - the hypervisor says `Done`: then QEMU has [`END_GRACE`] to end by itself;
 //! - the control channel closes, or nothing comes on it for [`HELLO_WITHIN`]: the hypervisor has failed;
-//! - somebody leaves: the hypervisor is asked to stop and has [`STOP_GRACE`];
-//! - the time limit is over, or a signal comes: QEMU is killed.
+//! - somebody leaves, or the time limit is over: the hypervisor is asked to stop, so that its report comes, and has
+//!   [`STOP_GRACE`];
+//! - a signal comes: QEMU is killed.
 
 use std::{
     io::{Read, Write},
@@ -31,7 +32,7 @@ use crate::{console::Judge, error::Error, plan::Plan, qemu::Machine};
 /// From QEMU's start to the hypervisor's first message. It takes a fraction of a second; this is for a loaded emulator.
 pub const HELLO_WITHIN: Duration = Duration::from_secs(60);
 /// From the request to stop to the hypervisor's report.
-pub const STOP_GRACE: Duration = Duration::from_secs(5);
+pub const STOP_GRACE: Duration = Duration::from_secs(3);
 /// From the hypervisor's last message to QEMU's end.
 pub const END_GRACE: Duration = Duration::from_secs(5);
 
@@ -219,13 +220,16 @@ struct Session<'a> {
     control_open: bool,
 }
 
+/// There is nobody to be asked to stop.
+const SILENT: Ending = Ending::Hypervisor(HypervisorFailure::Silent);
+
 enum Phase {
     /// The hypervisor has not said hello.
     Greeting,
     /// It has.
     Running,
-    /// It was asked to stop.
-    Stopping { until: Instant },
+    /// It was asked to stop; whatever comes of that, the session ends so.
+    Stopping { ending: Ending, until: Instant },
     /// How it ended is known; the streams have still to run dry.
     Ended { ending: Ending, until: Instant },
 }
@@ -242,6 +246,10 @@ impl Session<'_> {
             let event = match self.deadline() {
                 None => events.recv().map_err(|_| RecvTimeoutError::Disconnected),
                 Some((at, ending)) => match events.recv_timeout(at.saturating_duration_since(Instant::now())) {
+                    Err(RecvTimeoutError::Timeout) if self.may_be_stopped() && ending != SILENT => {
+                        self.stop(control, ending);
+                        continue;
+                    }
                     Err(RecvTimeoutError::Timeout) => return Ok(ending),
                     event => event,
                 },
@@ -259,7 +267,7 @@ impl Session<'_> {
                     // Full: dropped, as on a serial line.
                     let _ = self.keys.try_send(keys);
                 }
-                Ok(Event::Leave) => self.stop(control),
+                Ok(Event::Leave) => self.stop(control, Ending::Left),
                 Ok(Event::Signal(number)) => return Ok(Ending::Signal(number)),
                 // This side holds a sender itself: the queue cannot close. If it did there would be nothing to wait for.
                 Err(_) => return Ok(Ending::Hypervisor(HypervisorFailure::Died { status: None })),
@@ -270,33 +278,36 @@ impl Session<'_> {
     /// When the loop ends whatever happens, and how it has ended then.
     fn deadline(&self) -> Option<(Instant, Ending)> {
         let limit = self.plan.timeout.map(|timeout| (self.start + timeout, Ending::TimedOut(timeout)));
-        let greeting = (self.start + HELLO_WITHIN, Ending::Hypervisor(HypervisorFailure::Silent));
+        let greeting = (self.start + HELLO_WITHIN, SILENT);
         match &self.phase {
             Phase::Greeting => limit.into_iter().chain([greeting]).min_by_key(|(at, _)| *at),
             Phase::Running => limit,
-            Phase::Stopping { until } => Some((*until, Ending::Left)),
-            Phase::Ended { ending, until } => Some((*until, ending.clone())),
+            Phase::Stopping { ending, until } | Phase::Ended { ending, until } => Some((*until, ending.clone())),
         }
     }
 
     /// The first ending stands: what follows are its consequences.
     fn end(&mut self, ending: Ending) {
-        let ending = match self.phase {
+        let ending = match &self.phase {
             Phase::Ended { .. } => return,
-            Phase::Stopping { .. } => Ending::Left,
+            Phase::Stopping { ending, .. } => ending.clone(),
             Phase::Greeting | Phase::Running => ending,
         };
         self.phase = Phase::Ended { ending, until: Instant::now() + END_GRACE };
     }
 
-    fn stop(&mut self, control: &mut UnixStream) {
-        if !matches!(self.phase, Phase::Greeting | Phase::Running) {
+    fn may_be_stopped(&self) -> bool {
+        matches!(self.phase, Phase::Greeting | Phase::Running)
+    }
+
+    fn stop(&mut self, control: &mut UnixStream, ending: Ending) {
+        if !self.may_be_stopped() {
             return;
         }
         let mut stop = Vec::new();
         let asked = frame::encode(&ToHypervisor::Stop, &mut stop).is_ok() && control.write_all(&stop).is_ok();
         let grace = if asked { STOP_GRACE } else { Duration::ZERO };
-        self.phase = Phase::Stopping { until: Instant::now() + grace };
+        self.phase = Phase::Stopping { ending, until: Instant::now() + grace };
     }
 
     fn console(&mut self, bytes: &[u8]) -> Result<(), Error> {
@@ -485,6 +496,19 @@ mod tests {
             control.write_all(&bytes(&[ToCommand::Done(GuestExit::Reset)])).expect("sent");
         });
         assert_eq!(record.ending, Ending::Guest(GuestExit::Reset));
+    }
+
+    #[test]
+    fn a_report_that_comes_after_the_time_limit_is_kept() {
+        let limit = Duration::from_millis(20);
+        let (record, _) = session(Some(limit), |_console, mut control, _| {
+            control.write_all(&bytes(&[hello(PROTOCOL_VERSION)])).expect("sent");
+            let mut request = [0];
+            control.read_exact(&mut request).expect("a request to stop comes");
+            let end = [ToCommand::Report(Report::default()), ToCommand::Done(GuestExit::Stopped)];
+            control.write_all(&bytes(&end)).expect("sent");
+        });
+        assert_eq!((record.ending, record.report), (Ending::TimedOut(limit), Some(Report::default())));
     }
 
     #[test]

@@ -110,3 +110,18 @@ fn help_tells_the_exit_statuses() {
     let help = String::from_utf8_lossy(&output.stdout);
     assert!(output.status.success() && help.contains("Exit status"), "{help}");
 }
+
+#[test]
+fn the_doctors_status_is_what_its_table_says() {
+    let output = nestling().arg("doctor").output().expect("runs");
+    let table = String::from_utf8_lossy(&output.stdout);
+    for row in ["QEMU", "acceleration", "cargo", "guest kernel", "guest busybox", "host memory"] {
+        assert!(table.lines().any(|line| line.starts_with(row)), "no {row} in\n{table}");
+    }
+    assert_eq!(output.status.code(), Some(i32::from(table.contains("MISSING"))), "{table}");
+    // Without any tool in reach, it still answers, with what is missing.
+    let output = nestling().arg("doctor").env("PATH", "").env_remove("HOME").output().expect("runs");
+    let table = String::from_utf8_lossy(&output.stdout);
+    assert_eq!(output.status.code(), Some(1), "{table}");
+    assert!(table.contains("QEMU           MISSING"), "{table}");
+}
