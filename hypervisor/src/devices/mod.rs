@@ -27,6 +27,8 @@ pub mod uart;
 
 #[cfg(test)]
 pub(crate) mod testing;
+#[cfg(test)]
+mod uart_reference;
 
 /// The moment at which something happens to a vCPU, on both clocks that a device may count with.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

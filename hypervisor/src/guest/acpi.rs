@@ -126,27 +126,30 @@ fn fadt(facs: u64, dsdt: u64) -> Vec<u8> {
     put(108, &[cmos::CENTURY]);
     put(109, &FADT_BOOT_ARCH.to_le_bytes());
     put(112, &FADT_FLAGS.to_le_bytes());
-    put(116, &io_address(reset::RESET_CONTROL, 8));
+    put(116, &io_address(reset::RESET_CONTROL, 8, Access::Byte));
     put(128, &[reset::RESET_VALUE]);
     put(131, &[5]);
     // The 64-bit fields must agree with the 32-bit ones or be 0; X_FIRMWARE_CTRL must be 0 when the other is used.
     put(140, &dsdt.to_le_bytes());
-    put(148, &io_address(pm::PM_BASE + pm::PM_EVENT, 32));
-    put(172, &io_address(pm::PM_BASE + pm::PM_CONTROL, 16));
-    put(208, &io_address(pm::PM_BASE + pm::PM_TIMER, 32));
+    // The event block is two registers of 16 bits, to be accessed as such.
+    put(148, &io_address(pm::PM_BASE + pm::PM_EVENT, 32, Access::Word));
+    put(172, &io_address(pm::PM_BASE + pm::PM_CONTROL, 16, Access::Word));
+    put(208, &io_address(pm::PM_BASE + pm::PM_TIMER, 32, Access::Dword));
     table(*b"FACP", 6, &body)
 }
 
+/// Access size of a generic address.
+#[derive(Clone, Copy)]
+enum Access {
+    Byte = 1,
+    Word = 2,
+    Dword = 3,
+}
+
 /// A generic address (ACPI 5.2.3.2) in I/O space.
-fn io_address(port: u16, bits: u8) -> [u8; 12] {
+fn io_address(port: u16, bits: u8, access: Access) -> [u8; 12] {
     let mut address = [0; 12];
-    // Access size: 1 = byte, 2 = word, 3 = dword.
-    let access = match bits {
-        8 => 1,
-        16 => 2,
-        _ => 3,
-    };
-    address[..4].copy_from_slice(&[1, bits, 0, access]);
+    address[..4].copy_from_slice(&[1, bits, 0, access as u8]);
     address[4..12].copy_from_slice(&u64::from(port).to_le_bytes());
     address
 }

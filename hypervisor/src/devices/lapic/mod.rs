@@ -87,6 +87,9 @@ const LVT_VALID: [u32; 6] = [
     0x0001_07ff, // error
 ];
 
+/// Delivery status and remote IRR: read as 0, and what is written to them has no effect.
+const LVT_READ_ONLY: u32 = 1 << 12 | 1 << 14;
+
 /// What a write did beyond the registers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LapicEffect {
@@ -127,6 +130,8 @@ pub struct Lapic {
     errors: u32,
     icr: u64,
     lvt: [u32; 6],
+    /// Disabling by software has masked a LINT0 that was in virtual wire mode.
+    wire_held: bool,
     timer: Timer,
 }
 
@@ -147,6 +152,7 @@ impl Lapic {
             errors: 0,
             icr: 0,
             lvt: [0; 6],
+            wire_held: false,
             timer: Timer::new(config.tsc_khz),
         };
         lapic.init();
@@ -168,6 +174,7 @@ impl Lapic {
         self.errors = 0;
         self.icr = 0;
         self.lvt = [LVT_MASKED; 6];
+        self.wire_held = false;
         self.timer.reset();
     }
 
@@ -333,8 +340,16 @@ impl Lapic {
             }
             SVR => {
                 self.svr = fits(SVR_VALID)?;
-                if !self.accepts_vectors() {
-                    // While disabled by software all entries are masked, and stay so (APM vol. 2, 16.4.1).
+                if self.accepts_vectors() {
+                    if core::mem::take(&mut self.wire_held) {
+                        self.lvt[lvt_index(LVT_LINT0)] &= !LVT_MASKED;
+                    }
+                } else {
+                    // While disabled by software all entries are masked, and stay so (APM vol. 2, 16.4.1). All but one:
+                    // Linux disables and enables the APIC when it takes it over, and then keeps LINT0 for the interrupt
+                    // controllers only if it is not masked. Without an I/O APIC there is no other way for them, so virtual
+                    // wire mode comes back when the APIC does.
+                    self.wire_held |= self.accepts_extint();
                     self.lvt.iter_mut().for_each(|entry| *entry |= LVT_MASKED);
                 }
             }
@@ -346,10 +361,11 @@ impl Lapic {
             LVT_TIMER..=LVT_ERROR => {
                 let index = lvt_index(msr);
                 let before = self.timer_mode();
-                let valid = fits(LVT_VALID[index])?;
+                let valid = fits(LVT_VALID[index] | LVT_READ_ONLY)? & !LVT_READ_ONLY;
                 if msr == LVT_TIMER && TimerMode::from_lvt(valid) == TimerMode::Reserved {
                     return Err(Gp);
                 }
+                self.wire_held &= msr != LVT_LINT0;
                 self.lvt[index] = if self.accepts_vectors() { valid } else { valid | LVT_MASKED };
                 let after = self.timer_mode();
                 if (before == TimerMode::TscDeadline) != (after == TimerMode::TscDeadline) {

@@ -145,6 +145,11 @@ fn disabled_by_software_takes_no_vectors_and_masks_the_table() {
     assert_eq!(read(&mut lapic, 0, LVT_TIMER), 0x40 | u64::from(LVT_MASKED));
     write(&mut lapic, 0, SVR, 0x1ff);
     assert_eq!(lapic.deliverable(), None, "what came meanwhile is lost");
+    assert!(lapic.accepts_extint(), "virtual wire mode comes back");
+    write(&mut lapic, 0, SVR, 0xff);
+    write(&mut lapic, 0, LVT_LINT0, u64::from(LVT_MODE_EXTINT | LVT_MASKED | LVT_READ_ONLY));
+    write(&mut lapic, 0, SVR, 0x1ff);
+    assert!(!lapic.accepts_extint(), "unless the guest has decided otherwise");
 }
 
 #[test]
