@@ -1,6 +1,5 @@
 //! The boot CPU's way from the loader to the guest, and to the end.
 
-use alloc::format;
 use alloc::string::{String, ToString};
 use alloc::vec::Vec;
 use core::ops::Range;
@@ -135,5 +134,5 @@ unsafe fn set_up_memory(handover: &Handover, image: &Image) {
 fn cpu_name() -> String {
     let leaves = (0x8000_0002..=0x8000_0004u32).map(core::arch::x86_64::__cpuid);
     let text: Vec<u8> = leaves.flat_map(|l| [l.eax, l.ebx, l.ecx, l.edx]).flat_map(u32::to_le_bytes).collect();
-    format!("{}", String::from_utf8_lossy(&text).trim_matches(['\0', ' ']))
+    String::from_utf8_lossy(&text).trim_matches(['\0', ' ']).to_string()
 }

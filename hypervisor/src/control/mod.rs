@@ -80,11 +80,15 @@ pub fn send_now(message: &ToCommand) {
     }
 }
 
-/// Queues one byte of the guest's console; waits while the queue is full. Not for CPU 0, which empties it.
-pub fn console_write(byte: u8) {
-    while !CONSOLE.lock().push(byte) {
-        core::hint::spin_loop();
-    }
+/// How many bytes of console output have room now. It only grows while nobody else prints.
+#[must_use]
+pub fn console_room() -> usize {
+    CONSOLE.lock().room()
+}
+
+/// Queues console output; what has no room is lost, so ask [`console_room`] before.
+pub fn console_write(bytes: &[u8]) {
+    CONSOLE.lock().push_all(bytes, 0);
 }
 
 /// The next byte that someone typed. CPU 0 only.

@@ -16,13 +16,9 @@ impl Queue {
         Self { bytes: VecDeque::new(), limit }
     }
 
-    /// Adds a byte, or says that there is no room.
-    pub(super) fn push(&mut self, byte: u8) -> bool {
-        let room = self.bytes.len() < self.limit;
-        if room {
-            self.bytes.push_back(byte);
-        }
-        room
+    /// Bytes that still have room.
+    pub(super) fn room(&self) -> usize {
+        self.limit - self.bytes.len()
     }
 
     /// Adds all bytes if `reserve` bytes stay free then, else none.
@@ -54,7 +50,8 @@ mod tests {
         let mut queue = Queue::new(4);
         assert!(queue.push_all(b"ab", 2));
         assert!(!queue.push_all(b"c", 2));
-        assert!(queue.push(b'c') && queue.push(b'd') && !queue.push(b'e'));
+        assert_eq!(queue.room(), 2);
+        assert!(queue.push_all(b"cd", 0) && !queue.push_all(b"e", 0));
         assert_eq!(queue.front::<3>(), b"abc");
         queue.consume(3);
         assert_eq!(queue.front::<3>(), b"d");

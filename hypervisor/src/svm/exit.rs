@@ -110,8 +110,16 @@ pub enum Exit {
 
 /// Reads the exit of a control block.
 #[must_use]
+#[inline]
 pub fn decode(control: &Control) -> Exit {
-    match control.exit_code {
+    decode_raw(control.exit_code, control.exit_info_1, control.exit_info_2)
+}
+
+/// As [`decode`], of the three words themselves.
+#[must_use]
+#[inline]
+pub fn decode_raw(code: u64, info1: u64, info2: u64) -> Exit {
+    match code {
         0x60 => Exit::Interrupt,
         0x61 => Exit::Nmi,
         0x64 => Exit::InterruptWindow,
@@ -120,15 +128,15 @@ pub fn decode(control: &Control) -> Exit {
         0x74 => Exit::Iret,
         0x76 | 0x89 => Exit::CacheFlush,
         0x78 => Exit::Halt,
-        0x7b => decode_port(control.exit_info_1, control.exit_info_2).map_or(Exit::Unexpected, Exit::Port),
-        0x7c if control.exit_info_1 & 1 != 0 => Exit::WriteMsr,
+        0x7b => decode_port(info1, info2).map_or(Exit::Unexpected, Exit::Port),
+        0x7c if info1 & 1 != 0 => Exit::WriteMsr,
         0x7c => Exit::ReadMsr,
         0x7f => Exit::Shutdown,
         0x81 => Exit::Hypercall,
         // RSM outside SMM, INVLPGA, VMRUN, VMLOAD, VMSAVE, STGI, CLGI, SKINIT, MONITOR, MWAIT, RDPRU.
         0x73 | 0x7a | 0x80 | 0x82..=0x86 | 0x8a..=0x8c | 0x8e => Exit::Undefined,
         0x8d => Exit::SetExtendedControl,
-        0x400 => Exit::NestedFault(NestedFault { gpa: control.exit_info_2, code: control.exit_info_1 }),
+        0x400 => Exit::NestedFault(NestedFault { gpa: info2, code: info1 }),
         // QEMU writes the low half only.
         0xffff_ffff_ffff_ffff | 0xffff_ffff => Exit::Invalid,
         _ => Exit::Unexpected,

@@ -139,7 +139,7 @@ impl Vcpu {
         unsafe { &mut *self.vmcb }
     }
 
-    /// The state after INIT (14.1.3), with the reset vector: what a start-up IPI then moves.
+    /// The state after INIT (14.1.3), with the reset vector.
     pub fn reset(&mut self) {
         (self.latched, self.event, self.nmi_masked) = (None, 0, false);
         self.switch.registers = [0; 16];
@@ -167,14 +167,6 @@ impl Vcpu {
         save.pat = PAT_RESET;
         self.switch.registers[2] = 0x0060_0f00;
         self.flush = true;
-    }
-
-    /// Starts in real mode at the page of a start-up IPI (16.5).
-    pub fn start_at_page(&mut self, page: u8) {
-        let save = self.save_mut();
-        save.cs.selector = u16::from(page) << 8;
-        save.cs.base = u64::from(page) << 12;
-        save.rip = 0;
     }
 
     /// The state-save area.
@@ -240,6 +232,11 @@ impl Vcpu {
         // SAFETY: the page is this vCPU's; SVM is on wherever a vCPU is run.
         unsafe { entry::save_host(self.switch.host) };
         self.flush = true;
+    }
+
+    /// What the CPU adds to its TSC while the guest runs.
+    pub fn set_tsc_offset(&mut self, offset: u64) {
+        self.vmcb_mut().control.tsc_offset = offset;
     }
 
     /// Points the vCPU at a nested page table; a new root starts with an empty TLB.

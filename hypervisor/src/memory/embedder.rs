@@ -1,0 +1,117 @@
+//! What `nestling` asks of its embedder, on this machine.
+//!
+//! Tables are frames, zeroed; backing is [`GuestRam`]; vCPU *i* runs on CPU *i* + 1, so a kick is an IPI to that CPU;
+//! and the asymmetric fence is a compiler fence on the side of the fault path and an NMI to every CPU on the other
+//! ([`crate::cpu::barrier`]).
+
+use core::ptr::{self, NonNull};
+use core::sync::atomic::{AtomicU64, Ordering};
+
+use nestling::format::Npt;
+use nestling::host::{Access, Backing, BackingError, Extent, Host, TableFrames, Time, VcpuId, Vcpus};
+use nestling::sync::AtomicU64 as Entry;
+use nestling::{Gfn, Hfn, Hpa, Slot};
+
+use super::frames;
+use super::guest::GuestRam;
+use crate::cpu::apic::{self, Command};
+use crate::cpu::{barrier, local, vector};
+
+/// The CPU that runs a vCPU. CPU 0 runs none: see [`crate::vm`].
+#[must_use]
+pub const fn cpu_of(vcpu: usize) -> usize {
+    vcpu + 1
+}
+
+/// Makes the CPU of a vCPU leave guest mode or HLT, if it is in one.
+pub fn kick(vcpu: usize) {
+    apic::send(local::all()[cpu_of(vcpu)].apic_id(), Command::Fixed(vector::KICK));
+}
+
+/// Makes CPU 0 look around.
+pub fn kick_housekeeper() {
+    apic::send(local::all()[0].apic_id(), Command::Fixed(vector::KICK));
+}
+
+/// One VM's side of the bargain.
+#[derive(Debug)]
+pub struct Machine {
+    ram: GuestRam,
+}
+
+/// Table frames of all VMs, now and at most.
+static TABLES: AtomicU64 = AtomicU64::new(0);
+static TABLES_PEAK: AtomicU64 = AtomicU64::new(0);
+
+/// Table frames in use now, and the most there ever were at one time.
+#[must_use]
+pub fn table_frames() -> (u64, u64) {
+    (TABLES.load(Ordering::Relaxed), TABLES_PEAK.load(Ordering::Relaxed))
+}
+
+impl Machine {
+    /// An embedder whose slots are backed by `ram`.
+    #[must_use]
+    pub fn new(ram: GuestRam) -> Self {
+        Self { ram }
+    }
+
+    /// The guest's RAM.
+    #[must_use]
+    pub fn ram(&self) -> &GuestRam {
+        &self.ram
+    }
+}
+
+// SAFETY: a frame from the allocator is ours until it is given back, and the identity map makes its address a pointer
+// on every CPU.
+unsafe impl TableFrames for Machine {
+    fn alloc_table(&self) -> Option<Hfn> {
+        let frame = frames::alloc(0)?;
+        // SAFETY: just allocated.
+        unsafe { frames::block(frame, 0) }.fill(0);
+        let now = TABLES.fetch_add(1, Ordering::Relaxed) + 1;
+        TABLES_PEAK.fetch_max(now, Ordering::Relaxed);
+        Some(Hpa(frame).hfn())
+    }
+
+    fn free_table(&self, frame: Hfn) {
+        TABLES.fetch_sub(1, Ordering::Relaxed);
+        frames::free(frame.hpa().0, 0);
+    }
+
+    #[inline]
+    fn table(&self, frame: Hfn) -> NonNull<Entry> {
+        let table = ptr::with_exposed_provenance_mut(frame.hpa().0 as usize);
+        // SAFETY: no table lies at address 0: the first MiB is not in the allocator.
+        unsafe { NonNull::new_unchecked(table) }
+    }
+}
+
+impl Backing for Machine {
+    #[inline]
+    fn resolve(&self, slot: &Slot, gfn: Gfn, access: Access) -> Result<Extent, BackingError> {
+        self.ram.resolve(slot.backing(), gfn, access)
+    }
+}
+
+impl Vcpus for Machine {
+    fn kick(&self, vcpu: VcpuId) {
+        kick(usize::from(vcpu.0));
+    }
+}
+
+impl Time for Machine {
+    #[inline]
+    fn light_fence(&self) {
+        barrier::light();
+    }
+
+    fn heavy_fence(&self) {
+        barrier::heavy();
+    }
+}
+
+impl Host for Machine {
+    type Format = Npt;
+}

@@ -1,0 +1,305 @@
+//! One VM from its bundle to its report, as CPU 0 sees it.
+//!
+//! Every step may fail with a text for the operator; nothing is started before all that can be checked has been.
+//!
+//! The end has an order. The vCPUs are made to leave and their jobs finish, which says that no CPU runs on the VM's
+//! tables; counters are read while tables and RAM are still there; then vCPUs, MMU and RAM go, in this order; what is
+//! left after that is counted and told.
+
+use alloc::boxed::Box;
+use alloc::collections::BTreeMap;
+use alloc::format;
+use alloc::string::{String, ToString};
+use alloc::sync::Arc;
+use alloc::vec::Vec;
+use core::arch::x86_64::{__cpuid, __cpuid_count, CpuidResult};
+use core::fmt::Display;
+use core::sync::atomic::{AtomicUsize, Ordering};
+
+use nestling::{Config, Counters, GfnRange, Gpa, Level, Mmu, SlotConfig, SlotFlags, SlotId};
+use nestling_control::bundle::Bundle;
+use nestling_control::config::{HugePages, RunConfig};
+use nestling_control::message::{
+    BytesByPageSize, DeathReason, DeathReport, GuestExit, Report, TableFrames, ToCommand, ToHypervisor,
+};
+use spin::Mutex;
+
+use super::handle::Policy;
+use super::policy::cpuid::{CpuidConfig, CpuidPolicy, CpuidRegs, HostCpuid};
+use super::policy::msr::{MsrConfig, MsrState};
+use super::shared::{CONSOLE_PIECE, End, Shared};
+use super::time::VmClock;
+use super::vcpu::{Remains, Vcpu};
+use super::walk;
+use crate::boot::ap;
+use crate::control;
+use crate::cpu::{apic, clock, instructions, local, rtc};
+use crate::devices::platform::{Platform, PlatformConfig};
+use crate::guest::layout::RamLayout;
+use crate::guest::{LinuxConfig, VcpuInit, load_linux};
+use crate::memory::embedder::{self, Machine};
+use crate::memory::frames;
+use crate::memory::guest::{self, ChunkSize, GuestRam};
+use crate::svm::{self, exit, permission::Maps};
+
+/// How often CPU 0 looks at its ports while nobody wakes it.
+const TICK_US: u64 = 2_000;
+/// How long the vCPUs may take to leave.
+const LEAVE_LIMIT_US: u64 = 5_000_000;
+/// Memory that must be free beside the guest's RAM: tables, vCPUs, queues.
+const RESERVE_BYTES: u64 = 16 << 20;
+
+/// Runs the guest of a bundle to its end, and tells what it was like.
+#[must_use]
+pub fn run(bundle: &[u8], cpus: usize) -> GuestExit {
+    match start(bundle, cpus) {
+        Ok(exit) => exit,
+        Err(text) => GuestExit::Error { text },
+    }
+}
+
+fn text(error: impl Display) -> String {
+    error.to_string()
+}
+
+/// The part that can fail before a guest runs, and then the run.
+fn start(bundle: &[u8], cpus: usize) -> Result<GuestExit, String> {
+    let features = svm::check().map_err(text)?;
+    let bundle = Bundle::parse(bundle).map_err(text)?;
+    let config = &bundle.config;
+    let vcpus = config.vcpus as usize;
+    if vcpus > cpus {
+        return Err(format!("{vcpus} vCPUs need {} CPUs (one keeps house), this machine has {}", vcpus + 1, cpus + 1));
+    }
+    let free = frames::counts().0 * frames::FRAME;
+    if config.memory_bytes + RESERVE_BYTES > free {
+        let mib = |bytes: u64| bytes >> 20;
+        let (asked, free) = (mib(config.memory_bytes + RESERVE_BYTES), mib(free));
+        return Err(format!("the guest needs {asked} MiB with what belongs to it, this machine has {free} MiB free"));
+    }
+    let mmu = memory(config)?;
+    let linux = LinuxConfig { memory_bytes: config.memory_bytes, vcpus: config.vcpus };
+    let initrd = bundle.initrd.unwrap_or_default();
+    let init = load_linux(mmu.host().ram(), bundle.kernel, initrd, &config.command_line, &linux).map_err(text)?;
+    let maps = Maps::new().ok_or("no memory for the permission maps")?;
+    Vm { config, features, maps, mmu }.run(&init)
+}
+
+/// The guest's RAM and the MMU that maps it.
+fn memory(config: &RunConfig) -> Result<Arc<Mmu<Machine>>, String> {
+    let (largest, chunk) = match largest_page(config.huge_pages) {
+        HugePages::None => (Level::K4, ChunkSize::K4),
+        HugePages::M2 => (Level::M2, ChunkSize::M2),
+        HugePages::G1 => (Level::G1, ChunkSize::G1),
+    };
+    // The hole between 640 KiB and 1 MiB is RAM as well, which no map tells the guest of: kernels look there for
+    // firmware's tables and adapters' ROMs without asking, and find zeros. The hole below 4 GiB is nobody's.
+    let layout = RamLayout::new(config.memory_bytes).map_err(text)?;
+    let high = layout.ranges().get(2);
+    let bounds = [Some((0, layout.low_end())), high.map(|r| (r.gpa, r.end()))];
+    let range = |(start, end)| GfnRange { start: Gpa(start).gfn(), end: Gpa(end).gfn() };
+    let ranges: Vec<GfnRange> = bounds.into_iter().flatten().map(range).collect();
+    let ram = GuestRam::new(&ranges, chunk).map_err(text)?;
+    let config = Config {
+        vcpus: config.vcpus as u16,
+        workers: 2,
+        largest,
+        // With 52 address bits an NPT entry has no reserved bit that could mark MMIO.
+        mmio_entries: __cpuid(0x8000_0008).eax & 0xff < 52,
+        ..Config::default()
+    };
+    let mmu = Mmu::new(Machine::new(ram), config).map_err(text)?;
+    let mut worker = mmu.worker().map_err(text)?;
+    for (index, range) in ranges.iter().enumerate() {
+        let slot = SlotConfig {
+            id: SlotId(index as u32),
+            base: range.start.gpa(),
+            size: range.pages() * frames::FRAME,
+            flags: SlotFlags::empty(),
+            backing: index as u64,
+        };
+        worker.add_slot(slot).map_err(text)?;
+    }
+    drop(worker);
+    Ok(mmu)
+}
+
+/// What was asked for, or less if this CPU lacks it (CPUID 0x8000_0001, EDX bit 26).
+fn largest_page(asked: HugePages) -> HugePages {
+    let giant = __cpuid(0x8000_0001).edx & 1 << 26 != 0;
+    if asked == HugePages::G1 && !giant { HugePages::M2 } else { asked }
+}
+
+/// The CPU that this code runs on; all are alike.
+struct ThisCpu;
+
+impl HostCpuid for ThisCpu {
+    fn leaf(&self, leaf: u32, subleaf: u32) -> CpuidRegs {
+        let CpuidResult { eax, ebx, ecx, edx } = __cpuid_count(leaf, subleaf);
+        CpuidRegs { eax, ebx, ecx, edx }
+    }
+}
+
+/// A VM whose memory is loaded.
+struct Vm<'a> {
+    config: &'a RunConfig,
+    features: svm::Features,
+    maps: Maps,
+    mmu: Arc<Mmu<Machine>>,
+}
+
+/// Where a CPU leaves what is left of its vCPU.
+type Left = Arc<[Mutex<Option<Remains>>]>;
+
+impl Vm<'_> {
+    fn run(self, init: &VcpuInit) -> Result<GuestExit, String> {
+        let count = self.config.vcpus as usize;
+        let wall_clock_s = rtc::unix_seconds();
+        let console = PlatformConfig { wall_clock_s, console_output: CONSOLE_PIECE, ..PlatformConfig::default() };
+        let platform = Platform::new(console);
+        let clock = VmClock::start();
+        let shared = Shared::new(Arc::clone(&self.mmu), clock, count, platform, &self.config.ready_marker);
+        let shared = Arc::new(shared);
+        let tsc_khz = clock::tsc_khz();
+        let extended = __cpuid(0x8000_0001).edx;
+        let (tsc_aux, ffxsr) = (extended & 1 << 27 != 0, extended & 1 << 25 != 0);
+        // Without a way to keep the guest's XCR0 from the host (QEMU neither intercepts nor switches it), no XSAVE.
+        let cpuid = CpuidConfig { vcpus: self.config.vcpus, xsave: false, tsc_aux, tsc_khz };
+        let cpuid = Arc::new(CpuidPolicy::new(&ThisCpu, cpuid));
+        let physical_bits = __cpuid(0x8000_0008).eax & 0xff;
+        let msrs = MsrConfig { tsc_khz, tsc_offset: clock.started().wrapping_neg(), physical_bits, ffxsr, tsc_aux };
+        let mut vcpus = Vec::new();
+        for number in 0..count {
+            let cpu = svm::Vcpu::new(self.features, &self.maps).ok_or("no memory for a vCPU")?;
+            let policy = Policy { cpuid: Arc::clone(&cpuid), msrs: MsrState::new(msrs), tsc_aux, wall_clock_s };
+            vcpus.push(Vcpu::new(number, &shared, cpu, policy).ok_or("a vCPU's number is taken")?);
+        }
+        vcpus[0].start(init);
+        control::send(&ToCommand::GuestStarted {
+            vcpus: self.config.vcpus,
+            memory_bytes: self.config.memory_bytes,
+            huge_pages: largest_page(self.config.huge_pages),
+        });
+        let running = Arc::new(AtomicUsize::new(count));
+        let left: Left = (0..count).map(|_| Mutex::new(None)).collect();
+        for (number, vcpu) in vcpus.into_iter().enumerate() {
+            let (running, left) = (Arc::clone(&running), Arc::clone(&left));
+            let job = Box::new(move || {
+                // The vCPU's share of the VM is gone before the VM hears of it: what CPU 0 drops next is the last.
+                *left[number].lock() = Some(vcpu.run());
+                drop(left);
+                running.fetch_sub(1, Ordering::Release);
+                embedder::kick_housekeeper();
+            });
+            ap::run_on(embedder::cpu_of(number), job);
+        }
+        self.keep_house(&shared, &running);
+        Ok(self.finish(shared, &left))
+    }
+
+    /// Serves the ports until every vCPU has left.
+    fn keep_house(&self, vm: &Shared, running: &AtomicUsize) {
+        let mut left_since = None;
+        let mut typed: Vec<u8> = Vec::new();
+        while running.load(Ordering::Acquire) > 0 {
+            while typed.len() < 64
+                && let Some(byte) = control::console_read()
+            {
+                typed.push(byte);
+            }
+            vm.try_with_ports(|platform, now| {
+                let taken = platform.console_push(now, &typed);
+                typed.drain(..taken);
+            });
+            match control::next_command() {
+                Some(ToHypervisor::Stop) => vm.end(End::Exit(GuestExit::Stopped)),
+                None => {}
+            }
+            control::pump();
+            self.watch_silence(vm);
+            if vm.stopping() {
+                let since = *left_since.get_or_insert_with(instructions::rdtsc);
+                if clock::us_from_tsc(instructions::rdtsc() - since) > LEAVE_LIMIT_US {
+                    // Its memory can't be taken down under it: this is a defect of ours, and the end.
+                    panic!("a vCPU did not leave its guest within {} s", LEAVE_LIMIT_US / 1_000_000);
+                }
+            }
+            let timer = &local::this().timer_fired;
+            timer.store(false, Ordering::Relaxed);
+            clock::set_timer_at(instructions::rdtsc() + clock::tsc_from_us(TICK_US));
+            // SAFETY: ring 0, interrupts off, no lock held. The timer ends it at the latest.
+            unsafe { instructions::halt() };
+        }
+        apic::set_timer(0);
+    }
+
+    fn watch_silence(&self, vm: &Shared) {
+        let Some(limit_ms) = self.config.silence_timeout_ms else { return };
+        let silent_ms = vm.clock.now().ns.saturating_sub(vm.last_output()) / 1_000_000;
+        if silent_ms >= limit_ms && !vm.stopping() {
+            vm.end(End::Death(DeathReason::SilentConsole { silent_ms }, None));
+        }
+    }
+
+    /// Counts, takes down, counts again, tells.
+    fn finish(self, shared: Arc<Shared>, left: &Left) -> GuestExit {
+        let ended = shared.clock.now().ns;
+        // What the guest printed last may still be in its UART.
+        shared.try_with_ports(|platform, now| platform.poll(now));
+        let mut remains: Vec<Remains> = left.iter().filter_map(|slot| slot.lock().take()).collect();
+        let counters = self.mmu.counters();
+        let root = remains.iter().map(|r| r.root).find(|&root| root != 0);
+        // SAFETY: no vCPU runs, `remains` holds the roots, nobody else changes the tables.
+        let touched_bytes = root.map_or(0, |root| unsafe { walk::accessed_bytes(root) });
+        let states = super::vcpu::states(&mut remains);
+        let exits = exits(&remains);
+        let (cause, ready) = (shared.cause(), shared.ready());
+        drop(remains);
+        drop(shared);
+        let exit = match cause {
+            Some(End::Exit(exit)) => exit,
+            Some(End::Death(reason, vcpu)) => {
+                control::send(&ToCommand::Death(DeathReport { reason, vcpu, guest_ns: ended, vcpus: states }));
+                GuestExit::Died
+            }
+            None => GuestExit::Error { text: "the vCPUs left without a cause".to_string() },
+        };
+        let [size_4k, size_2m, size_1g] = counters.mapped_bytes();
+        drop(self.mmu);
+        let (tables_left, tables_peak) = embedder::table_frames();
+        control::send(&ToCommand::Report(Report {
+            vcpus: self.config.vcpus,
+            memory_bytes: self.config.memory_bytes,
+            exits,
+            faults: faults(&counters),
+            mapped_bytes: BytesByPageSize { size_4k, size_2m, size_1g },
+            touched_bytes,
+            table_frames: TableFrames { peak: tables_peak, left: tables_left },
+            guest_frames_left: guest::frames_in_use(),
+            tlb_flushes: counters.flushes,
+            kicks: counters.kicks,
+            boot_guest_ns: ready,
+            run_guest_ns: ended,
+        }));
+        exit
+    }
+}
+
+fn exits(remains: &[Remains]) -> BTreeMap<String, u64> {
+    let sum = |kind: usize| remains.iter().map(|r| r.exits[kind]).sum();
+    let all = exit::NAMES.iter().enumerate().map(|(kind, name)| ((*name).to_string(), sum(kind)));
+    all.filter(|(_, count)| *count > 0).collect()
+}
+
+fn faults(counters: &Counters) -> BTreeMap<String, u64> {
+    [
+        ("fixed", counters.faults_fixed),
+        ("spurious", counters.faults_spurious),
+        ("retried", counters.faults_retried),
+        ("mmio", counters.faults_mmio),
+        ("read_only", counters.faults_read_only),
+        ("failed", counters.faults_failed),
+    ]
+    .map(|(name, count)| (name.to_string(), count))
+    .into()
+}

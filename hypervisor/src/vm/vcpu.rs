@@ -1,0 +1,305 @@
+//! A vCPU's life on its CPU.
+//!
+//! One turn of the loop: serve what others posted, deliver an event if there is one that can be taken, start the CPU's
+//! timer for the guest's next deadline, enter, and handle the exit. Work that came too late for its place in the turn is
+//! seen by the last look before entry, and the turn starts again.
+//!
+//! A physical interrupt only ends the guest's run; it is taken in a window right behind ([`instructions::interrupt_window`])
+//! and has no other effect than that turn and, if it was the timer, a look at the deadlines.
+
+use core::sync::atomic::Ordering;
+
+use alloc::sync::Arc;
+use alloc::vec::Vec;
+
+use nestling::{FaultError, VcpuId};
+use nestling_control::message::{DeathReason, VcpuState};
+
+use super::handle::{MSR_TSC_AUX, Next, Policy};
+use super::ring::Ring;
+use super::shared::{End, Place, Shared};
+use crate::cpu::{apic, clock, instructions, local};
+use crate::devices::lapic::{Lapic, LapicConfig};
+use crate::guest::VcpuInit;
+use crate::memory::embedder::Machine;
+use crate::svm;
+use crate::svm::exit::{self, Exit};
+
+/// What is left of a vCPU when it has stopped.
+#[derive(Debug)]
+pub struct Remains {
+    /// Exits by [`exit::index`].
+    pub exits: [u64; exit::KINDS],
+    /// Its state, if the guest died and the vCPU was ever started.
+    pub state: Option<VcpuState>,
+    /// The library's vCPU: its tables and counters are there until this is dropped.
+    pub memory: nestling::Vcpu<Machine>,
+    /// The root it ran on last.
+    pub root: u64,
+}
+
+/// Whether the vCPU runs instructions.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Activity {
+    /// It does.
+    Running,
+    /// HLT.
+    Halted,
+    /// INIT, and no start-up IPI yet.
+    WaitingForStartup,
+}
+
+/// One vCPU.
+#[derive(Debug)]
+pub struct Vcpu {
+    pub(super) number: usize,
+    pub(super) vm: Arc<Shared>,
+    pub(super) cpu: svm::Vcpu,
+    pub(super) memory: nestling::Vcpu<Machine>,
+    pub(super) lapic: Lapic,
+    pub(super) policy: Policy,
+    pub(super) activity: Activity,
+    /// The guest's next deadline may have changed.
+    pub(super) timer_changed: bool,
+    nmi_pending: bool,
+    /// What the CPU's timer was started for, as a TSC value; `u64::MAX`: it is off.
+    armed: u64,
+    /// The port devices' deadline that it was started with, on vCPU 0.
+    ports_seen: u64,
+    exits: [u64; exit::KINDS],
+    ring: Ring,
+    root: u64,
+    started: bool,
+}
+
+impl Vcpu {
+    /// A vCPU that waits to be started; `None` without memory, or if the number is taken.
+    #[must_use]
+    pub(super) fn new(number: usize, vm: &Arc<Shared>, mut cpu: svm::Vcpu, policy: Policy) -> Option<Self> {
+        let memory = vm.mmu.vcpu(VcpuId(number as u16))?;
+        cpu.set_tsc_offset(policy.msrs.tsc_offset());
+        let config = LapicConfig { apic_id: number as u32, bootstrap: number == 0, tsc_khz: clock::tsc_khz() };
+        Some(Self {
+            number,
+            vm: Arc::clone(vm),
+            cpu,
+            memory,
+            lapic: Lapic::new(config),
+            policy,
+            activity: Activity::WaitingForStartup,
+            timer_changed: true,
+            nmi_pending: false,
+            armed: u64::MAX,
+            ports_seen: u64::MAX,
+            exits: [0; exit::KINDS],
+            ring: Ring::default(),
+            root: 0,
+            started: false,
+        })
+    }
+
+    /// Makes it the first to run, in the state that a loader left.
+    pub fn start(&mut self, init: &VcpuInit) {
+        super::state::load(&mut self.cpu, init);
+        self.activity = Activity::Running;
+        self.started = true;
+    }
+
+    /// Runs until the VM ends. On the CPU that belongs to this vCPU.
+    #[must_use]
+    pub fn run(mut self) -> Remains {
+        self.cpu.bind();
+        if self.policy.tsc_aux {
+            // SAFETY: the host has the register and does not use it.
+            unsafe { instructions::wrmsr(MSR_TSC_AUX, 0) };
+        }
+        while !self.vm.stopping() {
+            if let Err(error) = self.turn() {
+                let text = alloc::format!("{error}");
+                self.die(DeathReason::Internal { text });
+            }
+        }
+        apic::set_timer(0);
+        let died = matches!(self.vm.cause(), Some(End::Death(..)));
+        let state = (died && self.started).then(|| super::state::report(&self, self.root, &self.ring));
+        Remains { exits: self.exits, state, memory: self.memory, root: self.root }
+    }
+
+    /// Ends the VM because of this vCPU.
+    pub(super) fn die(&self, reason: DeathReason) {
+        self.vm.end(End::Death(reason, Some(self.number as u32)));
+    }
+
+    #[inline]
+    fn turn(&mut self) -> Result<(), FaultError> {
+        self.serve();
+        if self.activity == Activity::WaitingForStartup || !self.deliver() {
+            self.rest();
+            return Ok(());
+        }
+        self.arm_timer();
+        self.cpu.set_task_priority(self.lapic.cr8());
+        let vm = &*self.vm;
+        let reach = &vm.vcpus[self.number];
+        reach.go(Place::Guest);
+        let mut inside = self.memory.enter()?;
+        // The last look: what is seen to be missing here comes with a kick.
+        let news = self.number == 0 && vm.ports_due() != self.ports_seen;
+        if news || reach.lapic.has_pending() || vm.stopping() {
+            drop(inside);
+            reach.back();
+            return Ok(());
+        }
+        self.root = inside.root().0;
+        self.cpu.set_root(self.root);
+        if inside.take_flush() {
+            self.cpu.flush();
+        }
+        let exit = self.cpu.run();
+        drop(inside);
+        reach.back();
+        self.exits[exit::index(&exit)] += 1;
+        let (code, info1, _) = self.cpu.raw_exit();
+        self.ring.note(code, self.cpu.save().rip, info1);
+        if self.cpu.task_priority() != self.lapic.cr8() {
+            self.lapic.set_cr8(self.cpu.task_priority());
+        }
+        match exit {
+            // SAFETY: ring 0, interrupts off, and no lock is held.
+            Exit::Interrupt => unsafe { instructions::interrupt_window() },
+            exit => self.act_on(exit)?,
+        }
+        Ok(())
+    }
+
+    fn act_on(&mut self, exit: Exit) -> Result<(), FaultError> {
+        match self.handle(exit)? {
+            Next::Continue => {}
+            Next::Halt => self.activity = Activity::Halted,
+            Next::Die(reason) => self.die(reason),
+        }
+        Ok(())
+    }
+
+    /// Takes in what others posted and what time has brought.
+    #[inline]
+    fn serve(&mut self) {
+        let vm = &*self.vm;
+        let fired = &local::this().timer_fired;
+        if fired.load(Ordering::Relaxed) {
+            fired.store(false, Ordering::Relaxed);
+            self.armed = u64::MAX;
+            self.timer_changed = true;
+            let now = self.now();
+            self.lapic.poll(now);
+            if self.number == 0 && vm.ports_due() <= now.ns {
+                vm.with_ports(Some(0), |platform, now| platform.poll(now));
+            }
+        }
+        let pending = self.lapic.sync(&vm.vcpus[self.number].lapic);
+        if pending.init {
+            self.lapic.init();
+            self.cpu.reset();
+            self.activity = Activity::WaitingForStartup;
+            self.nmi_pending = false;
+            self.timer_changed = true;
+        }
+        if let Some(page) = pending.startup
+            && self.activity == Activity::WaitingForStartup
+        {
+            self.start(&VcpuInit::startup(page));
+        }
+        self.nmi_pending |= pending.nmi;
+    }
+
+    /// Gives the guest the most important event that it can take; says whether it has something to run.
+    #[inline]
+    fn deliver(&mut self) -> bool {
+        if self.nmi_pending && self.cpu.can_take_nmi() {
+            self.nmi_pending = false;
+            self.cpu.nmi();
+            self.activity = Activity::Running;
+        }
+        let external = self.number == 0 && self.vm.line() && self.lapic.accepts_extint();
+        if external || self.lapic.deliverable().is_some() {
+            if self.cpu.can_take_interrupt() {
+                let vector = if external {
+                    self.vm.with_ports(Some(0), |platform, _| platform.interrupt_acknowledge())
+                } else {
+                    self.lapic.acknowledge().unwrap_or(0)
+                };
+                self.cpu.interrupt(vector);
+                self.activity = Activity::Running;
+                // One at a time goes in; for the next the guest says when.
+                if self.lapic.deliverable().is_none() {
+                    return true;
+                }
+            }
+            if self.activity == Activity::Running {
+                self.cpu.open_interrupt_window();
+            }
+        }
+        self.activity == Activity::Running || self.cpu.has_event()
+    }
+
+    /// Starts the CPU's timer for what the guest waits for next.
+    #[inline]
+    fn arm_timer(&mut self) {
+        if self.number == 0 && !self.timer_changed {
+            self.timer_changed = self.first_has_news();
+        }
+        if !self.timer_changed {
+            return;
+        }
+        self.timer_changed = false;
+        let vm = &*self.vm;
+        let now = self.now();
+        let mut due = self.lapic.next_deadline_ns(now).unwrap_or(u64::MAX);
+        if self.number == 0 {
+            self.ports_seen = vm.ports_due();
+            due = due.min(self.ports_seen);
+        }
+        let deadline = if due == u64::MAX { u64::MAX } else { vm.clock.tsc(due) };
+        if deadline == self.armed {
+            return;
+        }
+        self.armed = deadline;
+        if deadline == u64::MAX {
+            apic::set_timer(0);
+        } else {
+            clock::set_timer_at(deadline);
+        }
+    }
+
+    /// Whether the port devices' next deadline, or their interrupt line, is not what vCPU 0 has acted on.
+    #[inline]
+    fn first_has_news(&self) -> bool {
+        self.number == 0 && self.vm.ports_due() != self.ports_seen
+    }
+
+    /// Halts the CPU until something comes, unless something has.
+    fn rest(&mut self) {
+        self.arm_timer();
+        let vm = &*self.vm;
+        let reach = &vm.vcpus[self.number];
+        reach.go(Place::Halted);
+        let line = self.number == 0 && vm.line() && self.line_wakes();
+        let timer = local::this().timer_fired.load(Ordering::Relaxed);
+        if !(reach.lapic.has_pending() || vm.stopping() || self.first_has_news() || line || timer) {
+            // SAFETY: ring 0, interrupts off, and no lock is held.
+            unsafe { instructions::halt() };
+        }
+        reach.back();
+    }
+
+    /// Whether the interrupt line would wake a halted vCPU 0.
+    fn line_wakes(&self) -> bool {
+        self.activity == Activity::Halted && self.lapic.accepts_extint() && self.cpu.can_take_interrupt()
+    }
+}
+
+/// States of vCPUs that were started, in the order of their numbers.
+#[must_use]
+pub fn states(remains: &mut [Remains]) -> Vec<VcpuState> {
+    remains.iter_mut().filter_map(|r| r.state.take()).collect()
+}
