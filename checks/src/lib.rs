@@ -1,1 +1,18 @@
-//! Placeholder head, replaced by the first commit of this room.
+//! What tries to break `nestling`.
+//!
+//! - [`machine`] is an embedder on the host: table frames that remember being freed, vCPUs that walk the real tables
+//!   with their own knowledge of the bits, and an **adversarial TLB** that keeps every translation it ever saw until
+//!   it is told to flush, and prefers the stalest.
+//! - [`ghost`] is what must be true, kept beside the library in plain maps: which host frame stands behind a guest
+//!   frame, who may write, what was taken away and when. Every guest access and every table is held against it.
+//! - [`program`] makes both do things: random sequences in one thread, storms in many.
+//!
+//! A check that finds something does not stop the library in the middle of a call: it is written down as a
+//! [`ghost::Violation`] with the history of the frame, and the test asks for the list at its end.
+
+#![deny(unsafe_code)]
+
+pub mod ghost;
+pub mod machine;
+pub mod program;
+pub mod rng;

@@ -1,0 +1,263 @@
+//! A vCPU and the guest that runs on it.
+//!
+//! # Protocol
+//! A turn: clear the kick (nobody who saw this vCPU in guest mode earlier still needs it), `enter`, flush if told to,
+//! run instructions until one faults or a kick is seen between two of them; leave; then the fault is handed in. A
+//! kick is answered **late**: some more instructions run after it was seen, and they prefer the stalest translations,
+//! as a CPU's may until it takes the interrupt.
+//!
+//! While in guest mode the CPU may also translate addresses that the guest does not use yet; it does, at random, and
+//! the TLB remembers them like all others.
+
+use std::sync::Arc;
+
+use nestling::{Access, Cause, Fault, FaultError, Gfn, Hpa, Level, Mmu, Outcome, Vcpu, VcpuId};
+
+use super::Machine;
+use super::cpu::Cpu;
+use super::cpu::tlb::{Found, Tlb};
+use super::cpu::walk::{Walked, root, walk};
+use crate::rng::Rng;
+
+/// One guest instruction: an access to a frame.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Instruction {
+    /// Where.
+    pub gfn: Gfn,
+    /// What.
+    pub access: Access,
+}
+
+/// How an instruction ended.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Done {
+    /// It reached memory.
+    Memory,
+    /// It was a device's.
+    Mmio,
+    /// It was a write to read-only memory.
+    ReadOnly,
+    /// The fault could not be handled.
+    Failed(FaultError),
+    /// It was tried too often.
+    Stuck,
+}
+
+/// What an embedder might do wrong; the checks must notice each.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Manners {
+    /// Nothing.
+    Right,
+    /// Does not flush its TLB when `enter` says so.
+    IgnoresFlush,
+    /// Says that it has left guest mode when it is kicked, and lets the guest run on.
+    LiesAboutLeaving,
+}
+
+/// See the module head.
+#[derive(Debug)]
+pub struct GuestCpu<F: Cpu> {
+    /// The library's part.
+    pub vcpu: Vcpu<Machine<F>>,
+    /// Its TLB.
+    pub tlb: Tlb,
+    mmu: Arc<Mmu<Machine<F>>>,
+    rng: Rng,
+    manners: Manners,
+    patience: u64,
+    root: Option<Hpa>,
+}
+
+/// Instructions that run at most after a kick was seen.
+const LATE: u64 = 4;
+
+/// What the borrowed parts of a CPU in guest mode do.
+struct Running<'a, F: Cpu> {
+    id: VcpuId,
+    mmu: &'a Mmu<Machine<F>>,
+    tlb: &'a mut Tlb,
+    rng: &'a mut Rng,
+    root: Hpa,
+    level: Level,
+}
+
+impl<F: Cpu> Running<'_, F> {
+    /// Carries out one instruction.
+    fn step(&mut self, instruction: Instruction) -> Result<(), Cause> {
+        if self.rng.once_in(8) {
+            let near = Gfn(instruction.gfn.0 ^ self.rng.below(1024));
+            // What a speculative walk finds out is kept, that it faults is nobody's business.
+            let _ = self.translate(near, Access::Read, false);
+        }
+        self.translate(instruction.gfn, instruction.access, true)
+    }
+
+    fn translate(&mut self, gfn: Gfn, access: Access, carried_out: bool) -> Result<(), Cause> {
+        match self.tlb.find(gfn, access) {
+            Found::Leaf(leaf) => {
+                if carried_out {
+                    self.mmu.host().ghost().access(self.id, gfn, leaf.translate(gfn), access, leaf.born);
+                }
+                return Ok(());
+            }
+            // A CPU may fault on what it has cached, or look first.
+            Found::Denied if self.rng.once_in(2) => return Err(self.fault(gfn, Cause::Translation)),
+            Found::Denied | Found::Nothing => {}
+        }
+        let machine = self.mmu.host();
+        let cached = if self.rng.once_in(4) { None } else { self.tlb.find_table(gfn) };
+        let Some(start) = cached.or_else(|| root(&machine.arena, self.root.hfn(), self.level)) else {
+            machine.ghost().violation(Some(gfn), format!("{:?}: the root {:?} has been freed", self.id, self.root));
+            return Err(Cause::Translation);
+        };
+        let tlb = &mut *self.tlb;
+        match walk::<F>(&machine.arena, start, gfn, access, |table| tlb.learn_table(table)) {
+            Walked::Leaf(mut leaf) => {
+                let mut ghost = machine.ghost();
+                leaf.born = ghost.tick();
+                if carried_out {
+                    ghost.access(self.id, gfn, leaf.translate(gfn), access, leaf.born);
+                }
+                drop(ghost);
+                self.tlb.learn(leaf);
+                Ok(())
+            }
+            Walked::Fault(cause) => Err(self.fault(gfn, cause)),
+            Walked::Freed(frame) => {
+                let text = format!("{:?}: the page walk of {gfn:?} met {frame:?}, which is freed", self.id);
+                machine.ghost().violation(Some(gfn), text);
+                Err(self.fault(gfn, Cause::Translation))
+            }
+        }
+    }
+
+    fn fault(&mut self, gfn: Gfn, cause: Cause) -> Cause {
+        self.tlb.faulted(gfn);
+        cause
+    }
+}
+
+impl<F: Cpu> GuestCpu<F> {
+    /// The vCPU `id` of `mmu`.
+    pub fn new(mmu: &Arc<Mmu<Machine<F>>>, id: VcpuId, seed: u64, manners: Manners) -> Self {
+        let vcpu = mmu.vcpu(id).expect("the test makes each vCPU once");
+        let (tlb, rng) = (Tlb::default(), Rng::new(seed));
+        Self { vcpu, tlb, mmu: Arc::clone(mmu), rng, manners, patience: u64::MAX, root: None }
+    }
+
+    /// Gives up an instruction after it has faulted this often.
+    pub const fn with_patience(mut self, patience: u64) -> Self {
+        self.patience = patience;
+        self
+    }
+
+    /// The root that was loaded last.
+    pub const fn root(&self) -> Option<Hpa> {
+        self.root
+    }
+
+    /// Runs one instruction to its end.
+    pub fn run_one(&mut self, gfn: Gfn, access: Access) -> Done {
+        let mut how = Done::Stuck;
+        self.run([Instruction { gfn, access }].into_iter(), |_, done| how = done);
+        how
+    }
+
+    /// Runs instructions until there are no more; `each` learns how each ended.
+    pub fn run(&mut self, mut code: impl Iterator<Item = Instruction>, mut each: impl FnMut(Instruction, Done)) {
+        let mut next = code.next();
+        let mut tries = 0;
+        while let Some(instruction) = next {
+            let done = match self.turn(instruction, &mut code, &mut each) {
+                Ok((_, None)) => return,
+                Ok((current, Some(cause))) => {
+                    tries = if current == instruction { tries + 1 } else { 1 };
+                    next = Some(current);
+                    self.handle(current, cause, tries)
+                }
+                Err(error) => {
+                    next = Some(instruction);
+                    Some(Done::Failed(error))
+                }
+            };
+            if let (Some(done), Some(current)) = (done, next) {
+                each(current, done);
+                next = code.next();
+                tries = 0;
+            }
+        }
+    }
+
+    /// One turn in guest mode, beginning with `current`. Returns the instruction that faulted, or at which the turn
+    /// ended, and why; no cause when the code has ended.
+    fn turn(
+        &mut self,
+        mut current: Instruction,
+        code: &mut impl Iterator<Item = Instruction>,
+        each: &mut impl FnMut(Instruction, Done),
+    ) -> Result<(Instruction, Option<Stopped>), FaultError> {
+        let id = self.vcpu.id();
+        let machine = self.mmu.host();
+        machine.clear_kick(id);
+        let mut in_guest = Some(self.vcpu.enter()?);
+        let turn = in_guest.as_mut().expect("it was just made");
+        let (root, flush) = (turn.root(), turn.take_flush());
+        if flush && self.manners != Manners::IgnoresFlush {
+            self.tlb.flush();
+        }
+        self.root = Some(root);
+        let level = self.mmu.role().level;
+        let mut running = Running { id, mmu: &self.mmu, tlb: &mut self.tlb, rng: &mut self.rng, root, level };
+        let mut late = None;
+        loop {
+            if let Err(cause) = running.step(current) {
+                return Ok((current, Some(Stopped::Fault(cause))));
+            }
+            each(current, Done::Memory);
+            match code.next() {
+                Some(next) => current = next,
+                None => return Ok((current, None)),
+            }
+            if machine.is_kicked(id) {
+                if self.manners == Manners::LiesAboutLeaving {
+                    drop(in_guest.take());
+                    std::thread::yield_now();
+                    continue;
+                }
+                let left = late.get_or_insert_with(|| running.rng.below(LATE));
+                if *left == 0 {
+                    return Ok((current, Some(Stopped::Kick)));
+                }
+                *left -= 1;
+                std::thread::yield_now();
+            }
+        }
+    }
+
+    /// After a turn. Says how the instruction ended, if it did.
+    fn handle(&mut self, Instruction { gfn, access }: Instruction, stopped: Stopped, tries: u64) -> Option<Done> {
+        let Stopped::Fault(cause) = stopped else { return None };
+        let id = self.vcpu.id();
+        let began = self.mmu.host().ghost().tick();
+        let result = self.vcpu.fault(Fault { gpa: gfn.gpa(), access, cause });
+        self.mmu.host().ghost().fault_ended(id, gfn, access, began, &result);
+        match result {
+            Ok(Outcome::Mmio) => Some(Done::Mmio),
+            Ok(Outcome::ReadOnly) => Some(Done::ReadOnly),
+            Err(error) => Some(Done::Failed(error)),
+            Ok(_) if tries > self.patience => Some(Done::Stuck),
+            Ok(Outcome::Retry) => {
+                std::thread::yield_now();
+                None
+            }
+            Ok(_) => None,
+        }
+    }
+}
+
+/// Why a turn ended.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Stopped {
+    Kick,
+    Fault(Cause),
+}

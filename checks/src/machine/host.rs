@@ -1,0 +1,81 @@
+//! The library's traits on the hosted machine.
+
+#![expect(unsafe_code, reason = "implementing TableFrames is a promise about memory")]
+
+use std::ptr::NonNull;
+use std::sync::atomic::Ordering;
+
+use nestling::events::Event;
+use nestling::host::{Backing, BackingError, Extent, TableFrames, Time, Vcpus};
+use nestling::sync::AtomicU64;
+use nestling::{Access, Gfn, Hfn, Host, Slot, VcpuId};
+
+use super::cpu::Cpu;
+use super::{Machine, held};
+
+// SAFETY: the arena's pages are 4 KiB-aligned arrays of 512 atomics that live as long as the machine, each at one
+// place, and are reached through atomics only; a frame is given out to one owner at a time.
+unsafe impl<F: Cpu> TableFrames for Machine<F> {
+    fn alloc_table(&self) -> Option<Hfn> {
+        self.arena.alloc()
+    }
+
+    fn free_table(&self, frame: Hfn) {
+        self.arena.free(frame);
+    }
+
+    fn table(&self, frame: Hfn) -> NonNull<AtomicU64> {
+        NonNull::from(&self.arena.entries(frame)[0])
+    }
+}
+
+impl<F: Cpu> Backing for Machine<F> {
+    fn resolve(&self, slot: &Slot, gfn: Gfn, _access: Access) -> Result<Extent, BackingError> {
+        let hook = held(&self.on_resolve).take();
+        if let Some(hook) = hook {
+            return hook(slot, gfn);
+        }
+        let mut ghost = self.ghost();
+        // By turns: a late answer is the old one, or an error.
+        let stale = ghost.tick().is_multiple_of(2);
+        ghost.resolve(slot, gfn, stale)
+    }
+}
+
+impl<F: Cpu> Vcpus for Machine<F> {
+    fn kick(&self, vcpu: VcpuId) {
+        self.kicks[usize::from(vcpu.0)].store(true, Ordering::SeqCst);
+    }
+}
+
+impl<F: Cpu> Time for Machine<F> {
+    fn relax(&self) {
+        std::thread::yield_now();
+    }
+
+    fn should_yield(&self) -> bool {
+        self.restless > 0 && self.questions.fetch_add(1, Ordering::Relaxed).is_multiple_of(self.restless)
+    }
+
+    #[inline]
+    fn light_fence(&self) {
+        self.fences.light();
+    }
+
+    fn heavy_fence(&self) {
+        self.fences.heavy();
+    }
+}
+
+impl<F: Cpu> Host for Machine<F> {
+    type Format = F;
+    const TRACE: bool = true;
+
+    fn trace(&self, event: Event) {
+        if self.traced.load(Ordering::Relaxed)
+            && let Some(hook) = held(&self.on_trace).as_mut()
+        {
+            hook(event);
+        }
+    }
+}

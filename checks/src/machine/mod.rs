@@ -1,0 +1,139 @@
+//! An embedder of the library on the host.
+//!
+//! One [`Machine`] a VM: a bounded [`arena`] of table frames, memory that the [`crate::ghost`] keeps the books of,
+//! vCPUs ([`guest`]) that are kicked by a flag which they look at between two guest instructions, and both pairs of
+//! [`fence`]s.
+
+pub mod arena;
+pub mod cpu;
+pub mod fence;
+pub mod guest;
+mod host;
+
+use std::fmt;
+use std::marker::PhantomData;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use nestling::events::Event;
+use nestling::host::{BackingError, Extent};
+use nestling::{Config, Gfn, Level, Mmu, Slot, VcpuId};
+
+use crate::ghost::tree::Tree;
+use crate::ghost::{Ghost, Violation};
+use arena::Arena;
+use cpu::Cpu;
+use fence::Fences;
+
+/// What runs once, in the place of the next answer of the backing: outside the MMU lock, between a fault's look at
+/// the slots and its entry into the lock. It may use workers, and gives the answer.
+pub type OnResolve = Box<dyn FnOnce(&Slot, Gfn) -> Result<Extent, BackingError> + Send>;
+/// What sees trace events.
+pub type OnTrace = Box<dyn FnMut(Event) + Send>;
+
+/// See the module head.
+pub struct Machine<F> {
+    /// The table frames; shared, so that they can be counted when the MMU is gone.
+    pub arena: Arc<Arena>,
+    ghost: Mutex<Ghost>,
+    kicks: Box<[AtomicBool]>,
+    fences: Fences,
+    /// Long operations yield each time this many questions were asked; 0 for never.
+    restless: u64,
+    questions: AtomicU64,
+    on_resolve: Mutex<Option<OnResolve>>,
+    on_trace: Mutex<Option<OnTrace>>,
+    traced: AtomicBool,
+    format: PhantomData<F>,
+}
+
+impl<F: Cpu> fmt::Debug for Machine<F> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Machine").field("format", &F::NAME).field("ghost", &self.ghost).finish_non_exhaustive()
+    }
+}
+
+/// What a machine is made with.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Build {
+    /// Frames of the arena.
+    pub tables: usize,
+    /// The pair of fences.
+    pub fences: Fences,
+    /// Long operations yield each time this many questions were asked; 0 for never.
+    pub restless: u64,
+}
+
+impl Default for Build {
+    fn default() -> Self {
+        Self { tables: 2048, fences: Fences::Full, restless: 0 }
+    }
+}
+
+fn held<T>(lock: &Mutex<T>) -> MutexGuard<'_, T> {
+    // A check that panicked in one thread must not hide what the others find.
+    lock.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl<F: Cpu> Machine<F> {
+    /// A machine and its MMU.
+    pub fn build(build: Build, config: Config) -> Arc<Mmu<Self>> {
+        let machine = Self {
+            arena: Arc::new(Arena::new(build.tables)),
+            ghost: Mutex::new(Ghost::new()),
+            kicks: (0..config.vcpus).map(|_| AtomicBool::new(false)).collect(),
+            fences: build.fences,
+            restless: build.restless,
+            questions: AtomicU64::new(0),
+            on_resolve: Mutex::default(),
+            on_trace: Mutex::default(),
+            traced: AtomicBool::new(false),
+            format: PhantomData,
+        };
+        Mmu::new(machine, config).expect("the test's configuration is right")
+    }
+
+    /// The ghost. Not to be held while the library is called.
+    pub fn ghost(&self) -> MutexGuard<'_, Ghost> {
+        held(&self.ghost)
+    }
+
+    /// Runs `what` in place of the backing's next answer.
+    pub fn on_next_resolve(&self, what: OnResolve) {
+        *held(&self.on_resolve) = Some(what);
+    }
+
+    /// Shows trace events to `what` from now on.
+    pub fn on_trace(&self, what: OnTrace) {
+        *held(&self.on_trace) = Some(what);
+        self.traced.store(true, Ordering::Relaxed);
+    }
+
+    /// Takes the kick that was sent to a vCPU. Cleared outside guest mode only: see [`guest`].
+    fn clear_kick(&self, vcpu: VcpuId) {
+        self.kicks[usize::from(vcpu.0)].store(false, Ordering::SeqCst);
+    }
+
+    fn is_kicked(&self, vcpu: VcpuId) -> bool {
+        self.kicks[usize::from(vcpu.0)].load(Ordering::SeqCst)
+    }
+
+    /// What was found so far, the arena's findings among it.
+    pub fn violations(&self) -> Vec<Violation> {
+        let mut ghost = self.ghost();
+        for misuse in self.arena.take_misuse() {
+            ghost.violation(None, format!("table frames: {misuse:?}"));
+        }
+        ghost.violations().to_vec()
+    }
+}
+
+/// Reads the tables of the MMU's root and holds them against the ghost. Nobody works on them meanwhile.
+pub fn check_tables<F: Cpu>(mmu: &Mmu<Machine<F>>, root: Option<nestling::Hfn>) -> Tree {
+    let machine = mmu.host();
+    let level = mmu.role().level;
+    let tree = root.map(|root| Tree::read::<F>(&machine.arena, root, level)).unwrap_or_default();
+    let largest: Level = mmu.config().largest;
+    machine.ghost().check_tree(&tree, largest, &mmu.counters(), &machine.arena);
+    tree
+}

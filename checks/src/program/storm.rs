@@ -1,0 +1,310 @@
+//! Storms: vCPU threads and workers collide in a few megabytes.
+//!
+//! The workers do a fixed number of operations; the vCPUs run until all workers are done. The first worker changes
+//! slots (and zaps), the others zap and invalidate, also ranges whose slots are changing. What is random comes from
+//! one seed; how threads interleave does not, so a seed that failed once need not fail again: the report of a
+//! violation has to say enough.
+//!
+//! One thing the embedder must keep apart itself: memory of a slot is not moved to another place in the guest while
+//! an invalidation of its old place is in flight, because the range in flight would not name the new place.
+
+use std::sync::RwLock;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+
+use nestling::{Access, Config, Counters, Gfn, GfnRange, Level, Mmu, SlotConfig, SlotFlags, SlotId, VcpuId, Worker};
+
+use super::single::finish;
+use crate::ghost::Violation;
+use crate::ghost::object::Shape;
+use crate::machine::cpu::Cpu;
+use crate::machine::fence::Fences;
+use crate::machine::guest::{Done, GuestCpu, Instruction, Manners};
+use crate::machine::{Build, Machine, check_tables};
+use crate::rng::Rng;
+
+/// What the memory side of an embedder might do wrong; the ghost must notice each.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Care {
+    /// Nothing.
+    Right,
+    /// Moves pages without an invalidation.
+    MovesPagesUnasked,
+    /// Gives a slot's memory back to the host before `delete_slot` has returned.
+    FreesTooEarly,
+}
+
+/// What a storm is made of.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Plan {
+    /// Where all random choices come from.
+    pub seed: u64,
+    /// vCPU threads.
+    pub vcpus: u16,
+    /// Worker threads.
+    pub workers: u16,
+    /// Operations of all workers together.
+    pub operations: u64,
+    /// The root tables' level.
+    pub root_level: Level,
+    /// The largest leaf.
+    pub largest: Level,
+    /// The pair of fences.
+    pub fences: Fences,
+    /// How the vCPUs behave.
+    pub manners: Manners,
+    /// How the workers behave.
+    pub care: Care,
+}
+
+impl Plan {
+    /// Two vCPUs and two workers, all of them right.
+    pub const fn new(seed: u64, operations: u64) -> Self {
+        Self {
+            seed,
+            vcpus: 2,
+            workers: 2,
+            operations,
+            root_level: Level::L4,
+            largest: Level::G1,
+            fences: Fences::Full,
+            manners: Manners::Right,
+            care: Care::Right,
+        }
+    }
+}
+
+/// What a storm did.
+#[derive(Clone, Debug)]
+pub struct Report {
+    /// What was found.
+    pub violations: Vec<Violation>,
+    /// Guest accesses that were checked.
+    pub accesses: u64,
+    /// Accesses that a TLB translated without a walk.
+    pub hits: u64,
+    /// Worker operations.
+    pub operations: u64,
+    /// The library's counters at the end.
+    pub counters: Counters,
+}
+
+/// Tries of one access. Far more than a delayed worker causes; only a livelock gets there.
+const PATIENCE: u64 = 2_000_000;
+/// Slots at most.
+const SLOTS: u64 = 4;
+/// The small world: blocks of 2 MiB around a border of 1 GiB.
+const FIRST_BLOCK: u64 = 1022;
+const BLOCKS: u64 = 4;
+
+fn spot(rng: &mut Rng) -> Gfn {
+    let page = match rng.below(3) {
+        0 => rng.below(4),
+        1 => 508 + rng.below(4),
+        _ => 254 + rng.below(4),
+    };
+    Gfn((FIRST_BLOCK + rng.below(BLOCKS)) * 512 + page)
+}
+
+fn span(rng: &mut Rng) -> GfnRange {
+    let (mut start, pages) = (spot(rng), [1, 2, 5, 512, 700, 1024, 2048][rng.below(7) as usize]);
+    if rng.once_in(2) {
+        start = Level::M2.align_down(start);
+    }
+    GfnRange { start, end: Gfn(start.0 + pages) }
+}
+
+/// What the threads share.
+struct World<'a, F: Cpu> {
+    mmu: &'a Mmu<Machine<F>>,
+    care: Care,
+    limit: u64,
+    /// Operations that were begun.
+    operations: AtomicU64,
+    /// Workers that are not done.
+    working: AtomicUsize,
+    hits: AtomicU64,
+    /// Read: an invalidation is in flight. Written: a slot moves (see the module head).
+    places: RwLock<()>,
+    found: AtomicBool,
+}
+
+impl<F: Cpu> World<'_, F> {
+    /// Whether the vCPUs go on.
+    fn goes_on(&self) -> bool {
+        self.working.load(Ordering::Relaxed) > 0 && !self.found.load(Ordering::Relaxed)
+    }
+
+    fn look(&self) {
+        if !self.mmu.host().ghost().violations().is_empty() {
+            self.found.store(true, Ordering::Relaxed);
+        }
+    }
+
+    fn guest(&self, cpu: &mut GuestCpu<F>, mut rng: Rng) {
+        let mut done = 0u64;
+        let code = std::iter::from_fn(|| {
+            done += 1;
+            if done.is_multiple_of(64) {
+                self.look();
+            }
+            let access = [Access::Read, Access::Write, Access::Execute][rng.below(3) as usize];
+            self.goes_on().then(|| Instruction { gfn: spot(&mut rng), access })
+        });
+        cpu.run(code, |instruction, done| {
+            if let Done::Stuck | Done::Failed(_) = done {
+                let text = format!("{instruction:?} ended as {done:?}");
+                self.mmu.host().ghost().violation(Some(instruction.gfn), text);
+                self.found.store(true, Ordering::Relaxed);
+            }
+        });
+        self.hits.fetch_add(cpu.tlb.hits, Ordering::Relaxed);
+    }
+
+    fn work(&self, worker: &mut Worker<Machine<F>>, first: bool, mut rng: Rng) {
+        for id in 0..if first { SLOTS } else { 0 } {
+            self.replace_slot(worker, &mut rng, id);
+        }
+        while self.goes_on() && self.operations.fetch_add(1, Ordering::Relaxed) < self.limit {
+            match (first, rng.below(8)) {
+                (true, 0..=2) => {
+                    let id = rng.below(SLOTS);
+                    self.replace_slot(worker, &mut rng, id);
+                }
+                (true, 3) => self.move_slot(worker, &mut rng),
+                (true, 4 | 5) => self.flags(worker, &mut rng),
+                (_, 6) => self.zap(worker, span(&mut rng)),
+                (_, 7) => self.zap(worker, GfnRange { start: Gfn(FIRST_BLOCK * 512 - 512 * 512), end: Gfn(1 << 20) }),
+                _ => self.invalidate(worker, &mut rng),
+            }
+            std::thread::yield_now();
+        }
+        self.working.fetch_sub(1, Ordering::Relaxed);
+    }
+
+    fn replace_slot(&self, worker: &mut Worker<Machine<F>>, rng: &mut Rng, id: u64) {
+        let id = SlotId(id as u32);
+        let machine = self.mmu.host();
+        if let Some(object) = delete(worker, self.mmu, id, self.care) {
+            machine.ghost().drop_object(object);
+        }
+        let range = span(rng);
+        let lead = rng.below(3);
+        let shape = Shape {
+            pages: range.pages() + 2 * lead,
+            lead,
+            phase: range.start.0.wrapping_sub(lead).wrapping_add(rng.below(2)) % (1 << 18),
+            chunk: [1 << 40, 1 << 40, 512, 3][rng.below(4) as usize],
+            gap: rng.below(2),
+            writable: !rng.once_in(8),
+        };
+        let backing = machine.ghost().make_object(shape);
+        let flags = if rng.once_in(4) { SlotFlags::READ_ONLY } else { SlotFlags::empty() };
+        let config = SlotConfig { id, base: range.start.gpa(), size: range.pages() << 12, flags, backing };
+        machine.ghost().adding(&config);
+        let done = worker.add_slot(config).is_ok();
+        machine.ghost().added(&config, done);
+        if !done {
+            machine.ghost().drop_object(backing);
+        }
+    }
+
+    fn move_slot(&self, worker: &mut Worker<Machine<F>>, rng: &mut Rng) {
+        let (id, start) = (SlotId(rng.below(SLOTS) as u32), span(rng).start);
+        let alone = self.places.write();
+        self.mmu.host().ghost().moving(id, start);
+        let done = worker.move_slot(id, start.gpa()).is_ok();
+        self.mmu.host().ghost().moved(id, start, done);
+        drop(alone);
+    }
+
+    fn flags(&self, worker: &mut Worker<Machine<F>>, rng: &mut Rng) {
+        let id = SlotId(rng.below(SLOTS) as u32);
+        let flags = if rng.once_in(2) { SlotFlags::READ_ONLY } else { SlotFlags::empty() };
+        self.mmu.host().ghost().changing_flags(id, flags);
+        let done = worker.set_slot_flags(id, flags).is_ok();
+        self.mmu.host().ghost().changed_flags(id, flags, done);
+    }
+
+    fn zap(&self, worker: &mut Worker<Machine<F>>, range: GfnRange) {
+        let called = self.mmu.host().ghost().tick();
+        if worker.zap(range).is_ok() {
+            self.mmu.host().ghost().zapped(range, called);
+        }
+    }
+
+    fn invalidate(&self, worker: &mut Worker<Machine<F>>, rng: &mut Rng) {
+        let machine = self.mmu.host();
+        let range = span(rng);
+        let range = GfnRange { start: range.start, end: Gfn(range.end.0.min(range.start.0 + 16)) };
+        let together = self.places.read();
+        if self.care == Care::MovesPagesUnasked {
+            machine.ghost().moved_behind_the_librarys_back(range);
+            return;
+        }
+        let called = machine.ghost().tick();
+        let held = worker.invalidate(range);
+        machine.ghost().zapped(range, called);
+        let pages = machine.ghost().taken(range);
+        std::thread::yield_now();
+        machine.ghost().given(range, &pages, rng.once_in(2));
+        drop(held);
+        drop(together);
+    }
+}
+
+/// Deletes a slot; its object, which is to be dropped, if it was there.
+fn delete<F: Cpu>(worker: &mut Worker<Machine<F>>, mmu: &Mmu<Machine<F>>, id: SlotId, care: Care) -> Option<u64> {
+    let machine = mmu.host();
+    let object = machine.ghost().placements().iter().find(|place| place.id == id).map(|place| place.object);
+    machine.ghost().deleting(id);
+    if let (Care::FreesTooEarly, Some(object)) = (care, object) {
+        machine.ghost().drop_object(object);
+    }
+    let done = worker.delete_slot(id).is_ok();
+    machine.ghost().deleted(id, done);
+    object.filter(|_| done)
+}
+
+/// Runs a storm.
+pub fn run<F: Cpu>(plan: Plan) -> Report {
+    let Plan { vcpus, workers, root_level, largest, fences, .. } = plan;
+    let config = Config { vcpus, workers, slots: 8, root_level, largest, mmio_entries: plan.seed % 4 != 3 };
+    let mmu = Machine::<F>::build(Build { tables: 512, fences, restless: plan.seed % 3 * 5 }, config);
+    let world = World {
+        mmu: &mmu,
+        care: plan.care,
+        limit: plan.operations,
+        operations: AtomicU64::new(0),
+        working: AtomicUsize::new(workers.into()),
+        hits: AtomicU64::new(0),
+        places: RwLock::new(()),
+        found: AtomicBool::new(false),
+    };
+    let mut seeds = Rng::new(plan.seed);
+    let mut cpus: Vec<_> = (0..vcpus)
+        .map(|id| GuestCpu::new(&mmu, VcpuId(id), seeds.next(), plan.manners).with_patience(PATIENCE))
+        .collect();
+    std::thread::scope(|scope| {
+        for cpu in &mut cpus {
+            let (world, rng) = (&world, Rng::new(seeds.next()));
+            scope.spawn(move || world.guest(cpu, rng));
+        }
+        for number in 0..workers {
+            let (world, rng) = (&world, Rng::new(seeds.next()));
+            let mut worker = mmu.worker().expect("there is room for this worker");
+            scope.spawn(move || world.work(&mut worker, number == 0, rng));
+        }
+    });
+    let (operations, hits) = (world.operations.into_inner().min(plan.operations), world.hits.into_inner());
+    let mut worker = mmu.worker().expect("the workers are gone");
+    for id in 0..SLOTS as u32 {
+        if let Some(object) = delete(&mut worker, &mmu, SlotId(id), Care::Right) {
+            mmu.host().ghost().drop_object(object);
+        }
+    }
+    worker.collect();
+    check_tables(&mmu, cpus.iter().find_map(GuestCpu::root).map(|root| root.hfn()));
+    drop((cpus, worker));
+    let (accesses, counters) = (mmu.host().ghost().accesses, mmu.counters());
+    Report { violations: finish(mmu), accesses, hits, operations, counters }
+}

@@ -1,0 +1,69 @@
+//! Random programs in one thread, against the ghost.
+
+mod common;
+
+use common::{assert_none, deep};
+use nestling::Level;
+use nestling_checks::program::single::{Lie, Op, Setting, Spot, Table, run_on};
+use proptest::prelude::*;
+
+fn spot() -> impl Strategy<Value = Spot> {
+    let page = prop_oneof![Just(0u16), Just(1), 508u16..512, 0u16..512];
+    (0u8..4, page).prop_map(|(block, page)| Spot { block, page })
+}
+
+/// A spot where a block begins, more often than chance has it.
+fn start() -> impl Strategy<Value = Spot> {
+    prop_oneof![2 => (0u8..4).prop_map(|block| Spot { block, page: 0 }), 1 => spot()]
+}
+
+fn pages() -> impl Strategy<Value = u64> {
+    prop_oneof![1u64..4, Just(512), Just(513), 500u64..1600, Just(0)]
+}
+
+fn lie() -> impl Strategy<Value = Lie> {
+    let pieces = prop_oneof![Just(1u16), 2u16..9, Just(512), Just(600)].prop_map(Lie::Pieces);
+    prop_oneof![4 => Just(Lie::Aligned), 1 => Just(Lie::Crooked), 2 => pieces, 1 => Just(Lie::HostReadOnly)]
+}
+
+fn op() -> impl Strategy<Value = Op> {
+    let id = || 0u8..5;
+    let few = || prop_oneof![1u64..4, Just(512), 1u64..1600];
+    prop_oneof![
+        3 => (id(), start(), pages(), lie(), prop::bool::weighted(0.2))
+            .prop_map(|(id, at, pages, shape, read_only)| Op::Add { id, at, pages, shape, read_only }),
+        1 => id().prop_map(Op::Delete),
+        1 => (id(), start()).prop_map(|(id, at)| Op::Move(id, at)),
+        1 => (id(), any::<bool>()).prop_map(|(id, read_only)| Op::Flags { id, read_only }),
+        10 => (any::<bool>(), spot(), 0u8..3).prop_map(|(second, at, access)| Op::Touch { second, at, access }),
+        2 => (start(), few()).prop_map(|(at, pages)| Op::Zap(at, pages)),
+        2 => (spot(), 1u64..5, any::<bool>()).prop_map(|(at, pages, moved)| Op::Invalidate(at, pages, moved)),
+        1 => (spot(), 1u64..5, spot()).prop_map(|(at, pages, touch)| Op::TouchDuring(at, pages, touch)),
+        1 => (0u8..6).prop_map(Op::Starve),
+    ]
+}
+
+fn setting() -> impl Strategy<Value = (Table, Setting)> {
+    let table = prop_oneof![Just(Table::Npt), Just(Table::Ept)];
+    let root = prop_oneof![Just(Level::L4), Just(Level::L5)];
+    let largest = prop_oneof![Just(Level::K4), Just(Level::M2), Just(Level::G1)];
+    // At the bottom, across a border of 1 GiB, and across one of 512 GiB.
+    let base = prop_oneof![Just(0u64), Just(510), Just((1 << 18) - 2)];
+    (table, root, largest, any::<bool>(), base, 0u64..4).prop_map(
+        |(table, root_level, largest, mmio_entries, base_block, restless)| {
+            (table, Setting { root_level, largest, mmio_entries, base_block, restless })
+        },
+    )
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 96 + 2000 * deep() as u32, ..ProptestConfig::default() })]
+
+    #[test]
+    fn random_programs_keep_the_ghost_content(
+        (table, setting) in setting(),
+        program in prop::collection::vec(op(), 1..60),
+    ) {
+        assert_none(&run_on(table, setting, &program));
+    }
+}

@@ -1,0 +1,47 @@
+//! Many threads at once, with the adversarial TLB.
+
+mod common;
+
+use common::{assert_none, deep};
+use nestling::Level;
+use nestling::format::{Ept, Npt};
+use nestling_checks::machine::cpu::Cpu;
+use nestling_checks::machine::fence::Fences;
+use nestling_checks::program::storm::{Plan, Report, run};
+
+const OPERATIONS: u64 = 1_500;
+
+fn storms<F: Cpu>(name: &str, plan: Plan) {
+    for round in 0..1 + deep() * 20 {
+        let plan = Plan { seed: plan.seed + round, ..plan };
+        let Report { violations, accesses, hits, operations, counters } = run::<F>(plan);
+        println!("{name}: {plan:?}");
+        println!("    {accesses} accesses, {hits} by the TLB alone, {operations} operations, {counters:?}");
+        assert_none(&violations);
+        assert!(operations > 0 && accesses > 0 && counters.leaves_zapped > 0, "nothing happened in {plan:?}");
+    }
+}
+
+#[test]
+fn npt_two_vcpus_two_workers() {
+    storms::<Npt>("npt", Plan::new(1, OPERATIONS));
+}
+
+#[test]
+fn ept_four_vcpus_one_worker_five_levels() {
+    let plan = Plan { vcpus: 4, workers: 1, root_level: Level::L5, ..Plan::new(100, OPERATIONS) };
+    storms::<Ept>("ept", plan);
+}
+
+#[test]
+fn npt_small_leaves_three_workers() {
+    storms::<Npt>("npt 4K", Plan { workers: 3, largest: Level::K4, ..Plan::new(203, OPERATIONS) });
+}
+
+#[test]
+fn ept_asymmetric_fences() {
+    match Fences::asymmetric() {
+        Some(fences) => storms::<Ept>("ept membarrier", Plan { fences, vcpus: 3, ..Plan::new(301, OPERATIONS) }),
+        None => println!("this kernel has no membarrier(2): the full pair is covered by the other storms"),
+    }
+}
