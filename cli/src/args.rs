@@ -9,7 +9,8 @@ use nestling_control::config::HugePages;
 ///
 /// Without a subcommand: run.
 #[derive(Clone, Debug, Parser)]
-#[command(name = "nestling", version, args_conflicts_with_subcommands = true, after_help = STATUSES)]
+#[command(name = "nestling", version, args_conflicts_with_subcommands = true, args_override_self = true)]
+#[command(after_help = STATUSES)]
 pub struct Cli {
     /// What to do.
     #[command(subcommand)]

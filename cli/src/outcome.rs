@@ -119,11 +119,14 @@ impl Outcome {
         let exits: u64 = report.exits.values().sum();
         let faults: u64 = report.faults.values().sum();
         let mapped = &report.mapped_bytes;
+        let booted = match self.record.boot_wall {
+            Some(boot) => format!(" (booted in {:.1} s)", boot.as_secs_f64()),
+            None => String::new(),
+        };
         Some(format!(
-            "{:.1} s, booted in {}; {exits} exits, {faults} faults; mapped {} by 4K, {} by 2M, {} by 1G pages with {} \
-             tables; {} flushes, {} kicks",
+            "{:.1} s{booted}; {exits} exits, {faults} faults; mapped {} by 4K, {} by 2M, {} by 1G pages with {} tables; \
+             {} flushes, {} kicks",
             self.record.wall.as_secs_f64(),
-            self.record.boot_wall.map_or_else(|| "no time known".into(), |boot| format!("{:.1} s", boot.as_secs_f64())),
             Mebibytes(mapped.size_4k),
             Mebibytes(mapped.size_2m),
             Mebibytes(mapped.size_1g),

@@ -127,9 +127,10 @@ impl Prepared {
         if let Some(death) = &record.death {
             eprintln!("{}", death::Shown(death));
         }
-        if !outcome.passed() && !matches!(record.ending, Ending::Signal(_)) {
+        let lines = record.console.last_lines(EXPLAINING_LINES);
+        if !outcome.passed() && !matches!(record.ending, Ending::Signal(_)) && !lines.is_empty() {
             eprintln!("nestling: the last lines of the console:");
-            for line in record.console.last_lines(EXPLAINING_LINES) {
+            for line in lines {
                 eprintln!("  | {line}");
             }
         }

@@ -108,7 +108,7 @@ fn linux_boots_with_four_vcpus_almost_wholly_on_huge_pages() {
 
 #[test]
 fn linux_boots_on_gibibyte_pages() {
-    let report = boots("gibibyte", 2, 3072, "1G");
+    let report = boots("gibibyte", 2, 2048, "1G");
     assert!(number(&report, "/mapped_bytes/1G") > 0, "no 1 GiB page: {report:#}");
 }
 
