@@ -1,7 +1,8 @@
 //! All port devices of one VM and the wires between them.
 //!
 //! Protocol. One `Platform` a VM, behind the caller's lock. Each entry point first brings the devices up to the time it is
-//! given, then does its work, then settles the wires (UART → IRQ 4, timer → IRQ 0, ACPI → IRQ 9, controllers → CPU). What
+//! given, then does its work, then settles the wires (timer → IRQ 0, UART → IRQ 4, clock → IRQ 8, ACPI → IRQ 9,
+//! controllers → CPU). What
 //! the caller must act on accumulates in [`Effects`]; take them, still under the lock, after each call:
 //!
 //! * `interrupt_changed`: the level that the bootstrap vCPU sees on LINT0 has changed. If that vCPU is another one than the
@@ -29,6 +30,7 @@ use super::{Width, pm};
 
 const IRQ_TIMER: u8 = 0;
 const IRQ_COM1: u8 = 4;
+const IRQ_CLOCK: u8 = 8;
 /// The system control interrupt, as the FADT names it.
 pub const IRQ_SCI: u8 = 9;
 
@@ -159,10 +161,7 @@ impl Platform {
         // An edge of a masked timer need not wake anybody: it is caught up with when the mask is written, because every
         // access polls first. Guests that time with the local APIC leave the timer running behind its mask.
         let timer = if self.pic.is_masked(IRQ_TIMER) { None } else { self.pit.next_edge_ns() };
-        match (timer, self.pm.next_deadline_ns()) {
-            (Some(a), Some(b)) => Some(a.min(b)),
-            (a, b) => a.or(b),
-        }
+        [timer, self.cmos.next_deadline_ns(), self.pm.next_deadline_ns()].into_iter().flatten().min()
     }
 
     /// The level of the interrupt line to the bootstrap vCPU's LINT0.
@@ -213,6 +212,7 @@ impl Platform {
     fn advance(&mut self, now_ns: u64) {
         self.now_ns = self.now_ns.max(now_ns);
         self.pm.poll(self.now_ns);
+        self.cmos.poll(self.now_ns);
         if self.pit.take_edge(self.now_ns) {
             self.pic.set_irq(IRQ_TIMER, false);
             self.pic.set_irq(IRQ_TIMER, true);
@@ -222,6 +222,7 @@ impl Platform {
     /// Carries every level along its wire.
     fn settle(&mut self) {
         self.pic.set_irq(IRQ_COM1, self.uart.interrupt());
+        self.pic.set_irq(IRQ_CLOCK, self.cmos.interrupt());
         self.pic.set_irq(IRQ_SCI, self.pm.sci());
         self.effects.console_output |= self.uart.has_output();
         let interrupt = self.pic.output();
@@ -455,6 +456,20 @@ mod tests {
         assert_eq!(platform.io_read(0, 0x71, Width::Byte), 0x5a);
         assert_eq!(platform.io_read(0, 0x3ff, Width::Word) >> 8, 0xff, "beyond the last register is nobody's");
         assert_eq!(platform.io_read(0, 0xffff, Width::Dword), 0xffff_ffff, "ports wrap without a fault");
+    }
+
+    #[test]
+    fn clock_interrupts_once_a_second() {
+        let mut platform = platform();
+        platform.io_write(0, 0x70, Width::Word, 0x12_0b);
+        assert_eq!(platform.next_deadline_ns(), Some(1_000_000_000));
+        platform.poll(1_000_000_000);
+        assert_eq!(platform.interrupt_acknowledge(), 0x38);
+        platform.io_write(1_000_000_000, 0x70, Width::Byte, 0x0c);
+        assert_eq!(platform.io_read(1_000_000_000, 0x71, Width::Byte) & 0x90, 0x90);
+        eoi(&mut platform, 1_000_000_000);
+        assert!(!platform.interrupt_asserted());
+        assert_eq!(platform.next_deadline_ns(), Some(2_000_000_000));
     }
 
     #[test]
