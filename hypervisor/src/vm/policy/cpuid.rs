@@ -123,6 +123,8 @@ const E1_EDX: u32 = bits(&[0, 1, 2, 3, 4, 5, 6, 7, 8, 11, 13, 14, 15, 16, 17, 20
 const E1_EDX_RDTSCP: u32 = 1 << 27;
 /// Invariant TSC.
 const E7_EDX: u32 = 1 << 8;
+/// Linear address bits of 4-level paging.
+const LINEAR_BITS: u32 = 48;
 /// CLZERO.
 const E8_EBX: u32 = bits(&[0]);
 /// RstrFpErrPtrs.
@@ -286,8 +288,9 @@ impl CpuidPolicy {
             0x8000_0008,
             None,
             CpuidRegs {
-                // Physical and linear address bits; 23:16 would be a guest's own limit.
-                eax: eight.eax & 0xffff,
+                // Physical and linear address bits; 23:16 would be a guest's own limit. Without 5-level paging there
+                // are 48 linear ones.
+                eax: eight.eax & 0xff | (eight.eax >> 8 & 0xff).min(LINEAR_BITS) << 8,
                 ebx: eight.ebx & (E8_EBX | with_xsave(E8_EBX_XSAVE)),
                 ecx: (self.vcpus - 1) | self.id_bits() << 12,
                 edx: 0,

@@ -163,11 +163,11 @@ pub const fn classify(msr: u32) -> MsrClass {
         0x17 | 0x79 | 0x199 => Zero,
         // Machine check addresses of the P5, which a kernel reads when it has no MCA.
         0x00 | 0x01 => Zero,
-        // SYSCFG, CLK_CTL, NB_CFG, interrupt pending message, MMIO configuration base, SMM base and mask, HSAVE_PA is not
-        // here: it belongs to SVM.
+        // SYSCFG, CLK_CTL, NB_CFG, interrupt pending message, MMIO configuration base, SMM base, address and mask.
         0xc001_0010 | 0xc001_001b | 0xc001_001f | 0xc001_0055 | 0xc001_0058 | 0xc001_0111..=0xc001_0113 => Zero,
-        // DC_CFG, TW_CFG, BU_CFG2, EX_CFG, LS_CFG and IC_CFG: chicken bits.
-        0xc001_1020..=0xc001_1023 | 0xc001_102a | 0xc001_102c => Zero,
+        // IC_CFG, DC_CFG, TW_CFG, BU_CFG2 and EX_CFG: chicken bits. LS_CFG and FP_CFG are not among them: a kernel that
+        // could write those would believe that it has turned something off.
+        0xc001_1021..=0xc001_1023 | 0xc001_102a | 0xc001_102c => Zero,
 
         // Performance counters, of Intel and AMD.
         0xc1..=0xc8 | 0x186..=0x18d | 0x345 | 0x38d..=0x390 | 0xc001_0000..=0xc001_0007 | 0xc001_0200..=0xc001_020b => {
@@ -177,7 +177,7 @@ pub const fn classify(msr: u32) -> MsrClass {
         // of what kernels probe for behind an exception handler.
         0x34 | 0x48 | 0x49 | 0xce | 0x10a | 0x140 | 0x1b0 | 0x606 | 0x60f..=0x64f => Absent,
         0xc000_0104 | 0xc001_0114 | 0xc001_0117 | 0xc001_0130..=0xc001_0131 | 0xc001_0299..=0xc001_029b => Absent,
-        0xc001_1030..=0xc001_103b => Absent,
+        0xc001_1020 | 0xc001_1028 | 0xc001_1030..=0xc001_103b => Absent,
         _ if Mtrrs::owns(msr) => Soft(SoftMsr::Mtrr),
         _ => Unknown,
     }
