@@ -441,10 +441,10 @@ mod tests {
     #[test]
     fn unclaimed_ports_read_ones_and_are_reported_once() {
         let mut platform = platform();
-        assert_eq!(platform.io_read(0, 0x2f8, Width::Byte), 0xff);
+        assert_eq!(platform.io_read(0, 0x378, Width::Byte), 0xff);
         let seen = platform.take_effects().unclaimed;
-        assert_eq!(seen, Some(UnclaimedPort { port: 0x2f8, direction: Direction::Read }));
-        assert_eq!(platform.io_read(0, 0x2f8, Width::Dword), 0xffff_ffff);
+        assert_eq!(seen, Some(UnclaimedPort { port: 0x378, direction: Direction::Read }));
+        assert_eq!(platform.io_read(0, 0x378, Width::Dword), 0xffff_ffff);
         assert_eq!(platform.take_effects().unclaimed, None);
         assert_eq!(platform.unclaimed().accesses(), 2);
     }

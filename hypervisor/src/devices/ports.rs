@@ -2,6 +2,7 @@
 //!
 //! [`decode`] is the whole I/O map in one place. A port that nobody claims reads all ones and swallows writes, as an empty
 //! bus does; [`UnclaimedPorts`] counts such accesses and reports each port once, for as many ports as it has room for.
+//! Where PC software looks for devices that a PC may lack ([`is_probed`]), nobody needs to be told.
 
 use super::{debug_exit, pic, pm, reset};
 
@@ -61,6 +62,12 @@ pub const fn decode(port: u16) -> Option<Claim> {
 
 const _: () = assert!(pm::PM_BASE + pm::PM_LENGTH == 0x60c);
 
+/// Whether software finds out by using `port` that the device there is missing: a PCI host bridge, the second to fourth
+/// serial port.
+pub const fn is_probed(port: u16) -> bool {
+    matches!(port, 0xcf8..=0xcff | 0x2f8..=0x2ff | 0x3e8..=0x3ef | 0x2e8..=0x2ef)
+}
+
 /// The direction of an access.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Direction {
@@ -91,10 +98,10 @@ impl UnclaimedPorts {
     /// How many different ports are remembered. Later ones are only counted.
     pub const CAPACITY: usize = 32;
 
-    /// Notes an access; returns it if the port is new and there was room to remember it.
+    /// Notes an access; returns it if the port is new and not just probed, and there was room to remember it.
     pub fn note(&mut self, port: u16, direction: Direction) -> Option<UnclaimedPort> {
         self.accesses = self.accesses.saturating_add(1);
-        if self.ports().contains(&port) || self.used == Self::CAPACITY {
+        if is_probed(port) || self.ports().contains(&port) || self.used == Self::CAPACITY {
             return None;
         }
         self.seen[self.used] = port;
@@ -120,11 +127,21 @@ mod tests {
     #[test]
     fn each_port_is_reported_once_and_memory_is_bounded() {
         let mut ports = UnclaimedPorts::default();
-        assert!(ports.note(0x2f8, Direction::Read).is_some());
-        assert!(ports.note(0x2f8, Direction::Write).is_none());
+        assert!(ports.note(0x378, Direction::Read).is_some());
+        assert!(ports.note(0x378, Direction::Write).is_none());
         let reported = (0..=u16::MAX).filter(|port| ports.note(*port, Direction::Write).is_some()).count();
         assert_eq!(reported, UnclaimedPorts::CAPACITY - 1);
         assert_eq!(ports.ports().len(), UnclaimedPorts::CAPACITY);
         assert_eq!(ports.accesses(), 2 + 65_536);
+    }
+
+    #[test]
+    fn probing_is_counted_and_not_reported() {
+        let mut ports = UnclaimedPorts::default();
+        for port in [0xcf8, 0xcfc, 0x2f9, 0x3e9, 0x2e9] {
+            assert_eq!(ports.note(port, Direction::Write), None);
+            assert!(decode(port).is_none());
+        }
+        assert_eq!((ports.ports(), ports.accesses()), ([].as_slice(), 5));
     }
 }
