@@ -492,7 +492,7 @@ mod tests {
         let mut random = Random::new(6);
         let mut platform = platform();
         let (mut now, mut out) = (0u64, Vec::new());
-        for _ in 0..500_000 {
+        for _ in 0..150_000 {
             now = now.saturating_add(random.next() >> (30 + random.below(34)));
             let port = match random.below(4) {
                 0 => random.next() as u16,

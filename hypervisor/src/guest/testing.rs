@@ -5,6 +5,7 @@ use alloc::collections::BTreeMap;
 use alloc::vec;
 use alloc::vec::Vec;
 use core::cell::RefCell;
+use core::ops::Range;
 
 use super::layout::RamLayout;
 use super::{GuestMemory, GuestMemoryError};
@@ -49,9 +50,11 @@ impl GuestMemory for TestMemory {
     fn read(&self, gpa: u64, into: &mut [u8]) -> Result<(), GuestMemoryError> {
         self.check(gpa, into.len())?;
         let pages = self.pages.borrow();
-        for (offset, byte) in into.iter_mut().enumerate() {
-            let at = gpa + offset as u64;
-            *byte = pages.get(&(at / PAGE)).map_or(0, |page| page[(at % PAGE) as usize]);
+        for (page, inside, part) in pieces(gpa, into.len()) {
+            match pages.get(&page) {
+                Some(bytes) => into[part].copy_from_slice(&bytes[inside]),
+                None => into[part].fill(0),
+            }
         }
         Ok(())
     }
@@ -59,12 +62,25 @@ impl GuestMemory for TestMemory {
     fn write(&self, gpa: u64, bytes: &[u8]) -> Result<(), GuestMemoryError> {
         self.check(gpa, bytes.len())?;
         let mut pages = self.pages.borrow_mut();
-        for (offset, byte) in bytes.iter().enumerate() {
-            let at = gpa + offset as u64;
-            pages.entry(at / PAGE).or_insert_with(|| Box::new([0; PAGE as usize]))[(at % PAGE) as usize] = *byte;
+        for (page, inside, part) in pieces(gpa, bytes.len()) {
+            let page = pages.entry(page).or_insert_with(|| Box::new([0; PAGE as usize]));
+            page[inside].copy_from_slice(&bytes[part]);
         }
         Ok(())
     }
+}
+
+/// Cuts an access at page boundaries: the page, where in the page, and where in the access.
+fn pieces(gpa: u64, length: usize) -> impl Iterator<Item = (u64, Range<usize>, Range<usize>)> {
+    let mut done = 0;
+    core::iter::from_fn(move || {
+        let at = gpa + done as u64;
+        let inside = (at % PAGE) as usize;
+        let bytes = (length - done).min(PAGE as usize - inside);
+        let piece = (at / PAGE, inside..inside + bytes, done..done + bytes);
+        done += bytes;
+        (bytes != 0).then_some(piece)
+    })
 }
 
 /// A bzImage with a setup header of protocol 2.15 as Debian's kernels have, four setup sectors and `payload` bytes of
