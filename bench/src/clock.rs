@@ -18,7 +18,7 @@ use crate::plan::{Plan, Share};
 pub enum Operation {
     /// Map by fault.
     Fault,
-    /// Find the host frame.
+    /// Find the host address.
     LookUp,
     /// Unmap.
     Zap,
@@ -38,16 +38,16 @@ impl Operation {
     }
 }
 
-/// The loop of one thread in one phase; how many frames were done as they should. Inlined, so that what counts
+/// The loop of one thread in one phase; how many pages were done as they should. Inlined, so that what counts
 /// instructions has it in a function of its own.
 #[inline(always)]
 pub fn work<S: Seat>(operation: Operation, seat: &mut S, share: &Share) -> u64 {
     match (operation, share.range) {
-        (Operation::Fault, _) => share.gfns.iter().filter(|&&gfn| seat.fault(gfn)).count() as u64,
+        (Operation::Fault, _) => share.gpas.iter().filter(|&&gpa| seat.fault(gpa)).count() as u64,
         (Operation::LookUp, _) => {
-            share.gfns.iter().filter(|&&gfn| seat.look_up(gfn) == Some(backing(gfn))).count() as u64
+            share.gpas.iter().filter(|&&gpa| seat.look_up(gpa) == Some(backing(gpa))).count() as u64
         }
-        (Operation::Zap, None) => share.gfns.iter().filter(|&&gfn| seat.zap(gfn)).count() as u64,
+        (Operation::Zap, None) => share.gpas.iter().filter(|&&gpa| seat.zap(gpa)).count() as u64,
         (Operation::Zap, Some((first, pages))) => seat.zap_range(first, pages),
     }
 }
@@ -88,7 +88,7 @@ impl Meeting {
 /// How long each phase of one repetition took, in the order of [`Operation::ALL`].
 ///
 /// # Panics
-/// When a contender did not map, find or unmap each frame of the plan exactly once, or there are fewer `cpus` than
+/// When a contender did not map, find or unmap each page of the plan exactly once, or there are fewer `cpus` than
 /// threads in the plan.
 pub fn repetition<C: Contender>(plan: &Plan, cpus: &[usize]) -> [Duration; 3] {
     assert!(cpus.len() >= plan.shares.len(), "each thread has a CPU of its own");

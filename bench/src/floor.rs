@@ -14,6 +14,7 @@ const PRESENT: u64 = 1 << 0;
 const TABLE: u64 = 1 << 5 | 0b111;
 const LEAF: u64 = 1 << 6 | 1 << 5 | 0b111;
 const HUGE: u64 = 1 << 7;
+const PAGE: u64 = 1 << 12;
 const ADDRESS: u64 = (1 << 52) - (1 << 12);
 
 /// Four levels of tables.
@@ -31,10 +32,10 @@ fn entries<'a>(address: u64) -> &'a [AtomicU64; ENTRIES] {
     unsafe { arena::entries(address).as_ref() }
 }
 
-/// Index of the entry for `gfn` in a table `level` levels above the leaves'.
+/// Index of the entry for `gpa` in a table `level` levels above the leaves'.
 #[inline]
-fn index(gfn: u64, level: u32) -> usize {
-    (gfn >> (9 * level)) as usize & (ENTRIES - 1)
+fn index(gpa: u64, level: u32) -> usize {
+    (gpa >> (12 + 9 * level)) as usize & (ENTRIES - 1)
 }
 
 impl Floor {
@@ -48,12 +49,12 @@ impl Floor {
         self.root
     }
 
-    /// Maps `gfn` to `hfn`; false if it is mapped already, lies in a huge page, or there is no frame for a table.
+    /// Maps the page at `gpa` to `hpa`; false if it is mapped already, lies in a huge page, or there is no frame for a table.
     #[inline]
-    pub fn map(&self, gfn: u64, hfn: u64) -> bool {
+    pub fn map(&self, gpa: u64, hpa: u64) -> bool {
         let mut table = entries(self.root);
         for level in [3, 2, 1] {
-            let cell = &table[index(gfn, level)];
+            let cell = &table[index(gpa, level)];
             let mut raw = cell.load(Ordering::Acquire);
             if raw & (PRESENT | HUGE) != PRESENT {
                 match grow(cell, raw) {
@@ -63,16 +64,16 @@ impl Floor {
             }
             table = entries(raw & ADDRESS);
         }
-        let leaf = hfn << 12 | LEAF;
-        table[index(gfn, 0)].compare_exchange(0, leaf, Ordering::AcqRel, Ordering::Acquire).is_ok()
+        let leaf = hpa | LEAF;
+        table[index(gpa, 0)].compare_exchange(0, leaf, Ordering::AcqRel, Ordering::Acquire).is_ok()
     }
 
-    /// The table of leaves that `gfn` belongs to, if there is one.
+    /// The table of leaves that `gpa` belongs to, if there is one.
     #[inline]
-    fn leaves(&self, gfn: u64) -> Option<&[AtomicU64; ENTRIES]> {
+    fn leaves(&self, gpa: u64) -> Option<&[AtomicU64; ENTRIES]> {
         let mut table = entries(self.root);
         for level in [3, 2, 1] {
-            let raw = table[index(gfn, level)].load(Ordering::Acquire);
+            let raw = table[index(gpa, level)].load(Ordering::Acquire);
             if raw & (PRESENT | HUGE) != PRESENT {
                 return None;
             }
@@ -81,29 +82,29 @@ impl Floor {
         Some(table)
     }
 
-    /// The host frame that `gfn` is mapped to.
+    /// The host-physical address that the page at `gpa` is mapped to.
     #[inline]
-    pub fn look_up(&self, gfn: u64) -> Option<u64> {
-        let raw = self.leaves(gfn)?[index(gfn, 0)].load(Ordering::Acquire);
-        (raw & PRESENT != 0).then_some((raw & ADDRESS) >> 12)
+    pub fn look_up(&self, gpa: u64) -> Option<u64> {
+        let raw = self.leaves(gpa)?[index(gpa, 0)].load(Ordering::Acquire);
+        (raw & PRESENT != 0).then_some(raw & ADDRESS)
     }
 
-    /// Unmaps `gfn`; false if it was not mapped.
+    /// Unmaps the page at `gpa`; false if it was not mapped.
     #[inline]
-    pub fn zap(&self, gfn: u64) -> bool {
-        self.leaves(gfn).is_some_and(|leaves| clear(&leaves[index(gfn, 0)]))
+    pub fn zap(&self, gpa: u64) -> bool {
+        self.leaves(gpa).is_some_and(|leaves| clear(&leaves[index(gpa, 0)]))
     }
 
-    /// Unmaps `pages` frames from `first`, with one walk a table; returns how many were mapped.
+    /// Unmaps `pages` pages from `first`, with one walk a table; returns how many were mapped.
     pub fn zap_range(&self, first: u64, pages: u64) -> u64 {
-        let (mut gfn, end, mut zapped) = (first, first + pages, 0);
-        while gfn < end {
-            let next = ((gfn | (ENTRIES as u64 - 1)) + 1).min(end);
-            if let Some(leaves) = self.leaves(gfn) {
-                let covered = &leaves[index(gfn, 0)..][..(next - gfn) as usize];
+        let (mut gpa, end, mut zapped) = (first, first + pages * PAGE, 0);
+        while gpa < end {
+            let next = ((gpa | (ENTRIES as u64 * PAGE - 1)) + 1).min(end);
+            if let Some(leaves) = self.leaves(gpa) {
+                let covered = &leaves[index(gpa, 0)..][..((next - gpa) / PAGE) as usize];
                 zapped += covered.iter().filter(|cell| clear(cell)).count() as u64;
             }
-            gfn = next;
+            gpa = next;
         }
         zapped
     }

@@ -16,7 +16,7 @@ use crate::plan::{Order, Plan, Share};
 
 /// Argument that makes the benchmark one of the counted processes; the contender's and the operation's names follow.
 pub const ARGUMENT: &str = "--count-instructions";
-/// Frames that a counted process touches: 256 MiB.
+/// Pages that a counted process touches: 256 MiB.
 pub const PAGES: u64 = 65_536;
 
 /// Why there are no counts.
@@ -54,7 +54,7 @@ impl From<io::Error> for CountError {
 /// What a counted process does: everything up to `operation`, and that inside the counted function.
 ///
 /// # Panics
-/// When the contender did not do each frame as it should.
+/// When the contender did not do each page as it should.
 pub fn counted_process<C: Contender>(operation: Operation) {
     let plan = Plan::new(Order::Sequential, 1, PAGES);
     let share = &plan.shares[0];

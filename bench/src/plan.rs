@@ -1,15 +1,15 @@
-//! Which frame is touched when, and by which thread.
+//! Which page is touched when, and by which thread.
 //!
 //! Two threads share one table in different ways. In sequential order they take turns at blocks of 2 MiB, so that they
-//! share the upper tables and race to make them, but not the tables of leaves. In random order each frame of the GiB
+//! share the upper tables and race to make them, but not the tables of leaves. In random order each page of the GiB
 //! belongs to one of them, so that they share every table down to the leaves' cache lines.
 
-use crate::contenders::{FIRST_GFN, PAGES};
+use crate::contenders::{FIRST, PAGE, PAGES, pages_from};
 
-/// Frames of one block that a thread has to itself in sequential order: what one table of leaves maps.
+/// Pages of one block that a thread has to itself in sequential order: what one table of leaves maps.
 const BLOCK: u64 = 512;
 
-/// The order in which frames are touched.
+/// The order in which pages are touched.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Order {
     /// Upwards.
@@ -34,9 +34,9 @@ impl Order {
 /// What one thread does in a repetition.
 #[derive(Clone, Debug)]
 pub struct Share {
-    /// The frames it touches, in order.
-    pub gfns: Vec<u64>,
-    /// The range it zaps in one call, as first frame and frames; `None` if it zaps `gfns` one by one.
+    /// The addresses of the pages it touches, in order.
+    pub gpas: Vec<u64>,
+    /// The range it zaps in one call, as first address and pages; `None` if it zaps `gpas` one by one.
     pub range: Option<(u64, u64)>,
 }
 
@@ -45,42 +45,42 @@ pub struct Share {
 pub struct Plan {
     /// One a thread.
     pub shares: Vec<Share>,
-    /// Frames in all shares together.
+    /// Pages in all shares together.
     pub pages: u64,
 }
 
 impl Plan {
-    /// `pages` frames (at most [`PAGES`], a multiple of 1024) among `threads` threads, 1 or 2.
+    /// `pages` pages (at most [`PAGES`], a multiple of 1024) among `threads` threads, 1 or 2.
     pub fn new(order: Order, threads: usize, pages: u64) -> Self {
         assert!(pages <= PAGES && pages.is_multiple_of(2 * BLOCK), "{pages} pages can not be shared out");
-        let mut gfns: Vec<u64> = (FIRST_GFN..FIRST_GFN + pages).collect();
+        let mut gpas: Vec<u64> = pages_from(FIRST, pages).collect();
         if order == Order::Random {
-            shuffle(&mut gfns);
+            shuffle(&mut gpas);
         }
         let each = pages / threads as u64;
         let share = |thread: usize| {
-            // In random order the frame's place in the shuffled list decides, which is as good as a coin.
-            let mine = |(place, gfn): (usize, &u64)| {
-                let turn = if order == Order::Sequential { gfn / BLOCK } else { place as u64 };
-                (turn % threads as u64 == thread as u64).then_some(*gfn)
+            // In random order the page's place in the shuffled list decides, which is as good as a coin.
+            let mine = |(place, gpa): (usize, &u64)| {
+                let turn = if order == Order::Sequential { gpa / (BLOCK * PAGE) } else { place as u64 };
+                (turn % threads as u64 == thread as u64).then_some(*gpa)
             };
-            let range = (order == Order::Sequential).then_some((FIRST_GFN + each * thread as u64, each));
-            Share { gfns: gfns.iter().enumerate().filter_map(mine).collect(), range }
+            let range = (order == Order::Sequential).then_some((FIRST + each * thread as u64 * PAGE, each));
+            Share { gpas: gpas.iter().enumerate().filter_map(mine).collect(), range }
         };
         Self { shares: (0..threads).map(share).collect(), pages }
     }
 }
 
 /// Fisher and Yates, with a fixed seed: figures are compared across runs.
-fn shuffle(gfns: &mut [u64]) {
+fn shuffle(gpas: &mut [u64]) {
     let mut state = 0x9e37_79b9_7f4a_7c15_u64;
-    for place in (1..gfns.len()).rev() {
+    for place in (1..gpas.len()).rev() {
         // xorshift64* (Vigna); its high half, scaled to 0..=place.
         state ^= state >> 12;
         state ^= state << 25;
         state ^= state >> 27;
         let random = state.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 32;
-        gfns.swap(place, ((random * (place as u64 + 1)) >> 32) as usize);
+        gpas.swap(place, ((random * (place as u64 + 1)) >> 32) as usize);
     }
 }
 
@@ -93,15 +93,15 @@ mod tests {
         for (order, threads) in [(Order::Sequential, 1), (Order::Sequential, 2), (Order::Random, 1), (Order::Random, 2)]
         {
             let plan = Plan::new(order, threads, 8192);
-            let mut all: Vec<u64> = plan.shares.iter().flat_map(|share| share.gfns.clone()).collect();
-            assert!(plan.shares.iter().all(|share| share.gfns.len() == 8192 / threads));
+            let mut all: Vec<u64> = plan.shares.iter().flat_map(|share| share.gpas.clone()).collect();
+            assert!(plan.shares.iter().all(|share| share.gpas.len() == 8192 / threads));
             assert_eq!(all.is_sorted(), order == Order::Sequential && threads == 1);
             all.sort_unstable();
-            assert!(all.into_iter().eq(FIRST_GFN..FIRST_GFN + 8192), "{order:?} {threads}");
+            assert!(all.into_iter().eq(pages_from(FIRST, 8192)), "{order:?} {threads}");
             let mut ranges: Vec<_> = plan.shares.iter().filter_map(|share| share.range).collect();
             ranges.sort_unstable();
-            let zapped: Vec<u64> = ranges.iter().flat_map(|&(first, pages)| first..first + pages).collect();
-            assert!(order == Order::Random || zapped.into_iter().eq(FIRST_GFN..FIRST_GFN + 8192));
+            let zapped: Vec<u64> = ranges.iter().flat_map(|&(first, pages)| pages_from(first, pages)).collect();
+            assert!(order == Order::Random || zapped.into_iter().eq(pages_from(FIRST, 8192)));
         }
     }
 }

@@ -6,15 +6,16 @@ use std::sync::atomic::Ordering;
 use nestling_bench::arena::{self, Claim};
 use nestling_bench::clock::repetition;
 use nestling_bench::contenders::{
-    BareWalk, Contender, FIRST_GFN, FullFences, Membarrier, Nestling, PAGES, PageTableMultiarch, Seat, X86_64, backing,
+    BareWalk, Contender, FIRST, FullFences, Membarrier, Nestling, PAGE, PAGES, PageTableMultiarch, Seat, X86_64,
+    backing, pages_from,
 };
 use nestling_bench::plan::{Order, Plan};
 
-/// Translates `gfn` as a CPU does (APM vol 2, 5.3): present and huge bits, four levels.
-fn cpu_walk(root: u64, gfn: u64) -> Option<u64> {
+/// Translates `gpa` as a CPU does (APM vol 2, 5.3): present and huge bits, four levels.
+fn cpu_walk(root: u64, gpa: u64) -> Option<u64> {
     let mut table = root;
     for level in (0..4).rev() {
-        let index = (gfn >> (9 * level) & 511) as usize;
+        let index = (gpa >> (12 + 9 * level) & 511) as usize;
         // SAFETY: the address is a root's or came out of a present entry of a table above the leaves, so the arena gave
         // it; the test holds the claim's owner, and no thread writes the table now.
         let raw = unsafe { arena::entries(table).as_ref() }[index].load(Ordering::Relaxed);
@@ -25,7 +26,7 @@ fn cpu_walk(root: u64, gfn: u64) -> Option<u64> {
         assert_eq!(raw & 0b110, 0b110, "writable by the guest at every level: {raw:#x}");
         table = raw & ((1 << 52) - (1 << 12));
     }
-    Some(table >> 12)
+    Some(table)
 }
 
 const TESTED: u64 = 4096;
@@ -38,29 +39,29 @@ fn translates<C: Contender>() {
             for (number, share) in (0..).zip(&plan.shares) {
                 let mut seat = table.seat(number);
                 scope.spawn(move || {
-                    for &gfn in &share.gfns {
-                        assert_eq!(seat.look_up(gfn), None, "nothing is mapped yet");
-                        assert!(seat.fault(gfn));
-                        assert!(!seat.fault(gfn), "what is mapped is not mapped again");
-                        assert_eq!(seat.look_up(gfn), Some(backing(gfn)));
+                    for &gpa in &share.gpas {
+                        assert_eq!(seat.look_up(gpa), None, "nothing is mapped yet");
+                        assert!(seat.fault(gpa));
+                        assert!(!seat.fault(gpa), "what is mapped is not mapped again");
+                        assert_eq!(seat.look_up(gpa), Some(backing(gpa)));
                     }
                 });
             }
         });
         let root = table.root();
-        for gfn in FIRST_GFN..FIRST_GFN + PAGES {
-            let mapped = gfn < FIRST_GFN + TESTED;
-            assert_eq!(cpu_walk(root, gfn), mapped.then(|| backing(gfn)), "{} {gfn:#x}", C::NAME);
+        for gpa in pages_from(FIRST, PAGES) {
+            let mapped = gpa < FIRST + TESTED * PAGE;
+            assert_eq!(cpu_walk(root, gpa), mapped.then(|| backing(gpa)), "{} {gpa:#x}", C::NAME);
         }
         // One page, then a range that does not end where a table does.
         let mut seat = table.seat(0);
-        assert!(seat.zap(FIRST_GFN + 7) && !seat.zap(FIRST_GFN + 7));
-        assert_eq!(seat.look_up(FIRST_GFN + 7), None);
-        assert_eq!(seat.zap_range(FIRST_GFN, 1000), 999);
+        assert!(seat.zap(FIRST + 7 * PAGE) && !seat.zap(FIRST + 7 * PAGE));
+        assert_eq!(seat.look_up(FIRST + 7 * PAGE), None);
+        assert_eq!(seat.zap_range(FIRST, 1000), 999);
         drop(seat);
-        for gfn in FIRST_GFN..FIRST_GFN + TESTED {
-            let mapped = gfn >= FIRST_GFN + 1000;
-            assert_eq!(cpu_walk(root, gfn), mapped.then(|| backing(gfn)), "{} {gfn:#x} after a zap", C::NAME);
+        for gpa in pages_from(FIRST, TESTED) {
+            let mapped = gpa >= FIRST + 1000 * PAGE;
+            assert_eq!(cpu_walk(root, gpa), mapped.then(|| backing(gpa)), "{} {gpa:#x} after a zap", C::NAME);
         }
     }
 }

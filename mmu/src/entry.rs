@@ -83,6 +83,16 @@ pub(crate) fn change<F: Format>(
     }
 }
 
+/// Gives an absent entry its first leaf, or says what `cell` holds. Nobody has to have looked that it is absent, so a
+/// refusal is not counted as a lost race; see [`change`] for the ordering.
+#[inline]
+pub(crate) fn fill<F: Format>(cell: &AtomicU64, level: Level, leaf: u64, seat: &SeatCounters) -> Result<(), u64> {
+    debug_assert!(matches!(F::decode(leaf, level), State::Leaf(_)), "{} {level:?}: {leaf:#x}", F::NAME);
+    cell.compare_exchange(F::ABSENT, leaf, Ordering::AcqRel, Ordering::Acquire)?;
+    seat.leaf(level, 1);
+    Ok(())
+}
+
 /// Freezes `cell`, which held `old`; fails with what it holds now. The caller becomes the entry's owner and owes a
 /// flush if `old` was present.
 pub(crate) fn freeze<F: Format>(cell: &AtomicU64, level: Level, old: u64, seat: &SeatCounters) -> Result<(), u64> {

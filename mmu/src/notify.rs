@@ -11,70 +11,91 @@
 //! until it leaves, no invalidation can begin.
 //!
 //! Several ranges in progress are kept as their union, which may make a fault wait that need not: never the reverse.
+//!
+//! How many have ended and how many are in progress share one word, so that a fault that nothing interferes with finds
+//! that out by one comparison.
 
-use crate::addr::{Gfn, GfnRange};
+use crate::addr::{Gfn, GfnRange, Level};
 use crate::host::Host;
 use crate::lock::Exclusive;
 use crate::sync::{AtomicU64, Ordering};
 
+/// One invalidation in progress, in the sequence word. Each borrows a worker, of which there are at most 256.
+const BEGUN: u64 = 1;
+const IN_PROGRESS: u64 = (1 << 16) - 1;
+/// One invalidation that has ended, in the sequence word. 48 bits of them, of which a fault compares all: it would have
+/// to be overtaken by 2^48 invalidations to miss them. (KVM once compared 32 bits of 64.)
+const ENDED: u64 = 1 << 16;
+
 /// Sequence and ranges in progress. Written under the exclusive lock.
 #[derive(Debug)]
 pub(crate) struct Notify {
-    /// Invalidations that have ended. 64 bits: never truncated (KVM once kept it in 32), never wraps.
-    ended: AtomicU64,
-    in_progress: AtomicU64,
+    sequence: AtomicU64,
     start: AtomicU64,
     end: AtomicU64,
 }
 
-/// The sequence as a fault saw it before it asked the backing.
+/// The sequence as a fault saw it before it asked the backing: what had ended.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Snapshot(u64);
 
 impl Notify {
     pub(crate) const fn new() -> Self {
-        Self {
-            ended: AtomicU64::new(0),
-            in_progress: AtomicU64::new(0),
-            start: AtomicU64::new(0),
-            end: AtomicU64::new(0),
-        }
+        Self { sequence: AtomicU64::new(0), start: AtomicU64::new(0), end: AtomicU64::new(0) }
     }
 
+    /// What has ended; `None` while `gfn` is being invalidated, which only saves the caller's effort.
+    ///
     /// Acquire: what the backing answers after this is newer than the invalidations that the snapshot counts.
     #[inline]
-    pub(crate) fn snapshot(&self) -> Snapshot {
-        Snapshot(self.ended.load(Ordering::Acquire))
+    pub(crate) fn snapshot(&self, gfn: Gfn) -> Option<Snapshot> {
+        let now = self.sequence.load(Ordering::Acquire);
+        if now & IN_PROGRESS == 0 { Some(Snapshot(now)) } else { self.snapshot_beside(now, gfn) }
     }
 
-    /// Whether `gfn` is being invalidated, or anything was since the snapshot. Decisive inside the lock, a hint
-    /// outside it.
+    #[cold]
+    fn snapshot_beside(&self, now: u64, gfn: Gfn) -> Option<Snapshot> {
+        let snapshot = Snapshot(now & !IN_PROGRESS);
+        (!self.overtakes(now, snapshot, GfnRange::block(Level::K4, gfn))).then_some(snapshot)
+    }
+
+    /// Whether a frame of `block` is being invalidated, or anything was since the snapshot. Called inside the lock,
+    /// where nothing can begin or end.
+    ///
+    /// It takes the whole block that a leaf would map and not the frame that faulted: a huge leaf beside a range in
+    /// progress would reach into it, after the range was zapped.
+    pub(crate) fn must_retry(&self, snapshot: Snapshot, block: GfnRange) -> bool {
+        let now = self.sequence.load(Ordering::Acquire);
+        now != snapshot.0 && self.overtakes(now, snapshot, block)
+    }
+
+    /// Whether anything at all is in progress or has ended since the snapshot. Inside the lock, `false` spares a look
+    /// at the ranges. Outside it, where they can not be told apart, it is for an answer that will not be installed.
     #[inline]
-    pub(crate) fn must_retry(&self, snapshot: Snapshot, gfn: Gfn) -> bool {
-        if self.in_progress.load(Ordering::Acquire) != 0 {
-            let range =
-                GfnRange { start: Gfn(self.start.load(Ordering::Relaxed)), end: Gfn(self.end.load(Ordering::Relaxed)) };
-            if range.contains(gfn) {
-                return true;
-            }
-        }
-        self.ended.load(Ordering::Acquire) != snapshot.0
+    pub(crate) fn is_overtaken(&self, snapshot: Snapshot) -> bool {
+        self.sequence.load(Ordering::Acquire) != snapshot.0
+    }
+
+    fn overtakes(&self, now: u64, snapshot: Snapshot, block: GfnRange) -> bool {
+        let range =
+            GfnRange { start: Gfn(self.start.load(Ordering::Relaxed)), end: Gfn(self.end.load(Ordering::Relaxed)) };
+        now & !IN_PROGRESS != snapshot.0 || (now & IN_PROGRESS != 0 && range.overlaps(block))
     }
 
     pub(crate) fn begin<H: Host>(&self, range: GfnRange, _alone: &Exclusive<'_, H>) {
-        let in_progress = self.in_progress.load(Ordering::Relaxed);
+        let now = self.sequence.load(Ordering::Relaxed);
         let mut union = range;
-        if in_progress != 0 {
+        if now & IN_PROGRESS != 0 {
             let start = Gfn(self.start.load(Ordering::Relaxed));
             union = range.union(GfnRange { start, end: Gfn(self.end.load(Ordering::Relaxed)) });
         }
         self.start.store(union.start.0, Ordering::Relaxed);
         self.end.store(union.end.0, Ordering::Relaxed);
-        self.in_progress.store(in_progress + 1, Ordering::Release);
+        self.sequence.store(now + BEGUN, Ordering::Release);
     }
 
     pub(crate) fn end<H: Host>(&self, _alone: &Exclusive<'_, H>) {
-        self.ended.store(self.ended.load(Ordering::Relaxed) + 1, Ordering::Release);
-        self.in_progress.store(self.in_progress.load(Ordering::Relaxed) - 1, Ordering::Release);
+        let now = self.sequence.load(Ordering::Relaxed);
+        self.sequence.store(now + ENDED - BEGUN, Ordering::Release);
     }
 }

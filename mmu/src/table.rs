@@ -36,6 +36,24 @@ impl<'g, H: Host> Table<'g, H> {
         Self::at(&inside.mmu.host, root.frame(), root.role().level)
     }
 
+    /// The level-1 table for `gfn`; `None` where the walk ends before.
+    ///
+    /// The levels are constants here, so that this compiles to a straight line.
+    #[inline]
+    pub(crate) fn leaves(inside: &'g Shared<'_, H>, root: &RootRef, gfn: Gfn) -> Option<Self> {
+        let mut table = Self::root(inside, root);
+        if table.level == Level::L5 {
+            table = table.next(table.entry(gfn).load(Ordering::Acquire))?;
+        }
+        for level in [Level::L4, Level::G1, Level::M2] {
+            // A root's level is 4 or 5: `Config` is checked for that.
+            debug_assert_eq!(table.level, level);
+            table.level = level;
+            table = table.next(table.entry(gfn).load(Ordering::Acquire))?;
+        }
+        Some(table)
+    }
+
     #[inline]
     fn at(host: &'g H, frame: Hfn, level: Level) -> Self {
         let entries = host.table(frame).cast::<[AtomicU64; ENTRIES]>();

@@ -19,14 +19,14 @@ use core::fmt;
 use crate::Mmu;
 use crate::OutOfMemory;
 use crate::addr::{Gfn, Gpa, Hpa, Level};
-use crate::events::{Counter, Event, SeatCounters};
+use crate::events::{Counter, Event};
 use crate::format::{MMIO_GENERATION_MASK, State};
 use crate::host::{Access, BackingError, Host, VcpuId};
 use crate::lock::{Shared, Ticket};
 use crate::notify::Snapshot;
 use crate::root::{Role, RootRef, give_back};
 use crate::slots::{Slot, SlotFlags, SlotState};
-use crate::tdp::fault::{Mapping, TableCache, map, map_mmio};
+use crate::tdp::fault::{Mapping, Obstructed, TableCache, map_mmio, map_page};
 use crate::tdp::inspect::walk;
 
 /// Why the CPU reported a second-stage fault.
@@ -102,11 +102,32 @@ impl From<OutOfMemory> for FaultError {
     }
 }
 
-/// The slot of the last fault, and the generation of the set it was looked up in.
+/// The slot of the last fault, which was in use, and the generation of the set it was looked up in.
 #[derive(Debug)]
 struct Hint {
-    slot: Arc<Slot>,
+    slot: Slot,
     generation: u64,
+}
+
+impl Hint {
+    /// Nothing is remembered: holds no frame.
+    const NONE: Self = Self { slot: Slot::EMPTY, generation: 0 };
+
+    /// Whether it is the slot of `gfn` as long as the memslots are of generation `now`.
+    #[inline]
+    fn holds(&self, gfn: Gfn, now: u64) -> bool {
+        self.generation == now && self.slot.range().contains(gfn)
+    }
+}
+
+/// What the memslots say of a frame.
+enum Found {
+    /// It is in the slot that is remembered now.
+    Slot,
+    /// Its slot is being deleted, moved or restricted.
+    Changing,
+    /// It has no memory, in memslots of this generation.
+    Nothing { generation: u64 },
 }
 
 /// One vCPU's part of the MMU.
@@ -117,7 +138,7 @@ pub struct Vcpu<H: Host> {
     role: Role,
     root: Option<RootRef>,
     cache: TableCache,
-    hint: Option<Hint>,
+    hint: Hint,
     /// The TLB must be flushed before the guest runs.
     flush_owed: bool,
 }
@@ -168,7 +189,7 @@ impl<H: Host> Vcpu<H> {
         let ticket = mmu.lock.claim(seat..seat + 1)?;
         let role = Role { level: mmu.config.root_level };
         let (mmu, cache) = (Arc::clone(mmu), TableCache::default());
-        Some(Self { mmu, ticket, id, role, root: None, cache, hint: None, flush_owed: false })
+        Some(Self { mmu, ticket, id, role, root: None, cache, hint: Hint::NONE, flush_owed: false })
     }
 
     /// The vCPU's number.
@@ -190,7 +211,7 @@ impl<H: Host> Vcpu<H> {
         }
         let root = self.root.as_ref().ok_or(FaultError::NoRoot)?.frame().hpa();
         if self.mmu.tlb.enter(self.id) {
-            self.counters().add(Counter::Flush, 1);
+            self.ticket.counters().add(Counter::Flush, 1);
             self.flush_owed = true;
         }
         Ok(InGuest { vcpu: self, root })
@@ -200,100 +221,120 @@ impl<H: Host> Vcpu<H> {
     #[inline]
     pub fn fault(&mut self, fault: Fault) -> Result<Outcome, FaultError> {
         let result = self.handle(fault);
-        let (counter, outcome) = match result {
-            Ok(outcome @ Outcome::Fixed { .. }) => (Counter::Fixed, outcome),
-            Ok(outcome @ Outcome::Spurious) => (Counter::Spurious, outcome),
-            Ok(outcome @ Outcome::Retry) => (Counter::Retried, outcome),
-            Ok(outcome @ Outcome::Mmio) => (Counter::Mmio, outcome),
-            Ok(outcome @ Outcome::ReadOnly) => (Counter::ReadOnly, outcome),
-            Err(error) => {
-                self.counters().add(Counter::Failed, 1);
-                return Err(error);
-            }
-        };
-        self.counters().add(counter, 1);
-        if H::TRACE {
+        match result {
+            Ok(Outcome::Fixed { .. }) => self.ticket.counters().add(Counter::Fixed, 1),
+            _ => self.count_unfixed(result),
+        }
+        if H::TRACE
+            && let Ok(outcome) = result
+        {
             self.mmu.host.trace(Event::Fault { gfn: fault.gpa.gfn(), outcome });
         }
-        Ok(outcome)
+        result
     }
 
-    #[inline]
-    fn counters(&self) -> &SeatCounters {
-        self.ticket.counters()
+    #[cold]
+    #[inline(never)]
+    fn count_unfixed(&self, result: Result<Outcome, FaultError>) {
+        let counter = match result {
+            Ok(Outcome::Fixed { .. }) => Counter::Fixed,
+            Ok(Outcome::Spurious) => Counter::Spurious,
+            Ok(Outcome::Retry) => Counter::Retried,
+            Ok(Outcome::Mmio) => Counter::Mmio,
+            Ok(Outcome::ReadOnly) => Counter::ReadOnly,
+            Err(_) => Counter::Failed,
+        };
+        self.ticket.counters().add(counter, 1);
     }
 
+    /// Outside the lock: which slot it is, and what the backing says.
     #[inline]
     fn handle(&mut self, fault: Fault) -> Result<Outcome, FaultError> {
         let gfn = fault.gpa.gfn();
-        if gfn >= self.role.level.root_limit() {
-            return Ok(Outcome::Mmio);
-        }
         if fault.cause == Cause::Reserved && self.is_known_mmio(gfn)? {
-            self.counters().add(Counter::MmioCached, 1);
+            self.ticket.counters().add(Counter::MmioCached, 1);
             return Ok(Outcome::Mmio);
         }
-        let fresh = self.mmu.slots.generation();
-        let generation = match &self.hint {
-            Some(hint) if hint.generation == fresh && hint.slot.range().contains(gfn) => fresh,
-            _ => match self.look_up_slot(gfn) {
-                Ok(generation) => generation,
-                Err(generation) => return self.no_memory(gfn, generation),
-            },
-        };
-        // The hint was found or made just now.
-        let Some(Hint { slot, .. }) = &self.hint else { return Ok(Outcome::Retry) };
-        if slot.state() == SlotState::Changing {
-            return Ok(Outcome::Retry);
+        let Some(snapshot) = self.mmu.notify.snapshot(gfn) else { return Ok(Outcome::Retry) };
+        if self.hint.holds(gfn, self.mmu.slots.generation()) {
+            self.back(fault.gpa, fault.access, snapshot)
+        } else {
+            self.find_slot(fault.gpa, fault.access, snapshot)
         }
-        let snapshot = self.mmu.notify.snapshot();
-        if self.mmu.notify.must_retry(snapshot, gfn) {
-            return Ok(Outcome::Retry);
-        }
-        let extent = self.mmu.host.resolve(slot, gfn, fault.access).map_err(FaultError::Backing)?;
-        if !extent.gfns.contains(gfn) {
-            return Err(FaultError::BadExtent);
-        }
-        let writable = extent.writable && !slot.flags().contains(SlotFlags::READ_ONLY);
-        if !writable && fault.access == Access::Write {
-            return Ok(Outcome::ReadOnly);
-        }
-        let want = Mapping::new(slot, gfn, fault.access, extent, self.mmu.config.largest, writable);
-        self.install(gfn, want, generation, snapshot)
     }
 
-    /// The locked part: checks that nothing was overtaken, then walks.
-    #[inline]
-    fn install(&mut self, gfn: Gfn, want: Mapping, generation: u64, snapshot: Snapshot) -> Result<Outcome, FaultError> {
+    /// Asks the backing of the slot that is remembered, which is that of the fault.
+    // Always inlined, or the compiler would make one function of it for the usual case and the cold one.
+    #[inline(always)]
+    fn back(&mut self, gpa: Gpa, access: Access, snapshot: Snapshot) -> Result<Outcome, FaultError> {
+        let mmu = &*self.mmu;
+        let (slot, gfn) = (&self.hint.slot, gpa.gfn());
+        let extent = match mmu.host.resolve(slot, gfn, access) {
+            Ok(extent) if extent.gfns.contains(gfn) => extent,
+            Ok(_) => return self.refuse(snapshot, Err(FaultError::BadExtent)),
+            Err(error) => return self.refuse(snapshot, Err(FaultError::Backing(error))),
+        };
+        let writable = extent.writable && !slot.flags().contains(SlotFlags::READ_ONLY);
+        if !writable && access == Access::Write {
+            return self.refuse(snapshot, Ok(Outcome::ReadOnly));
+        }
+        let want = Mapping::new(slot.range(), gfn, access, extent, writable);
         if !self.cache.is_full() {
-            self.top_up()?;
+            Self::top_up(mmu, &self.ticket, &mut self.cache)?;
         }
         let root = self.root.as_ref().ok_or(FaultError::NoRoot)?;
-        let inside = Shared::enter(&self.mmu, &mut self.ticket);
+        let inside = Shared::enter(mmu, &mut self.ticket);
         // From here on no update gets past its grace period and no invalidation begins before the guard is dropped.
-        if self.mmu.slots.generation() != generation || self.mmu.notify.must_retry(snapshot, gfn) {
-            return Ok(Outcome::Retry);
+        let generation = self.hint.generation;
+        let current = mmu.slots.generation() == generation && !mmu.notify.is_overtaken(snapshot);
+        if current && map_page(&inside, root, &want) {
+            drop(inside);
+            return Ok(Outcome::Fixed { level: Level::K4 });
         }
-        map(&inside, root, want, &mut self.cache)
+        Obstructed { inside, want, generation, snapshot }.map(root, &mut self.cache)
     }
 
-    /// Finds the slot of `gfn` and remembers it. `Err` if there is none. Both ways the generation of the set.
+    /// A fault ends without a mapping, because the backing said so. That it said so may be news of yesterday too: of a
+    /// slot that was deleted (its memory with it) or of a page that was away while an invalidation had it.
+    ///
+    /// Outside the lock: whatever the backing told had happened before the answer, and the update or invalidation
+    /// began before that, so it is seen here.
     #[cold]
-    fn look_up_slot(&mut self, gfn: Gfn) -> Result<u64, u64> {
+    fn refuse(&self, snapshot: Snapshot, result: Result<Outcome, FaultError>) -> Result<Outcome, FaultError> {
+        let overtaken = self.mmu.slots.generation() != self.hint.generation || self.mmu.notify.is_overtaken(snapshot);
+        if overtaken { Ok(Outcome::Retry) } else { result }
+    }
+
+    /// Finds the slot of the fault, then goes on.
+    #[cold]
+    fn find_slot(&mut self, gpa: Gpa, access: Access, snapshot: Snapshot) -> Result<Outcome, FaultError> {
+        let gfn = gpa.gfn();
+        match self.look_up_slot(gfn) {
+            Found::Slot => self.back(gpa, access, snapshot),
+            Found::Changing => Ok(Outcome::Retry),
+            Found::Nothing { generation } => self.no_memory(gfn, generation),
+        }
+    }
+
+    /// Finds the slot of `gfn` and remembers it if it is in use.
+    fn look_up_slot(&mut self, gfn: Gfn) -> Found {
         let inside = Shared::enter(&self.mmu, &mut self.ticket);
         let set = self.mmu.slots.read(&inside);
         let generation = set.generation();
-        let slot = Arc::clone(set.find(gfn).ok_or(generation)?);
-        drop(inside);
-        self.hint = Some(Hint { slot, generation });
-        Ok(generation)
+        let Some(slot) = set.find(gfn) else { return Found::Nothing { generation } };
+        if slot.state() == SlotState::Changing {
+            return Found::Changing;
+        }
+        self.hint = Hint { slot: **slot, generation };
+        Found::Slot
     }
 
     /// No slot holds `gfn`: leaves an MMIO entry, unless a slot was added meanwhile.
     #[cold]
     fn no_memory(&mut self, gfn: Gfn, generation: u64) -> Result<Outcome, FaultError> {
-        if self.mmu.config.mmio_entries {
-            self.top_up()?;
+        // Tables reach no further than the root's limit, and slots never begin there.
+        if self.mmu.config.mmio_entries && gfn < self.role.level.root_limit() {
+            Self::top_up(&self.mmu, &self.ticket, &mut self.cache)?;
             let root = self.root.as_ref().ok_or(FaultError::NoRoot)?;
             let inside = Shared::enter(&self.mmu, &mut self.ticket);
             if self.mmu.slots.generation() != generation {
@@ -307,6 +348,9 @@ impl<H: Host> Vcpu<H> {
     /// Whether the tables say that `gfn` has no memory, for the memslots as they are now.
     #[cold]
     fn is_known_mmio(&mut self, gfn: Gfn) -> Result<bool, FaultError> {
+        if gfn >= self.role.level.root_limit() {
+            return Ok(false);
+        }
         let root = self.root.as_ref().ok_or(FaultError::NoRoot)?;
         let inside = Shared::enter(&self.mmu, &mut self.ticket);
         let now = self.mmu.slots.generation() as u32 & MMIO_GENERATION_MASK;
@@ -315,11 +359,11 @@ impl<H: Host> Vcpu<H> {
     }
 
     #[cold]
-    fn top_up(&mut self) -> Result<(), FaultError> {
-        while !self.cache.is_full() {
-            let frame = self.mmu.host.alloc_table().ok_or(FaultError::OutOfTables)?;
-            self.counters().add(Counter::TableFrames, 1);
-            self.cache.put(frame);
+    fn top_up(mmu: &Mmu<H>, ticket: &Ticket, cache: &mut TableCache) -> Result<(), FaultError> {
+        while !cache.is_full() {
+            let frame = mmu.host.alloc_table().ok_or(FaultError::OutOfTables)?;
+            ticket.counters().add(Counter::TableFrames, 1);
+            cache.put(frame);
         }
         Ok(())
     }
@@ -330,10 +374,10 @@ impl<H: Host> Vcpu<H> {
             Some(root) => root,
             None => {
                 let mut frame = Some(self.mmu.host.alloc_table().ok_or(FaultError::OutOfTables)?);
-                self.counters().add(Counter::TableFrames, 1);
+                self.ticket.counters().add(Counter::TableFrames, 1);
                 let root = self.mmu.roots.get_or_make(&self.mmu, self.role, &mut frame);
                 if frame.is_some() {
-                    self.counters().add(Counter::TableFrames, 1u64.wrapping_neg());
+                    self.ticket.counters().add(Counter::TableFrames, 1u64.wrapping_neg());
                     give_back(&self.mmu.host, frame);
                 }
                 root?
@@ -347,7 +391,7 @@ impl<H: Host> Vcpu<H> {
 impl<H: Host> Drop for Vcpu<H> {
     fn drop(&mut self) {
         while let Some(frame) = self.cache.take() {
-            self.counters().add(Counter::TableFrames, 1u64.wrapping_neg());
+            self.ticket.counters().add(Counter::TableFrames, 1u64.wrapping_neg());
             give_back(&self.mmu.host, Some(frame));
         }
     }

@@ -27,18 +27,18 @@ impl Contender for BareWalk {
 
 impl Seat for &Floor {
     #[inline(never)]
-    fn fault(&mut self, gfn: u64) -> bool {
-        self.map(gfn, backing(gfn))
+    fn fault(&mut self, gpa: u64) -> bool {
+        self.map(gpa, backing(gpa))
     }
 
     #[inline(never)]
-    fn look_up(&mut self, gfn: u64) -> Option<u64> {
-        Floor::look_up(self, gfn)
+    fn look_up(&mut self, gpa: u64) -> Option<u64> {
+        Floor::look_up(self, gpa)
     }
 
     #[inline(never)]
-    fn zap(&mut self, gfn: u64) -> bool {
-        Floor::zap(self, gfn)
+    fn zap(&mut self, gpa: u64) -> bool {
+        Floor::zap(self, gpa)
     }
 
     fn zap_range(&mut self, first: u64, pages: u64) -> u64 {

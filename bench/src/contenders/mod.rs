@@ -16,17 +16,25 @@ pub use self::page_table_multiarch::PageTableMultiarch;
 
 use crate::arena::Claim;
 
-/// First guest frame of the memory that is mapped: 1 GiB.
-pub const FIRST_GFN: u64 = 1 << 18;
-/// Host frame behind [`FIRST_GFN`]; the others follow it in order.
-pub const FIRST_HFN: u64 = 1 << 20;
-/// Frames of the memory that is mapped: 1 GiB.
+/// First guest-physical address of the memory that is mapped: 1 GiB.
+pub const FIRST: u64 = 1 << 30;
+/// Host-physical address behind [`FIRST`]; the others follow it in order.
+pub const FIRST_BACKING: u64 = 1 << 32;
+/// Pages of the memory that is mapped: 1 GiB.
 pub const PAGES: u64 = 1 << 18;
+/// Bytes of a page.
+pub const PAGE: u64 = 4096;
 
-/// The host frame behind `gfn`.
+/// The host-physical address behind `gpa`.
 #[inline]
-pub const fn backing(gfn: u64) -> u64 {
-    gfn - FIRST_GFN + FIRST_HFN
+pub const fn backing(gpa: u64) -> u64 {
+    gpa - FIRST + FIRST_BACKING
+}
+
+/// The addresses of `pages` pages from `first`.
+#[inline]
+pub fn pages_from(first: u64, pages: u64) -> impl Iterator<Item = u64> {
+    (0..pages).map(move |page| first + page * PAGE)
 }
 
 /// One table that threads fill, read and empty.
@@ -46,14 +54,14 @@ pub trait Contender: Sized + Sync {
     fn root(&self) -> u64;
 }
 
-/// One thread's way to a table. All frame numbers are the guest's.
+/// One thread's way to a table. All addresses are guest-physical ones of pages, which is what an exit reports.
 pub trait Seat {
-    /// Maps `gfn` to [`backing`] of it; whether that was done by this call.
-    fn fault(&mut self, gfn: u64) -> bool;
-    /// The host frame that `gfn` is mapped to.
-    fn look_up(&mut self, gfn: u64) -> Option<u64>;
-    /// Unmaps `gfn`; whether it was mapped.
-    fn zap(&mut self, gfn: u64) -> bool;
-    /// Unmaps `pages` frames from `first`, in the way that is the contender's best; how many were mapped.
+    /// Maps the page at `gpa` to [`backing`] of it; whether that was done by this call.
+    fn fault(&mut self, gpa: u64) -> bool;
+    /// The host-physical address that the page at `gpa` is mapped to.
+    fn look_up(&mut self, gpa: u64) -> Option<u64>;
+    /// Unmaps the page at `gpa`; whether it was mapped.
+    fn zap(&mut self, gpa: u64) -> bool;
+    /// Unmaps `pages` pages from `first`, in the way that is the contender's best; how many were mapped.
     fn zap_range(&mut self, first: u64, pages: u64) -> u64;
 }

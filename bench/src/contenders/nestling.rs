@@ -11,12 +11,12 @@ use std::sync::atomic::{AtomicU64, Ordering, compiler_fence, fence};
 use nestling::format::{MemoryType, Npt};
 use nestling::host::{Backing, BackingError, Extent, TableFrames, Time, Vcpus};
 use nestling::{
-    Access, Cause, Config, Fault, Gfn, GfnRange, Hfn, Host, Level, Mmu, Outcome, Slot, SlotConfig, SlotFlags, SlotId,
-    State, Vcpu, VcpuId, Worker,
+    Access, Cause, Config, Fault, Gfn, GfnRange, Gpa, Hfn, Host, Hpa, Level, Mmu, Outcome, Slot, SlotConfig, SlotFlags,
+    SlotId, State, Vcpu, VcpuId, Worker,
 };
 use rustix::thread::{MembarrierCommand, membarrier};
 
-use super::{Contender, FIRST_GFN, PAGES, Seat, backing};
+use super::{Contender, FIRST, PAGE, PAGES, Seat, backing};
 use crate::arena::{self, Claim};
 
 /// The two halves of the fence that the MMU lock needs.
@@ -136,10 +136,10 @@ impl<A: Asymmetry> Contender for Nestling<A> {
         let mmu = Mmu::new(Machine { asymmetry: PhantomData }, config).expect("the configuration is right");
         let ram = SlotConfig {
             id: SlotId(0),
-            base: Gfn(FIRST_GFN).gpa(),
-            size: PAGES << 12,
+            base: Gpa(FIRST),
+            size: PAGES * PAGE,
             flags: SlotFlags::empty(),
-            backing: backing(FIRST_GFN),
+            backing: Hpa(backing(FIRST)).hfn().0,
         };
         mmu.worker().expect("there is memory for a worker").add_slot(ram).expect("the first slot overlaps nothing");
         Self { mmu, _claim: claim }
@@ -168,27 +168,27 @@ pub struct NestlingSeat<A: Asymmetry> {
 
 impl<A: Asymmetry> Seat for NestlingSeat<A> {
     #[inline(never)]
-    fn fault(&mut self, gfn: u64) -> bool {
-        let fault = Fault { gpa: Gfn(gfn).gpa(), access: Access::Write, cause: Cause::Translation };
+    fn fault(&mut self, gpa: u64) -> bool {
+        let fault = Fault { gpa: Gpa(gpa), access: Access::Write, cause: Cause::Translation };
         matches!(self.vcpu.fault(fault), Ok(Outcome::Fixed { .. }))
     }
 
     #[inline(never)]
-    fn look_up(&mut self, gfn: u64) -> Option<u64> {
+    fn look_up(&mut self, gpa: u64) -> Option<u64> {
         let role = self.vcpu.mmu().role();
-        match self.worker.walk(role, Gfn(gfn))?.last()?.state {
-            State::Leaf(leaf) => Some(leaf.hfn.0),
+        match self.worker.walk(role, Gpa(gpa).gfn())?.last()?.state {
+            State::Leaf(leaf) => Some(leaf.hfn.hpa().0),
             _ => None,
         }
     }
 
     #[inline(never)]
-    fn zap(&mut self, gfn: u64) -> bool {
-        self.zap_range(gfn, 1) == 1
+    fn zap(&mut self, gpa: u64) -> bool {
+        self.zap_range(gpa, 1) == 1
     }
 
     fn zap_range(&mut self, first: u64, pages: u64) -> u64 {
-        let range = GfnRange::new(Gfn(first), pages).expect("the benchmark's memory is within 52 bits");
+        let range = GfnRange::new(Gpa(first).gfn(), pages).expect("the benchmark's memory is within 52 bits");
         self.worker.zap(range).expect("there is memory for the debts").leaves
     }
 }

@@ -7,7 +7,7 @@ use x86_64::structures::paging::mapper::{Mapper, OffsetPageTable};
 use x86_64::structures::paging::{FrameAllocator, Page, PageTable, PageTableFlags, PhysFrame, Size4KiB};
 use x86_64::{PhysAddr, VirtAddr};
 
-use super::{Contender, Seat, backing};
+use super::{Contender, Seat, backing, pages_from};
 use crate::arena::{self, Claim};
 
 /// Frames from the arena.
@@ -54,17 +54,17 @@ impl Contender for X86_64 {
 }
 
 #[inline]
-fn page(gfn: u64) -> Page {
-    Page::containing_address(VirtAddr::new(gfn << 12))
+fn page(gpa: u64) -> Page {
+    Page::containing_address(VirtAddr::new(gpa))
 }
 
 impl Seat for &Mutex<OffsetPageTable<'static>> {
     #[inline(never)]
-    fn fault(&mut self, gfn: u64) -> bool {
+    fn fault(&mut self, gpa: u64) -> bool {
         let flags = PageTableFlags::PRESENT | PageTableFlags::WRITABLE | PageTableFlags::USER_ACCESSIBLE;
-        let frame = PhysFrame::containing_address(PhysAddr::new(backing(gfn) << 12));
+        let frame = PhysFrame::containing_address(PhysAddr::new(backing(gpa)));
         // SAFETY: no CPU ever uses this table, so what it maps harms nobody.
-        match unsafe { self.lock().map_to(page(gfn), frame, flags, &mut Frames) } {
+        match unsafe { self.lock().map_to(page(gpa), frame, flags, &mut Frames) } {
             Ok(flush) => {
                 flush.ignore();
                 true
@@ -74,13 +74,13 @@ impl Seat for &Mutex<OffsetPageTable<'static>> {
     }
 
     #[inline(never)]
-    fn look_up(&mut self, gfn: u64) -> Option<u64> {
-        self.lock().translate_page(page(gfn)).ok().map(|frame| frame.start_address().as_u64() >> 12)
+    fn look_up(&mut self, gpa: u64) -> Option<u64> {
+        self.lock().translate_page(page(gpa)).ok().map(|frame| frame.start_address().as_u64())
     }
 
     #[inline(never)]
-    fn zap(&mut self, gfn: u64) -> bool {
-        match self.lock().unmap(page(gfn)) {
+    fn zap(&mut self, gpa: u64) -> bool {
+        match self.lock().unmap(page(gpa)) {
             Ok((_, flush)) => {
                 flush.ignore();
                 true
@@ -91,6 +91,6 @@ impl Seat for &Mutex<OffsetPageTable<'static>> {
 
     /// Page by page, which is all that there is.
     fn zap_range(&mut self, first: u64, pages: u64) -> u64 {
-        (first..first + pages).filter(|&gfn| self.zap(gfn)).count() as u64
+        pages_from(first, pages).filter(|&gpa| self.zap(gpa)).count() as u64
     }
 }

@@ -5,7 +5,7 @@ use page_table_entry::x86_64::X64PTE;
 use page_table_multiarch::{MappingFlags, PageSize, PageTable64, PagingHandler, PagingMetaData};
 use spin::Mutex;
 
-use super::{Contender, Seat, backing};
+use super::{Contender, Seat, backing, pages_from};
 use crate::arena::{self, Claim};
 
 /// A guest's address space: nothing of it is in the TLB of the CPU that this runs on, so nothing is flushed.
@@ -71,31 +71,31 @@ impl Contender for PageTableMultiarch {
 }
 
 #[inline]
-fn virt(gfn: u64) -> VirtAddr {
-    VirtAddr::from_usize((gfn << 12) as usize)
+fn virt(gpa: u64) -> VirtAddr {
+    VirtAddr::from_usize(gpa as usize)
 }
 
 impl Seat for &Mutex<Table> {
     #[inline(never)]
-    fn fault(&mut self, gfn: u64) -> bool {
+    fn fault(&mut self, gpa: u64) -> bool {
         let flags = MappingFlags::READ | MappingFlags::WRITE | MappingFlags::EXECUTE | MappingFlags::USER;
-        let frame = PhysAddr::from_usize((backing(gfn) << 12) as usize);
-        self.lock().cursor().map(virt(gfn), frame, PageSize::Size4K, flags).is_ok()
+        let frame = PhysAddr::from_usize(backing(gpa) as usize);
+        self.lock().cursor().map(virt(gpa), frame, PageSize::Size4K, flags).is_ok()
     }
 
     #[inline(never)]
-    fn look_up(&mut self, gfn: u64) -> Option<u64> {
-        self.lock().query(virt(gfn)).ok().map(|(address, ..)| address.as_usize() as u64 >> 12)
+    fn look_up(&mut self, gpa: u64) -> Option<u64> {
+        self.lock().query(virt(gpa)).ok().map(|(address, ..)| address.as_usize() as u64)
     }
 
     #[inline(never)]
-    fn zap(&mut self, gfn: u64) -> bool {
-        self.lock().cursor().unmap(virt(gfn)).is_ok()
+    fn zap(&mut self, gpa: u64) -> bool {
+        self.lock().cursor().unmap(virt(gpa)).is_ok()
     }
 
     /// Page by page: the peer's own `unmap_region` walks from the root for each page as well, and would hold the lock
     /// for the whole range.
     fn zap_range(&mut self, first: u64, pages: u64) -> u64 {
-        (first..first + pages).filter(|&gfn| self.zap(gfn)).count() as u64
+        pages_from(first, pages).filter(|&gpa| self.zap(gpa)).count() as u64
     }
 }

@@ -81,6 +81,15 @@ pub struct Slot {
 }
 
 impl Slot {
+    /// No slot of any set: it has no frames.
+    pub(crate) const EMPTY: Self = Self {
+        id: SlotId(0),
+        range: GfnRange { start: Gfn(0), end: Gfn(0) },
+        flags: SlotFlags::empty(),
+        backing: 0,
+        state: SlotState::Changing,
+    };
+
     fn new(config: SlotConfig) -> Result<Self, SlotError> {
         let SlotConfig { id, base, size, flags, backing } = config;
         if size == 0 {

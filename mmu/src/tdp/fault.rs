@@ -4,6 +4,9 @@
 //! The caller is inside the shared side, has checked there that slot, backing and root are still what it asked about,
 //! and brings enough table frames for the whole walk. Any number of vCPUs do this at once on the same tables.
 //!
+//! - An absent entry of a level-1 table is what a fault meets nearly always, so [`map_page`] tries that first, without
+//!   a look: on a line that another vCPU wrote last, the look would cost as much again as the compare-and-swap. Where
+//!   anything else is in the way, a [`Walk`] starts from the root.
 //! - An absent entry becomes a table or leaf by compare-and-swap. The loser goes on from what the winner wrote: into
 //!   the winner's table, or finds the winner's leaf (spurious).
 //! - A leaf that is there but denies the access gets the rights that slot and backing allow, in place: rights only
@@ -12,13 +15,13 @@
 //!   again is collapsing, not faulting.
 //! - A frozen entry is being zapped: the fault is retried by the guest, the zap will have ended soon.
 
-use crate::addr::{Gfn, Hfn, Level};
-use crate::entry::{Books, change};
+use crate::addr::{Gfn, GfnRange, Hfn, Level};
+use crate::entry::{self, Books, change};
 use crate::format::{Format, Leaf, Rights, State};
 use crate::host::{Access, Extent, Host};
 use crate::lock::Shared;
+use crate::notify::Snapshot;
 use crate::root::RootRef;
-use crate::slots::Slot;
 use crate::sync::{AtomicU64, Ordering};
 use crate::table::Table;
 use crate::vcpu::{FaultError, Outcome};
@@ -63,38 +66,46 @@ pub(crate) const fn needed(access: Access) -> Rights {
 /// What a fault wants mapped.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Mapping {
+    slot: GfnRange,
     gfn: Gfn,
-    level: Level,
     access: Access,
     extent: Extent,
     writable: bool,
 }
 
 impl Mapping {
-    /// The largest mapping that slot, backing, alignment and `largest` allow.
+    /// The mapping of `gfn` in a slot of frames `slot`.
     #[inline]
-    pub(crate) fn new(slot: &Slot, gfn: Gfn, access: Access, extent: Extent, largest: Level, writable: bool) -> Self {
+    pub(crate) fn new(slot: GfnRange, gfn: Gfn, access: Access, extent: Extent, writable: bool) -> Self {
+        Self { slot, gfn, access, extent, writable }
+    }
+
+    /// The largest leaf that slot, backing, alignment and `largest` allow.
+    fn level(&self, largest: Level) -> Level {
         let fits = |level: Level| {
-            let (first, end) = (level.align_down(gfn), level.next_block(gfn));
-            let range = slot.range();
-            first >= range.start
-                && end <= range.end
-                && first >= extent.gfns.start
-                && end <= extent.gfns.end
+            let block = GfnRange::block(level, self.gfn);
+            largest >= level
+                && self.slot.covers(block)
+                && self.extent.gfns.covers(block)
                 // Guest and host frames must be congruent in the block's size.
-                && (extent.hfn.0 + (first.0 - extent.gfns.start.0)).is_multiple_of(level.pages())
+                && (self.extent.hfn.0 + (block.start.0 - self.extent.gfns.start.0)).is_multiple_of(level.pages())
         };
-        let mut level = Level::K4;
-        if largest >= Level::M2 && fits(Level::M2) {
-            level = if largest >= Level::G1 && fits(Level::G1) { Level::G1 } else { Level::M2 };
+        if !fits(Level::M2) {
+            Level::K4
+        } else if !fits(Level::G1) {
+            Level::M2
+        } else {
+            Level::G1
         }
-        Self { gfn, level, access, extent, writable }
     }
 
     #[inline]
     fn hfn(&self, level: Level) -> Hfn {
         // In this order: the block may begin before the extent when the entry met is larger than the mapping wanted.
-        Hfn(self.extent.hfn.0 + (self.gfn.0 - self.extent.gfns.start.0) - (self.gfn.0 & (level.pages() - 1)))
+        // Wrapping: it may then even begin "before" host frame 0, which is no frame that the entry can hold, so that
+        // the change of the backing is noticed.
+        let hfn = self.extent.hfn.0 + (self.gfn.0 - self.extent.gfns.start.0);
+        Hfn(hfn.wrapping_sub(self.gfn.0 & (level.pages() - 1)))
     }
 
     #[inline]
@@ -116,32 +127,45 @@ impl Mapping {
     }
 }
 
-/// Maps `want` under `root`.
+/// Maps the page of `want` under `root` if that takes one absent entry of a level-1 table; whether it did.
 #[inline]
-pub(crate) fn map<H: Host>(
-    inside: &Shared<'_, H>,
-    root: &RootRef,
-    want: Mapping,
-    cache: &mut TableCache,
-) -> Result<Outcome, FaultError> {
-    let mut table = Table::root(inside, root);
-    loop {
-        let cell = table.entry(want.gfn);
-        let raw = cell.load(Ordering::Acquire);
-        if let Some(next) = table.next(raw) {
-            table = next;
-        } else if table.level > want.level {
-            match grow(inside, &table, cell, raw, &want, cache) {
-                Step::Into(next) => table = next,
-                Step::Done(outcome) => return outcome,
-            }
-        } else {
-            match fill(inside, &table, cell, raw, &want) {
-                Step::Into(next) => table = next,
-                Step::Done(outcome) => return outcome,
-            }
+pub(crate) fn map_page<H: Host>(inside: &Shared<'_, H>, root: &RootRef, want: &Mapping) -> bool {
+    // Where there is a table of level 1, nothing larger can be mapped, whatever would fit.
+    let Some(table) = Table::leaves(inside, root, want.gfn) else { return false };
+    let leaf = H::Format::leaf(Level::K4, want.leaf(Level::K4));
+    entry::fill::<H::Format>(table.entry(want.gfn), Level::K4, leaf, inside.counters()).is_ok()
+}
+
+/// A fault whose page could not be mapped just like that. Something is in the way, or has overtaken it: what, this
+/// finds out.
+pub(crate) struct Obstructed<'a, H: Host> {
+    pub(crate) inside: Shared<'a, H>,
+    pub(crate) want: Mapping,
+    /// Of the memslots that the slot was found in.
+    pub(crate) generation: u64,
+    pub(crate) snapshot: Snapshot,
+}
+
+impl<H: Host> Obstructed<'_, H> {
+    /// Maps what is wanted under `root`, or says why not. Leaves the lock.
+    #[cold]
+    #[inline(never)]
+    pub(crate) fn map(self, root: &RootRef, cache: &mut TableCache) -> Result<Outcome, FaultError> {
+        let Self { inside, want, generation, snapshot } = self;
+        let level = want.level(inside.mmu.config.largest);
+        let block = GfnRange::block(level, want.gfn);
+        if inside.mmu.slots.generation() != generation || inside.mmu.notify.must_retry(snapshot, block) {
+            return Ok(Outcome::Retry);
         }
+        Walk { inside: &inside, cache, want }.map(root, level)
     }
+}
+
+/// A walk that maps `want`, whatever it meets.
+struct Walk<'w, 'a, H: Host> {
+    inside: &'w Shared<'a, H>,
+    cache: &'w mut TableCache,
+    want: Mapping,
 }
 
 enum Step<'g, H: Host> {
@@ -149,93 +173,97 @@ enum Step<'g, H: Host> {
     Done(Result<Outcome, FaultError>),
 }
 
-/// `cell`, above the level that is wanted, leads to no table yet.
-#[cold]
-fn grow<'g, H: Host>(
-    inside: &Shared<'_, H>,
-    table: &Table<'g, H>,
-    cell: &AtomicU64,
-    mut raw: u64,
-    want: &Mapping,
-    cache: &mut TableCache,
-) -> Step<'g, H> {
-    loop {
-        if let Some(next) = table.next(raw) {
-            return Step::Into(next);
-        }
-        match H::Format::decode(raw, table.level) {
-            State::Absent | State::Mmio { .. } => {
-                // The cache was topped up for the worst walk, and a lost race puts its frame back.
-                let Some(frame) = cache.take() else { return Step::Done(Err(FaultError::OutOfTables)) };
-                let new = H::Format::table(frame);
-                match change::<H::Format>(cell, table.level, raw, new, Books::None, inside.counters()) {
-                    Ok(()) => raw = new,
-                    Err(now) => {
-                        cache.put(frame);
-                        raw = now;
-                    }
-                }
-            }
-            // A huge leaf larger than what is wanted now.
-            _ => return fill(inside, table, cell, raw, want),
-        }
-    }
-}
-
-/// `cell` is where the leaf belongs, or holds a larger one already.
-#[inline]
-fn fill<'g, H: Host>(
-    inside: &Shared<'_, H>,
-    table: &Table<'g, H>,
-    cell: &AtomicU64,
-    mut raw: u64,
-    want: &Mapping,
-) -> Step<'g, H> {
-    let level = table.level;
-    loop {
-        let (new, book) = if raw == H::Format::ABSENT {
-            (H::Format::leaf(level, want.leaf(level)), Books::LeafAdded)
-        } else {
-            match meet(table, raw, want) {
-                Met::Replace(new, book) => (new, book),
-                Met::Step(step) => return step,
-            }
-        };
-        match change::<H::Format>(cell, level, raw, new, book, inside.counters()) {
-            Ok(()) => return Step::Done(Ok(Outcome::Fixed { level })),
-            Err(now) => raw = now,
-        }
-    }
-}
-
 enum Met<'g, H: Host> {
     Replace(u64, Books),
     Step(Step<'g, H>),
 }
 
-/// What to do about an entry that is not absent.
-#[cold]
-fn meet<'g, H: Host>(table: &Table<'g, H>, raw: u64, want: &Mapping) -> Met<'g, H> {
-    let level = table.level;
-    if let Some(next) = table.next(raw) {
-        return Met::Step(Step::Into(next));
-    }
-    if H::Format::permits(raw, level, needed(want.access)) {
-        return Met::Step(Step::Done(Ok(Outcome::Spurious)));
-    }
-    match H::Format::decode(raw, level) {
-        // An MMIO entry of an older memslot generation, or one that raced with us: there is memory now.
-        State::Absent | State::Mmio { .. } => Met::Replace(H::Format::leaf(level, want.leaf(level)), Books::LeafAdded),
-        State::Leaf(old) | State::AccessTracked(old) => {
-            let new = want.leaf(level);
-            if old.hfn != new.hfn || old.memory != new.memory {
-                return Met::Step(Step::Done(Err(FaultError::BackingChanged)));
+impl<'w, H: Host> Walk<'w, '_, H> {
+    /// Walks from `root` down to a leaf of `level`, or less where there are tables already.
+    fn map(mut self, root: &RootRef, level: Level) -> Result<Outcome, FaultError> {
+        let mut table = Table::root(self.inside, root);
+        loop {
+            let cell = table.entry(self.want.gfn);
+            let raw = cell.load(Ordering::Acquire);
+            let step = if let Some(next) = table.next(raw) {
+                Step::Into(next)
+            } else if table.level > level {
+                self.grow(&table, cell, raw)
+            } else {
+                self.fill(&table, cell, raw)
+            };
+            match step {
+                Step::Into(next) => table = next,
+                Step::Done(outcome) => return outcome,
             }
-            let leaf = Leaf { dirty: old.dirty || new.dirty, ..new };
-            Met::Replace(H::Format::leaf(level, leaf), Books::None)
         }
-        State::Frozen => Met::Step(Step::Done(Ok(Outcome::Retry))),
-        State::Table(_) => unreachable!("tables were followed above"),
+    }
+
+    /// `cell`, above the level that is wanted, leads to no table yet.
+    fn grow(&mut self, table: &Table<'w, H>, cell: &AtomicU64, mut raw: u64) -> Step<'w, H> {
+        loop {
+            if let Some(next) = table.next(raw) {
+                return Step::Into(next);
+            }
+            match H::Format::decode(raw, table.level) {
+                State::Absent | State::Mmio { .. } => {
+                    // The cache was topped up for the worst walk, and a lost race puts its frame back.
+                    let Some(frame) = self.cache.take() else { return Step::Done(Err(FaultError::OutOfTables)) };
+                    let new = H::Format::table(frame);
+                    match change::<H::Format>(cell, table.level, raw, new, Books::None, self.inside.counters()) {
+                        Ok(()) => raw = new,
+                        Err(now) => {
+                            self.cache.put(frame);
+                            raw = now;
+                        }
+                    }
+                }
+                // A huge leaf larger than what is wanted now.
+                _ => return self.fill(table, cell, raw),
+            }
+        }
+    }
+
+    /// `cell` is where the leaf belongs, or holds a larger one already.
+    fn fill(&self, table: &Table<'w, H>, cell: &AtomicU64, mut raw: u64) -> Step<'w, H> {
+        let level = table.level;
+        loop {
+            let (new, book) = match self.meet(table, raw) {
+                Met::Replace(new, book) => (new, book),
+                Met::Step(step) => return step,
+            };
+            match change::<H::Format>(cell, level, raw, new, book, self.inside.counters()) {
+                Ok(()) => return Step::Done(Ok(Outcome::Fixed { level })),
+                Err(now) => raw = now,
+            }
+        }
+    }
+
+    /// What to do about an entry that holds `raw`.
+    fn meet(&self, table: &Table<'w, H>, raw: u64) -> Met<'w, H> {
+        let (level, want) = (table.level, &self.want);
+        if let Some(next) = table.next(raw) {
+            return Met::Step(Step::Into(next));
+        }
+        if H::Format::permits(raw, level, needed(want.access)) {
+            return Met::Step(Step::Done(Ok(Outcome::Spurious)));
+        }
+        match H::Format::decode(raw, level) {
+            // An MMIO entry of an older memslot generation, or one that raced with us: there is memory now.
+            State::Absent | State::Mmio { .. } => {
+                Met::Replace(H::Format::leaf(level, want.leaf(level)), Books::LeafAdded)
+            }
+            State::Leaf(old) | State::AccessTracked(old) => {
+                let new = want.leaf(level);
+                if old.hfn != new.hfn || old.memory != new.memory {
+                    return Met::Step(Step::Done(Err(FaultError::BackingChanged)));
+                }
+                let leaf = Leaf { dirty: old.dirty || new.dirty, ..new };
+                Met::Replace(H::Format::leaf(level, leaf), Books::None)
+            }
+            State::Frozen => Met::Step(Step::Done(Ok(Outcome::Retry))),
+            State::Table(_) => unreachable!("tables were followed above"),
+        }
     }
 }
 
