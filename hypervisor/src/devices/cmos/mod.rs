@@ -439,8 +439,8 @@ mod tests {
         let mut random = Random::new(4);
         let mut cmos = Cmos::new(u64::MAX);
         let mut now = 0u64;
-        for step in 0..300_000u64 {
-            now = now.saturating_add(if step == 299_000 { u64::MAX } else { random.of_any_length(45) });
+        for step in 0..60_000u64 {
+            now = now.saturating_add(if step == 59_000 { u64::MAX } else { random.of_any_length(45) });
             cmos.poll(now);
             assert!(now == u64::MAX || cmos.next_deadline_ns().is_none_or(|deadline| deadline > now));
             match random.below(3) {
