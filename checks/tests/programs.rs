@@ -18,7 +18,7 @@ fn start() -> impl Strategy<Value = Spot> {
 }
 
 fn pages() -> impl Strategy<Value = u64> {
-    prop_oneof![1u64..4, Just(512), Just(513), 500u64..1600, Just(0)]
+    prop_oneof![3 => 1u64..4, 3 => Just(512), 3 => Just(513), 3 => 500u64..1600, 1 => Just(0), 1 => Just(3 << 18)]
 }
 
 fn lie() -> impl Strategy<Value = Lie> {
@@ -28,7 +28,7 @@ fn lie() -> impl Strategy<Value = Lie> {
 
 fn op() -> impl Strategy<Value = Op> {
     let id = || 0u8..5;
-    let few = || prop_oneof![1u64..4, Just(512), 1u64..1600];
+    let few = || prop_oneof![4 => 1u64..4, 4 => Just(512), 4 => 1u64..1600, 1 => Just(2 << 18)];
     prop_oneof![
         3 => (id(), start(), pages(), lie(), prop::bool::weighted(0.2))
             .prop_map(|(id, at, pages, shape, read_only)| Op::Add { id, at, pages, shape, read_only }),

@@ -9,7 +9,7 @@ use nestling_checks::machine::cpu::Cpu;
 use nestling_checks::machine::fence::Fences;
 use nestling_checks::program::storm::{Plan, Report, run};
 
-const OPERATIONS: u64 = 1_500;
+const OPERATIONS: u64 = 1_200;
 
 fn storms<F: Cpu>(name: &str, plan: Plan) {
     for round in 0..1 + deep() * 20 {

@@ -5,9 +5,20 @@ use std::fmt;
 
 use nestling::{Gfn, GfnRange};
 
+/// Whose doing an event is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Side {
+    /// An access or a fault: there are many.
+    Guest,
+    /// A change of what the guest has.
+    Host,
+}
+
 /// One thing that happened to a range.
 #[derive(Clone, Debug)]
 pub struct Event {
+    /// Whose doing it is.
+    pub side: Side,
     /// Ghost time.
     pub time: u64,
     /// The frames.
@@ -39,34 +50,45 @@ impl Violation {
 impl fmt::Display for Violation {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "at {}: {}", self.time, self.what)?;
-        for Event { time, range, what } in &self.history {
+        for Event { time, range, what, .. } in &self.history {
             writeln!(f, "    {time:>8} {:#x}..{:#x} {what}", range.start.0, range.end.0)?;
         }
         Ok(())
     }
 }
 
-/// The last events.
+/// The last events of both sides.
 #[derive(Debug, Default)]
-pub struct History(VecDeque<Event>);
+pub struct History {
+    guest: VecDeque<Event>,
+    host: VecDeque<Event>,
+}
 
 impl History {
-    const ROOM: usize = 16 * 1024;
-    const SHOWN: usize = 40;
+    /// Events kept of each side.
+    const ROOM: usize = 8 * 1024;
+    /// Events of each side that a report shows.
+    const SHOWN: usize = 16;
 
     /// Writes down an event.
     pub fn push(&mut self, event: Event) {
-        if self.0.len() == Self::ROOM {
-            self.0.pop_front();
+        let events = match event.side {
+            Side::Guest => &mut self.guest,
+            Side::Host => &mut self.host,
+        };
+        if events.len() == Self::ROOM {
+            events.pop_front();
         }
-        self.0.push_back(event);
+        events.push_back(event);
     }
 
     /// The last events that touched `gfn`.
     pub fn of(&self, gfn: Gfn) -> Vec<Event> {
-        let mut events: Vec<_> =
-            self.0.iter().rev().filter(|event| event.range.contains(gfn)).take(Self::SHOWN).cloned().collect();
-        events.reverse();
+        let last = |events: &VecDeque<Event>| -> Vec<Event> {
+            events.iter().rev().filter(|event| event.range.contains(gfn)).take(Self::SHOWN).cloned().collect()
+        };
+        let mut events = [last(&self.guest), last(&self.host)].concat();
+        events.sort_by_key(|event| event.time);
         events
     }
 }

@@ -24,7 +24,7 @@ use nestling::host::{BackingError, Extent};
 use nestling::{Access, FaultError, Gfn, GfnRange, Hfn, Outcome, Slot, SlotConfig, SlotFlags, SlotId, VcpuId};
 
 pub use history::Violation;
-use history::{Event, History};
+use history::{Event, History, Side};
 use object::{Object, Page, Shape};
 
 /// Zaps remembered at most; forgetting an old one only makes the check weaker.
@@ -81,7 +81,13 @@ impl Ghost {
     /// Writes down that something happened to `range`.
     pub fn note(&mut self, range: GfnRange, what: impl Into<String>) {
         let time = self.tick();
-        self.history.push(Event { time, range, what: what.into() });
+        self.history.push(Event { side: Side::Host, time, range, what: what.into() });
+    }
+
+    fn note_guest(&mut self, gfn: Gfn, what: String) {
+        let time = self.tick();
+        let range = GfnRange { start: gfn, end: Gfn(gfn.0 + 1) };
+        self.history.push(Event { side: Side::Guest, time, range, what });
     }
 
     /// Writes down a contradiction.
@@ -313,8 +319,7 @@ impl Ghost {
     /// A vCPU in guest mode reaches `hfn` through a translation of `gfn` that was read at `born`.
     pub fn access(&mut self, vcpu: VcpuId, gfn: Gfn, hfn: Hfn, access: Access, born: u64) {
         self.accesses += 1;
-        let range = GfnRange { start: gfn, end: Gfn(gfn.0 + 1) };
-        self.note(range, format!("{vcpu:?} {access:?} to {hfn:?} by a translation of {born}"));
+        self.note_guest(gfn, format!("{vcpu:?} {access:?} to {hfn:?} by a translation of {born}"));
         let allowed = self.placements.iter().filter(|place| place.range.contains(gfn)).any(|place| {
             let frame = self
                 .objects
@@ -345,8 +350,7 @@ impl Ghost {
         began: u64,
         result: &Result<Outcome, FaultError>,
     ) {
-        let range = GfnRange { start: gfn, end: Gfn(gfn.0 + 1) };
-        self.note(range, format!("{vcpu:?} {access:?} fault of {began}: {result:?}"));
+        self.note_guest(gfn, format!("{vcpu:?} {access:?} fault of {began}: {result:?}"));
         let wrong = match result {
             Ok(Outcome::Retry) => false,
             Err(FaultError::OutOfTables) => !self.tables_may_run_out,

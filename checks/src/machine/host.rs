@@ -25,6 +25,7 @@ unsafe impl<F: Cpu> TableFrames for Machine<F> {
     }
 
     fn table(&self, frame: Hfn) -> NonNull<AtomicU64> {
+        self.stumble();
         NonNull::from(&self.arena.entries(frame)[0])
     }
 }
@@ -59,6 +60,7 @@ impl<F: Cpu> Time for Machine<F> {
 
     #[inline]
     fn light_fence(&self) {
+        self.stumble();
         self.fences.light();
     }
 

@@ -40,6 +40,8 @@ pub struct Machine<F> {
     fences: Fences,
     /// Long operations yield each time this many questions were asked; 0 for never.
     restless: u64,
+    /// A thread loses its CPU inside the library once in so many calls; 0 for never.
+    rough: u64,
     questions: AtomicU64,
     on_resolve: Mutex<Option<OnResolve>>,
     on_trace: Mutex<Option<OnTrace>>,
@@ -62,11 +64,14 @@ pub struct Build {
     pub fences: Fences,
     /// Long operations yield each time this many questions were asked; 0 for never.
     pub restless: u64,
+    /// A thread loses its CPU inside the library, between two steps of a walk or halfway into the lock, once in so
+    /// many calls; 0 for never.
+    pub rough: u64,
 }
 
 impl Default for Build {
     fn default() -> Self {
-        Self { tables: 2048, fences: Fences::Full, restless: 0 }
+        Self { tables: 2048, fences: Fences::Full, restless: 0, rough: 0 }
     }
 }
 
@@ -84,6 +89,7 @@ impl<F: Cpu> Machine<F> {
             kicks: (0..config.vcpus).map(|_| AtomicBool::new(false)).collect(),
             fences: build.fences,
             restless: build.restless,
+            rough: build.rough,
             questions: AtomicU64::new(0),
             on_resolve: Mutex::default(),
             on_trace: Mutex::default(),
@@ -116,6 +122,13 @@ impl<F: Cpu> Machine<F> {
 
     fn is_kicked(&self, vcpu: VcpuId) -> bool {
         self.kicks[usize::from(vcpu.0)].load(Ordering::SeqCst)
+    }
+
+    /// Gives the CPU away now and then, where the library would be interrupted at the worst moment.
+    fn stumble(&self) {
+        if self.rough > 0 && self.questions.fetch_add(1, Ordering::Relaxed).is_multiple_of(self.rough) {
+            std::thread::yield_now();
+        }
     }
 
     /// What was found so far, the arena's findings among it.

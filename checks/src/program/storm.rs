@@ -147,8 +147,19 @@ impl<F: Cpu> World<'_, F> {
             if done.is_multiple_of(64) {
                 self.look();
             }
+            if rng.once_in(8) {
+                // In guest mode: so that workers find the vCPU there also when there are fewer CPUs than threads.
+                std::thread::yield_now();
+            }
             let access = [Access::Read, Access::Write, Access::Execute][rng.below(3) as usize];
-            self.goes_on().then(|| Instruction { gfn: spot(&mut rng), access })
+            // Mostly where memory is: accesses without memory are cheap and would take most of the time.
+            let mut gfn = spot(&mut rng);
+            for _ in 0..rng.below(4) {
+                if self.mmu.host().ghost().placement_at(gfn).is_none() {
+                    gfn = spot(&mut rng);
+                }
+            }
+            self.goes_on().then_some(Instruction { gfn, access })
         });
         cpu.run(code, |instruction, done| {
             if let Done::Stuck | Done::Failed(_) = done {
@@ -182,12 +193,11 @@ impl<F: Cpu> World<'_, F> {
     }
 
     fn replace_slot(&self, worker: &mut Worker<Machine<F>>, rng: &mut Rng, id: u64) {
-        let id = SlotId(id as u32);
         let machine = self.mmu.host();
+        let (id, range) = (SlotId(id as u32), self.slot_range(rng, id));
         if let Some(object) = delete(worker, self.mmu, id, self.care) {
             machine.ghost().drop_object(object);
         }
-        let range = span(rng);
         let lead = rng.below(3);
         let shape = Shape {
             pages: range.pages() + 2 * lead,
@@ -206,6 +216,19 @@ impl<F: Cpu> World<'_, F> {
         if !done {
             machine.ghost().drop_object(backing);
         }
+    }
+
+    /// Mostly each slot has a block of its own, or the slots would keep each other out; now and then one takes 2 GiB.
+    fn slot_range(&self, rng: &mut Rng, id: u64) -> GfnRange {
+        let mut range = span(rng);
+        if rng.once_in(12) && self.mmu.config().largest == Level::G1 {
+            return GfnRange { start: Gfn(1 << 18), end: Gfn(3 << 18) };
+        }
+        if !rng.once_in(4) {
+            let start = Gfn((FIRST_BLOCK + id) * 512 + [0, 0, 1, 254][rng.below(4) as usize]);
+            range = GfnRange { start, end: Gfn(start.0 + range.pages()) };
+        }
+        range
     }
 
     fn move_slot(&self, worker: &mut Worker<Machine<F>>, rng: &mut Rng) {
@@ -269,7 +292,10 @@ fn delete<F: Cpu>(worker: &mut Worker<Machine<F>>, mmu: &Mmu<Machine<F>>, id: Sl
 pub fn run<F: Cpu>(plan: Plan) -> Report {
     let Plan { vcpus, workers, root_level, largest, fences, .. } = plan;
     let config = Config { vcpus, workers, slots: 8, root_level, largest, mmio_entries: plan.seed % 4 != 3 };
-    let mmu = Machine::<F>::build(Build { tables: 512, fences, restless: plan.seed % 3 * 5 }, config);
+    let mmu = Machine::<F>::build(
+        Build { tables: 512, fences, restless: plan.seed % 3 * 5, rough: plan.seed % 4 * 7 },
+        config,
+    );
     let world = World {
         mmu: &mmu,
         care: plan.care,
