@@ -167,7 +167,8 @@ impl<H: Host> Step<'_, '_, H> {
     fn unlink_emptied(&mut self, path: &[Option<Table<'_, H>>; 5], gfn: Gfn, after: Gfn) {
         for level in [Level::G1, Level::L4, Level::L5] {
             let block = GfnRange::block(level, gfn);
-            if after != block.end || !self.range.covers(block) {
+            // Past the block's end: the walk ended above this level, whose tables are not on its path.
+            if after < block.end || !self.range.covers(block) {
                 return;
             }
             let Some(table) = path[usize::from(level.number()) - 1] else { continue };
