@@ -47,11 +47,11 @@ pub enum Misuse {
 #[repr(C, align(4096))]
 struct Page([AtomicU64; 512]);
 
-#[derive(Debug)]
-struct Frame {
+/// One frame, borrowed.
+struct Frame<'a> {
     /// Odd while given out.
-    life: AtomicU32,
-    page: Page,
+    life: &'a AtomicU32,
+    page: &'a Page,
 }
 
 #[derive(Debug)]
@@ -64,7 +64,8 @@ struct Free {
 /// See the module head.
 #[derive(Debug)]
 pub struct Arena {
-    frames: Box<[Frame]>,
+    lives: Box<[AtomicU32]>,
+    pages: Box<[Page]>,
     /// Handed out for numbers that are no table, so that the library can go on to its own end.
     sink: Box<Page>,
     free: Mutex<Free>,
@@ -80,7 +81,8 @@ impl Arena {
     /// An arena of `frames` frames.
     pub fn new(frames: usize) -> Self {
         Self {
-            frames: (0..frames).map(|_| Frame { life: AtomicU32::new(0), page: page() }).collect(),
+            lives: (0..frames).map(|_| AtomicU32::new(0)).collect(),
+            pages: (0..frames).map(|_| page()).collect(),
             sink: Box::new(page()),
             free: Mutex::new(Free { frames: (0..frames).collect(), refuse: Refuse::Never, requests: 0 }),
             live: AtomicUsize::new(0),
@@ -110,8 +112,9 @@ impl Arena {
         }
     }
 
-    fn frame(&self, hfn: Hfn) -> Option<&Frame> {
-        self.frames.get(usize::try_from(hfn.0.checked_sub(FIRST)?).ok()?)
+    fn frame(&self, hfn: Hfn) -> Option<Frame<'_>> {
+        let index = usize::try_from(hfn.0.checked_sub(FIRST)?).ok()?;
+        Some(Frame { life: self.lives.get(index)?, page: self.pages.get(index)? })
     }
 
     pub(super) fn alloc(&self) -> Option<Hfn> {
@@ -130,14 +133,14 @@ impl Arena {
         }
         let index = free.frames.pop_front()?;
         drop(free);
-        let (frame, hfn) = (&self.frames[index], Hfn(FIRST + index as u64));
-        let fresh = if frame.life.load(Ordering::Relaxed) == 0 { 0 } else { POISONED };
-        for cell in &frame.page.0 {
+        let (hfn, page) = (Hfn(FIRST + index as u64), &self.pages[index]);
+        let fresh = if self.lives[index].load(Ordering::Relaxed) == 0 { 0 } else { POISONED };
+        for cell in &page.0 {
             if cell.swap(0, Ordering::Relaxed) != fresh {
                 self.report(Misuse::WriteAfterFree(hfn));
             }
         }
-        frame.life.fetch_add(1, Ordering::Release);
+        self.lives[index].fetch_add(1, Ordering::Release);
         self.live.fetch_add(1, Ordering::Relaxed);
         Some(hfn)
     }

@@ -71,7 +71,7 @@ pub struct Build {
 
 impl Default for Build {
     fn default() -> Self {
-        Self { tables: 2048, fences: Fences::Full, restless: 0, rough: 0 }
+        Self { tables: 512, fences: Fences::Full, restless: 0, rough: 0 }
     }
 }
 
@@ -81,12 +81,12 @@ fn held<T>(lock: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl<F: Cpu> Machine<F> {
-    /// A machine and its MMU.
-    pub fn build(build: Build, config: Config) -> Arc<Mmu<Self>> {
-        let machine = Self {
+    /// A machine without an MMU.
+    pub fn new(build: Build, vcpus: u16) -> Self {
+        Self {
             arena: Arc::new(Arena::new(build.tables)),
             ghost: Mutex::new(Ghost::new()),
-            kicks: (0..config.vcpus).map(|_| AtomicBool::new(false)).collect(),
+            kicks: (0..vcpus).map(|_| AtomicBool::new(false)).collect(),
             fences: build.fences,
             restless: build.restless,
             rough: build.rough,
@@ -95,8 +95,12 @@ impl<F: Cpu> Machine<F> {
             on_trace: Mutex::default(),
             traced: AtomicBool::new(false),
             format: PhantomData,
-        };
-        Mmu::new(machine, config).expect("the test's configuration is right")
+        }
+    }
+
+    /// A machine and its MMU.
+    pub fn build(build: Build, config: Config) -> Arc<Mmu<Self>> {
+        Mmu::new(Self::new(build, config.vcpus), config).expect("the test's configuration is right")
     }
 
     /// The ghost. Not to be held while the library is called.
