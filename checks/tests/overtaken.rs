@@ -38,7 +38,7 @@ fn a_huge_leaf_does_not_reach_into_an_invalidation_in_progress() {
     let (taken, touched) = (Gfn(START.0 + 100), Gfn(START.0 + 7));
 
     let mut worker = mmu.worker().expect("a worker is free");
-    let held = worker.invalidate(one(taken)).expect("there is memory for the zap");
+    let held = worker.invalidate(one(taken));
     // The host may still answer with what was, until it has changed it.
     let outcome = cpu.vcpu.fault(fault(touched, Access::Write));
     let pages = mmu.host().ghost().taken(one(taken));
@@ -69,7 +69,7 @@ fn a_huge_leaf_is_not_installed_over_an_invalidation_that_began_meanwhile() {
         let host = Arc::clone(&mmu);
         scope.spawn(move || {
             gone.recv().expect("the fault asks the backing");
-            let held = worker.invalidate(one(taken)).expect("there is memory for the zap");
+            let held = worker.invalidate(one(taken));
             begun.send(()).expect("the fault waits");
             gone.recv().expect("the fault ends");
             let pages = host.host().ghost().taken(one(taken));
@@ -101,7 +101,7 @@ fn an_answer_that_a_whole_invalidation_overtook_is_not_installed() {
     mmu.host().on_next_resolve(Box::new(move |slot, gfn| {
         let old = inner.host().ghost().resolve(slot, gfn, true);
         let mut worker = inner.worker().expect("a worker is free");
-        let held = worker.invalidate(one(gfn)).expect("there is memory for the zap");
+        let held = worker.invalidate(one(gfn));
         let pages = inner.host().ghost().taken(one(gfn));
         inner.host().ghost().given(one(gfn), &pages, true);
         drop(held);
@@ -122,7 +122,7 @@ fn an_error_that_an_invalidation_overtook_is_retried() {
     let inner = Arc::clone(&mmu);
     mmu.host().on_next_resolve(Box::new(move |_, gfn| {
         let mut worker = inner.worker().expect("a worker is free");
-        drop(worker.invalidate(one(gfn)).expect("there is memory for the zap"));
+        drop(worker.invalidate(one(gfn)));
         Err(BackingError::NotBacked)
     }));
     assert_eq!(cpu.vcpu.fault(fault(START, Access::Read)), Ok(Outcome::Retry));
@@ -141,7 +141,7 @@ fn a_refused_write_that_an_invalidation_overtook_is_retried() {
     let inner = Arc::clone(&mmu);
     mmu.host().on_next_resolve(Box::new(move |slot, gfn| {
         let mut worker = inner.worker().expect("a worker is free");
-        drop(worker.invalidate(one(gfn)).expect("there is memory for the zap"));
+        drop(worker.invalidate(one(gfn)));
         inner.host().ghost().resolve(slot, gfn, true).map(|extent| nestling::host::Extent { writable: false, ..extent })
     }));
     assert_eq!(cpu.vcpu.fault(fault(START, Access::Write)), Ok(Outcome::Retry));

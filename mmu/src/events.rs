@@ -66,6 +66,14 @@ counters! {
     flushes = Flush,
     /// Kicks sent to vCPUs in guest mode.
     kicks = Kick,
+    /// Roots made.
+    roots_made = RootMade,
+    /// Roots that vCPUs dropped because they were obsolete (KVM: obsolete_roots_freed).
+    roots_freed = RootFreed,
+    /// Roots that vCPUs looked at when they were asked to drop obsolete ones, and kept.
+    roots_kept = RootKept,
+    /// Times everything was zapped.
+    zap_alls = ZapAll,
     /// Times a long operation let go of the lock before its end.
     yields = Yield,
     /// Times the lock was taken for exclusive use.

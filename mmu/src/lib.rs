@@ -42,7 +42,7 @@ pub use addr::{Gfn, GfnRange, Gpa, Hfn, Hpa, Level};
 pub use events::Counters;
 pub use format::State;
 pub use host::{Access, Host, VcpuId};
-pub use mmu::{Config, ConfigError, Mmu, OutOfMemory};
+pub use mmu::{Config, ConfigError, Mmu, OutOfMemory, SlotZap};
 pub use root::Role;
 pub use slots::{Slot, SlotConfig, SlotError, SlotFlags, SlotId};
 pub use tdp::inspect::{Walk, WalkStep};

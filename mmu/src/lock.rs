@@ -167,6 +167,7 @@ impl<H: Host> Drop for Shared<'_, H> {
 /// Alone inside the lock. Short by rule: nothing that depends on how much is mapped is done under it.
 pub(crate) struct Exclusive<'a, H: Host> {
     pub(crate) mmu: &'a Mmu<H>,
+    seat: &'a Seat,
     not_send: PhantomData<*mut ()>,
 }
 
@@ -183,7 +184,11 @@ impl<'a, H: Host> Exclusive<'a, H> {
             }
         }
         ticket.counters().add(Counter::Exclusive, 1);
-        Self { mmu, not_send: PhantomData }
+        Self { mmu, seat: &ticket.seat.0, not_send: PhantomData }
+    }
+
+    pub(crate) fn counters(&self) -> &'a SeatCounters {
+        &self.seat.counters
     }
 }
 

@@ -35,6 +35,15 @@ impl From<TryReserveError> for OutOfMemory {
     }
 }
 
+/// What a memslot update removes (KVM_X86_QUIRK_SLOT_ZAP_ALL).
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum SlotZap {
+    /// The slot's own mappings.
+    Slot,
+    /// All mappings: constant cost under the exclusive lock, and vCPUs fault everything in again.
+    Everything,
+}
+
 /// What an MMU is made for. Fixed for its life.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Config {
@@ -48,6 +57,8 @@ pub struct Config {
     pub root_level: Level,
     /// The largest leaf: [`Level::K4`], [`Level::M2`] or [`Level::G1`].
     pub largest: Level,
+    /// What goes when a slot is deleted, moved or restricted.
+    pub slot_zap: SlotZap,
     /// Whether accesses without memory leave MMIO entries. Must be false for NPT on a CPU that has 52 physical address
     /// bits, where no bit is reserved.
     pub mmio_entries: bool,
@@ -55,7 +66,15 @@ pub struct Config {
 
 impl Default for Config {
     fn default() -> Self {
-        Self { vcpus: 64, workers: 4, slots: 32 * 1024, root_level: Level::L4, largest: Level::G1, mmio_entries: true }
+        Self {
+            vcpus: 64,
+            workers: 4,
+            slots: 32 * 1024,
+            root_level: Level::L4,
+            largest: Level::G1,
+            slot_zap: SlotZap::Slot,
+            mmio_entries: true,
+        }
     }
 }
 
@@ -172,8 +191,8 @@ impl<H: Host> Drop for Mmu<H> {
         for table in self.reclaim.drain() {
             self.host.free_table(table);
         }
-        for root in self.roots.take() {
-            crate::table::free_tree(&self.host, root);
+        for (frame, level) in self.roots.take() {
+            crate::table::free_tree(&self.host, frame, level);
         }
     }
 }

@@ -57,15 +57,20 @@ impl Batch {
         tables.try_reserve_exact(TABLE_CAPACITY)?;
         Ok(Self { frozen, tables, flush: false })
     }
+}
 
-    fn reserve(&mut self) -> Result<(), OutOfMemory> {
-        // The list of tables is moved out when it is handed to `Reclaim`.
-        Ok(self.tables.try_reserve_exact(TABLE_CAPACITY)?)
-    }
+/// Who may have what is zapped in its TLB.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Reach {
+    /// vCPUs may be running on it: the hold ends with a flush.
+    Live,
+    /// No vCPU can reach it since this flush, nor will one: nothing is left to flush. (The tables of defunct roots.)
+    Unreachable(Flushed),
 }
 
 /// One hold of the shared side in which entries are frozen and tables unlinked. Ends by paying what it owes.
 pub(crate) struct Zapping<'a, H: Host> {
+    reach: Reach,
     // Dropped in `Drop` between step 2 and step 4.
     inside: Option<Shared<'a, H>>,
     mmu: &'a Mmu<H>,
@@ -74,13 +79,12 @@ pub(crate) struct Zapping<'a, H: Host> {
 }
 
 impl<'a, H: Host> Zapping<'a, H> {
-    /// Enters the shared side. The batch gets its room before.
-    pub(crate) fn enter(mmu: &'a Mmu<H>, ticket: &'a mut Ticket, batch: &'a mut Batch) -> Result<Self, OutOfMemory> {
-        batch.reserve()?;
+    /// Enters the shared side.
+    pub(crate) fn enter(mmu: &'a Mmu<H>, ticket: &'a mut Ticket, batch: &'a mut Batch, reach: Reach) -> Self {
         debug_assert!(batch.frozen.is_empty() && batch.tables.is_empty());
         let inside = Shared::enter(mmu, ticket);
         let counters = inside.counters();
-        Ok(Self { inside: Some(inside), mmu, batch, counters })
+        Self { reach, inside: Some(inside), mmu, batch, counters }
     }
 
     /// The guard that walks need, and the debts that they run up.
@@ -133,7 +137,10 @@ impl<H: Host> Drop for Zapping<'_, H> {
             return;
         }
         self.batch.flush = false;
-        let flushed = self.mmu.tlb.flush(&self.mmu.host, self.counters);
+        let flushed = match self.reach {
+            Reach::Live => self.mmu.tlb.flush(&self.mmu.host, self.counters),
+            Reach::Unreachable(flushed) => flushed,
+        };
         for cell in self.batch.frozen.drain(..) {
             // SAFETY: the pointer was made from a reference into a table during this hold of the shared side, which
             // has not ended yet, so the table has not been freed.
@@ -141,7 +148,8 @@ impl<H: Host> Drop for Zapping<'_, H> {
         }
         drop(self.inside.take());
         if !self.batch.tables.is_empty() {
-            self.mmu.reclaim.defer(self.mmu, core::mem::take(&mut self.batch.tables), flushed, self.counters);
+            self.mmu.reclaim.defer(self.mmu, &self.batch.tables, flushed, self.counters);
+            self.batch.tables.clear();
         }
     }
 }
@@ -167,22 +175,26 @@ impl Reclaim {
 
     /// Frees `tables` when every reader that may be walking them has left; the caller is not inside the lock, and has
     /// flushed the TLBs since it unlinked them, which `_flushed` is the proof of.
-    fn defer<H: Host>(&self, mmu: &Mmu<H>, tables: Vec<Hfn>, _flushed: Flushed, counters: &SeatCounters) {
+    fn defer<H: Host>(&self, mmu: &Mmu<H>, tables: &[Hfn], _flushed: Flushed, counters: &SeatCounters) {
         mmu.host.heavy_fence();
-        let mut readers = Vec::new();
-        let mut lists = self.pending.lock(|| mmu.host.relax());
-        let room = readers.try_reserve_exact(mmu.lock.seats().count()).is_ok() && lists.try_reserve(1).is_ok();
-        if room {
-            readers.extend(mmu.lock.readers());
-            lists.push(Pending { tables, readers });
-            drop(lists);
-        } else {
+        if self.remember(mmu, tables).is_err() {
             // No memory to remember them: wait instead, which a caller outside the lock can always do.
-            drop(lists);
             synchronize(mmu);
-            free(mmu, &tables, counters);
+            free(mmu, tables, counters);
         }
         self.collect(mmu, counters);
+    }
+
+    fn remember<H: Host>(&self, mmu: &Mmu<H>, tables: &[Hfn]) -> Result<(), OutOfMemory> {
+        let mut pending = Pending { tables: Vec::new(), readers: Vec::new() };
+        pending.tables.try_reserve_exact(tables.len())?;
+        pending.tables.extend_from_slice(tables);
+        pending.readers.try_reserve_exact(mmu.lock.seats().count())?;
+        pending.readers.extend(mmu.lock.readers());
+        let mut lists = self.pending.lock(|| mmu.host.relax());
+        lists.try_reserve(1)?;
+        lists.push(pending);
+        Ok(())
     }
 
     /// Frees what has waited long enough. Called outside the lock.

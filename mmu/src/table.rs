@@ -82,9 +82,9 @@ impl<'g, H: Host> Table<'g, H> {
     }
 }
 
-/// Frees the tables of a root that nobody can reach any more: its last reference is given here, at the end of the
-/// MMU, when no guard can exist.
-pub(crate) fn free_tree<H: Host>(host: &H, root: RootRef) {
+/// Frees the tables below and including the root table in `frame`, of `level`, which nobody can reach any more: at the
+/// end of the MMU, when no guard can exist.
+pub(crate) fn free_tree<H: Host>(host: &H, frame: Hfn, level: Level) {
     fn free_below<H: Host>(table: Table<'_, H>) {
         if table.level == Level::K4 {
             return;
@@ -97,7 +97,6 @@ pub(crate) fn free_tree<H: Host>(host: &H, root: RootRef) {
             }
         }
     }
-    let frame = root.frame();
-    free_below(Table::at(host, frame, root.role().level));
+    free_below(Table::at(host, frame, level));
     host.free_table(frame);
 }

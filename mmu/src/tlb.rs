@@ -10,6 +10,12 @@
 //! read second, with full fences. So when [`Tlb::flush`] returns, no guest instruction runs on a translation that was
 //! removed before it was called; what a vCPU outside guest mode still has in its TLB is flushed before it is used.
 //!
+//! # Requests
+//! A flush may carry a request with it: a bit that each vCPU finds before it enters, set before the generation
+//! advances. A vCPU looks at its requests after it has said that it is in guest mode, and leaves again if there are
+//! any; so when the flush has waited for everybody, no vCPU runs guest code without having served the request, and none
+//! that halts had to be woken for it.
+//!
 //! A flush must reach *all* vCPUs, also those on other CPUs: `invlpg` on the own CPU, or a flush of the caller alone,
 //! is the bug that other hypervisors ship.
 //!
@@ -29,9 +35,14 @@ const IN_GUEST: u32 = 1;
 #[derive(Debug, Default)]
 struct VcpuTlb {
     mode: AtomicU32,
+    /// Bits of what the vCPU is asked to do before it enters.
+    requests: AtomicU32,
     /// The generation of the last flush before entry.
     flushed: AtomicU64,
 }
+
+/// Drop the roots that are obsolete, and only those.
+pub(crate) const FREE_OBSOLETE_ROOTS: u32 = 1;
 
 #[derive(Debug)]
 pub(crate) struct Tlb {
@@ -48,6 +59,14 @@ impl Tlb {
     pub(crate) fn new(vcpus: usize) -> Self {
         // Vcpus start one generation behind: the first entry flushes, whatever ran on the CPU before.
         Self { generation: Padded(AtomicU64::new(1)), vcpus: (0..vcpus).map(|_| Padded::default()).collect() }
+    }
+
+    /// As [`Tlb::flush`], and no vCPU runs another guest instruction before it has dropped its obsolete roots.
+    pub(crate) fn flush_and_free_obsolete_roots<H: Host>(&self, host: &H, counters: &SeatCounters) -> Flushed {
+        for vcpu in &self.vcpus {
+            vcpu.requests.fetch_or(FREE_OBSOLETE_ROOTS, Ordering::SeqCst);
+        }
+        self.flush(host, counters)
     }
 
     /// Makes every vCPU flush before it runs another guest instruction, and waits for that.
@@ -89,6 +108,17 @@ impl Tlb {
         // Said before it is done: between here and the flush no guest instruction runs.
         vcpu.flushed.store(generation, Ordering::SeqCst);
         true
+    }
+
+    /// Whether the vCPU is asked for anything. To be looked at after [`Tlb::enter`].
+    #[inline]
+    pub(crate) fn has_requests(&self, id: VcpuId) -> bool {
+        self.vcpus[usize::from(id.0)].requests.load(Ordering::SeqCst) != 0
+    }
+
+    /// Takes what the vCPU is asked for, to serve it. By the vCPU itself, outside guest mode.
+    pub(crate) fn take_requests(&self, id: VcpuId) -> u32 {
+        self.vcpus[usize::from(id.0)].requests.swap(0, Ordering::SeqCst)
     }
 
     /// The vCPU has left guest mode.

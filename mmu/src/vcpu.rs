@@ -24,10 +24,11 @@ use crate::format::{MMIO_GENERATION_MASK, State};
 use crate::host::{Access, BackingError, Host, VcpuId};
 use crate::lock::{Shared, Ticket};
 use crate::notify::Snapshot;
-use crate::root::{Role, RootRef, give_back};
+use crate::root::{Loaded, Role, give_back};
 use crate::slots::{Slot, SlotFlags, SlotState};
 use crate::tdp::fault::{Mapping, Obstructed, TableCache, map_mmio, map_page};
 use crate::tdp::inspect::walk;
+use crate::tlb::FREE_OBSOLETE_ROOTS;
 
 /// Why the CPU reported a second-stage fault.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -136,7 +137,7 @@ pub struct Vcpu<H: Host> {
     ticket: Ticket,
     id: VcpuId,
     role: Role,
-    root: Option<RootRef>,
+    roots: Loaded,
     cache: TableCache,
     hint: Hint,
     /// The TLB must be flushed before the guest runs.
@@ -145,7 +146,7 @@ pub struct Vcpu<H: Host> {
 
 impl<H: Host> fmt::Debug for Vcpu<H> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Vcpu").field("id", &self.id).field("role", &self.role).field("root", &self.root).finish()
+        f.debug_struct("Vcpu").field("id", &self.id).field("role", &self.role).field("roots", &self.roots).finish()
     }
 }
 
@@ -189,7 +190,7 @@ impl<H: Host> Vcpu<H> {
         let ticket = mmu.lock.claim(seat..seat + 1)?;
         let role = Role { level: mmu.config.root_level };
         let (mmu, cache) = (Arc::clone(mmu), TableCache::default());
-        Some(Self { mmu, ticket, id, role, root: None, cache, hint: Hint::NONE, flush_owed: false })
+        Some(Self { mmu, ticket, id, role, roots: Loaded::default(), cache, hint: Hint::NONE, flush_owed: false })
     }
 
     /// The vCPU's number.
@@ -206,15 +207,40 @@ impl<H: Host> Vcpu<H> {
     /// disabled), so that a kick from here on ends the guest's run at once.
     #[inline]
     pub fn enter(&mut self) -> Result<InGuest<'_, H>, FaultError> {
-        if self.root.is_none() {
-            self.load_root()?;
+        loop {
+            if self.roots.current().is_none() {
+                self.load_root()?;
+            }
+            if self.mmu.tlb.enter(self.id) {
+                self.ticket.counters().add(Counter::Flush, 1);
+                self.flush_owed = true;
+            }
+            // After "in guest mode" was said: whoever makes a request later waits for this turn's end.
+            if !self.mmu.tlb.has_requests(self.id) {
+                break;
+            }
+            self.mmu.tlb.leave(self.id);
+            self.serve_requests();
         }
-        let root = self.root.as_ref().ok_or(FaultError::NoRoot)?.frame().hpa();
-        if self.mmu.tlb.enter(self.id) {
-            self.ticket.counters().add(Counter::Flush, 1);
+        let root = self.roots.current().ok_or(FaultError::NoRoot)?.frame().hpa();
+        Ok(InGuest { vcpu: self, root })
+    }
+
+    /// Turns to another kind of root, for the turns to come. The root of the present role stays at hand.
+    pub fn set_role(&mut self, role: Role) {
+        if role != self.role {
+            self.role = role;
+            self.roots.switch(role, &self.mmu.host, self.ticket.counters());
+            // What the TLB holds was filled through another root, and one address-space number serves both.
             self.flush_owed = true;
         }
-        Ok(InGuest { vcpu: self, root })
+    }
+
+    #[cold]
+    fn serve_requests(&mut self) {
+        if self.mmu.tlb.take_requests(self.id) & FREE_OBSOLETE_ROOTS != 0 {
+            self.roots.drop_obsolete(&self.mmu.host, self.ticket.counters());
+        }
     }
 
     /// Handles a second-stage fault.
@@ -282,11 +308,13 @@ impl<H: Host> Vcpu<H> {
         if !self.cache.is_full() {
             Self::top_up(mmu, &self.ticket, &mut self.cache)?;
         }
-        let root = self.root.as_ref().ok_or(FaultError::NoRoot)?;
+        let root = self.roots.current().ok_or(FaultError::NoRoot)?;
         let inside = Shared::enter(mmu, &mut self.ticket);
         // From here on no update gets past its grace period and no invalidation begins before the guard is dropped.
         let generation = self.hint.generation;
-        let current = mmu.slots.generation() == generation && !mmu.notify.is_overtaken(snapshot);
+        // A root that was invalidated is being emptied, and must not be filled again.
+        let current =
+            mmu.slots.generation() == generation && !mmu.notify.is_overtaken(snapshot) && root.is_valid(&inside);
         if current && map_page(&inside, root, &want) {
             drop(inside);
             return Ok(Outcome::Fixed { level: Level::K4 });
@@ -335,9 +363,9 @@ impl<H: Host> Vcpu<H> {
         // Tables reach no further than the root's limit, and slots never begin there.
         if self.mmu.config.mmio_entries && gfn < self.role.level.root_limit() {
             Self::top_up(&self.mmu, &self.ticket, &mut self.cache)?;
-            let root = self.root.as_ref().ok_or(FaultError::NoRoot)?;
+            let root = self.roots.current().ok_or(FaultError::NoRoot)?;
             let inside = Shared::enter(&self.mmu, &mut self.ticket);
-            if self.mmu.slots.generation() != generation {
+            if self.mmu.slots.generation() != generation || !root.is_valid(&inside) {
                 return Ok(Outcome::Retry);
             }
             map_mmio(&inside, root, gfn, generation, &mut self.cache);
@@ -351,7 +379,7 @@ impl<H: Host> Vcpu<H> {
         if gfn >= self.role.level.root_limit() {
             return Ok(false);
         }
-        let root = self.root.as_ref().ok_or(FaultError::NoRoot)?;
+        let root = self.roots.current().ok_or(FaultError::NoRoot)?;
         let inside = Shared::enter(&self.mmu, &mut self.ticket);
         let now = self.mmu.slots.generation() as u32 & MMIO_GENERATION_MASK;
         let state = walk(&inside, root, gfn).last().map(|step| step.state);
@@ -370,20 +398,22 @@ impl<H: Host> Vcpu<H> {
 
     #[cold]
     fn load_root(&mut self) -> Result<(), FaultError> {
-        let root = match self.mmu.roots.get(&self.mmu, self.role) {
+        let (host, counters) = (&self.mmu.host, self.ticket.counters());
+        let root = match self.mmu.roots.get(host, self.role) {
             Some(root) => root,
             None => {
-                let mut frame = Some(self.mmu.host.alloc_table().ok_or(FaultError::OutOfTables)?);
-                self.ticket.counters().add(Counter::TableFrames, 1);
-                let root = self.mmu.roots.get_or_make(&self.mmu, self.role, &mut frame);
-                if frame.is_some() {
-                    self.ticket.counters().add(Counter::TableFrames, 1u64.wrapping_neg());
-                    give_back(&self.mmu.host, frame);
+                let mut frame = Some(host.alloc_table().ok_or(FaultError::OutOfTables)?);
+                counters.add(Counter::TableFrames, 1);
+                let root = self.mmu.roots.get_or_make(host, self.role, &mut frame);
+                match frame {
+                    Some(frame) => give_back(host, frame, counters),
+                    None => counters.add(Counter::RootMade, 1),
                 }
                 root?
             }
         };
-        self.root = Some(root);
+        self.roots.load(root);
+        self.flush_owed = true;
         Ok(())
     }
 }
@@ -391,8 +421,8 @@ impl<H: Host> Vcpu<H> {
 impl<H: Host> Drop for Vcpu<H> {
     fn drop(&mut self) {
         while let Some(frame) = self.cache.take() {
-            self.ticket.counters().add(Counter::TableFrames, 1u64.wrapping_neg());
-            give_back(&self.mmu.host, Some(frame));
+            give_back(&self.mmu.host, frame, self.ticket.counters());
         }
+        self.roots.put_all(&self.mmu.host, self.ticket.counters());
     }
 }

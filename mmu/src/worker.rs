@@ -9,15 +9,15 @@ use alloc::sync::Arc;
 use core::fmt;
 
 use crate::addr::{Gfn, GfnRange, Gpa};
-use crate::events::Event;
+use crate::events::{Counter, Event};
 use crate::host::Host;
 use crate::lock::{Exclusive, Shared, Ticket};
-use crate::reclaim::Batch;
+use crate::reclaim::{Batch, Reach};
 use crate::root::Role;
 use crate::slots::{Change, Published, Slot, SlotConfig, SlotError, SlotFlags, SlotId};
 use crate::tdp::inspect::{Walk, walk};
 use crate::tdp::zap::{Zapped, zap_range};
-use crate::{Mmu, OutOfMemory};
+use crate::{Level, Mmu, OutOfMemory, SlotZap};
 
 /// See the module head.
 pub struct Worker<H: Host> {
@@ -76,32 +76,47 @@ impl<H: Host> Worker<H> {
         self.mmu.slots.read(&inside).iter().map(|slot| **slot).collect()
     }
 
-    /// Removes every mapping of `range` from every root. When it returns, no vCPU uses one that was there when it was
-    /// called; faults may have made new ones.
+    /// Removes every mapping of `range`. When it returns, no vCPU uses one that was there when it was called; faults may
+    /// have made new ones.
+    pub fn zap(&mut self, range: GfnRange) -> Zapped {
+        let mut valid = Shared::enter(&self.mmu, &mut self.ticket).valid_roots();
+        zap_range(&self.mmu, &mut self.ticket, &mut self.batch, &mut valid, range, Reach::Live)
+    }
+
+    /// Removes everything, at a front cost that does not depend on how much is mapped: all roots become obsolete at
+    /// once, vCPUs go on with new, empty ones, and the old ones are emptied here, beside them.
     ///
-    /// Fails when there is no memory for the list of debts; calling again goes on.
-    pub fn zap(&mut self, range: GfnRange) -> Result<Zapped, OutOfMemory> {
-        zap_range(&self.mmu, &mut self.ticket, &mut self.batch, range)
+    /// Only obsolete roots are dropped: a vCPU whose roots are current keeps them. When this returns, the old roots hold
+    /// no mapping. Two of these at once are right; each empties the roots that it made obsolete.
+    pub fn zap_all(&mut self) -> Zapped {
+        let mmu = &self.mmu;
+        self.ticket.counters().add(Counter::ZapAll, 1);
+        let mut defunct = Exclusive::enter(mmu, &mut self.ticket).invalidate_all_roots();
+        let reach = Reach::Unreachable(defunct.flushed);
+        let everything = GfnRange { start: Gfn(0), end: Level::L5.root_limit() };
+        let zapped = zap_range(mmu, &mut self.ticket, &mut self.batch, &mut defunct, everything, reach);
+        defunct.put_emptied(mmu, self.ticket.counters());
+        zapped
     }
 
     /// Takes `range` from the guest until the returned value is dropped: when this returns, no vCPU reaches what
     /// stood behind it, and faults on it are retried. In between the embedder changes what its backing answers.
-    pub fn invalidate(&mut self, range: GfnRange) -> Result<Invalidation<'_, H>, OutOfMemory> {
+    pub fn invalidate(&mut self, range: GfnRange) -> Invalidation<'_, H> {
         let alone = Exclusive::enter(&self.mmu, &mut self.ticket);
         self.mmu.notify.begin(range, &alone);
+        // All of them: also a root that is obsolete and not yet empty leads to the memory that is given back.
+        let mut all = alone.all_roots();
         drop(alone);
-        // Dropping ends the pair also when the zap fails: the embedder was told so and must not touch the memory.
-        let pair = Invalidation { worker: self };
-        let worker = &mut *pair.worker;
-        zap_range(&worker.mmu, &mut worker.ticket, &mut worker.batch, range)?;
-        Ok(pair)
+        zap_range(&self.mmu, &mut self.ticket, &mut self.batch, &mut all, range, Reach::Live);
+        Invalidation { worker: self }
     }
 
     /// The entries that translate `gfn` under the root of `role`. `None` if no vCPU has loaded such a root.
     pub fn walk(&mut self, role: Role, gfn: Gfn) -> Option<Walk> {
-        let root = self.mmu.roots.get(&self.mmu, role)?;
-        let inside = Shared::enter(&self.mmu, &mut self.ticket);
-        Some(walk(&inside, &root, gfn))
+        let root = self.mmu.roots.get(&self.mmu.host, role)?;
+        let walk = walk(&Shared::enter(&self.mmu, &mut self.ticket), &root, gfn);
+        root.put(&self.mmu.host, self.ticket.counters());
+        Some(walk)
     }
 
     /// Frees tables whose readers have left. Done by every zap as well; for an embedder that wants memory back now.
@@ -116,18 +131,19 @@ impl<H: Host> Worker<H> {
         let (begun, published) = updates.begin(&mmu.slots, id, change)?;
         self.settle(&mmu, published);
         // Every fault that had checked an older generation has left: the old slot maps nothing more from here on.
-        self.zap_surely(begun.range());
+        match mmu.config.slot_zap {
+            SlotZap::Slot => {
+                // Obsolete roots too: when this update ends, nothing leads to the old slot's memory any more.
+                let mut all = Exclusive::enter(&mmu, &mut self.ticket).all_roots();
+                zap_range(&mmu, &mut self.ticket, &mut self.batch, &mut all, begun.range(), Reach::Live);
+            }
+            SlotZap::Everything => {
+                self.zap_all();
+            }
+        }
         let published = updates.finish(&mmu.slots, begun);
         self.settle(&mmu, published);
         Ok(())
-    }
-
-    /// Zaps `range` in the middle of an update that can not be given up: it would leave a slot in between for good.
-    /// What was zapped stays zapped, so trying again gets there as soon as there is a page of heap.
-    fn zap_surely(&mut self, range: GfnRange) {
-        while self.zap(range).is_err() {
-            self.mmu.host.yield_now();
-        }
     }
 
     /// After a publication: a grace period, then the old set is freed, and MMIO entries that would become valid again
@@ -139,8 +155,7 @@ impl<H: Host> Worker<H> {
             mmu.host.trace(Event::Slots { generation });
         }
         if wraps {
-            let all = GfnRange { start: Gfn(0), end: mmu.config.root_level.root_limit() };
-            self.zap_surely(all);
+            self.zap_all();
         }
     }
 }

@@ -176,7 +176,7 @@ impl<F: Cpu> World<'_, F> {
             self.replace_slot(worker, &mut rng, id);
         }
         while self.goes_on() && self.operations.fetch_add(1, Ordering::Relaxed) < self.limit {
-            match (first, rng.below(8)) {
+            match (first, rng.below(9)) {
                 (true, 0..=2) => {
                     let id = rng.below(SLOTS);
                     self.replace_slot(worker, &mut rng, id);
@@ -185,6 +185,7 @@ impl<F: Cpu> World<'_, F> {
                 (true, 4 | 5) => self.flags(worker, &mut rng),
                 (_, 6) => self.zap(worker, span(&mut rng)),
                 (_, 7) => self.zap(worker, GfnRange { start: Gfn(FIRST_BLOCK * 512 - 512 * 512), end: Gfn(1 << 20) }),
+                (_, 8) => self.zap_all(worker),
                 _ => self.invalidate(worker, &mut rng),
             }
             std::thread::yield_now();
@@ -250,9 +251,15 @@ impl<F: Cpu> World<'_, F> {
 
     fn zap(&self, worker: &mut Worker<Machine<F>>, range: GfnRange) {
         let called = self.mmu.host().ghost().tick();
-        if worker.zap(range).is_ok() {
-            self.mmu.host().ghost().zapped(range, called);
-        }
+        worker.zap(range);
+        self.mmu.host().ghost().zapped(range, called);
+    }
+
+    fn zap_all(&self, worker: &mut Worker<Machine<F>>) {
+        let called = self.mmu.host().ghost().tick();
+        worker.zap_all();
+        let everything = GfnRange { start: Gfn(0), end: self.mmu.role().level.root_limit() };
+        self.mmu.host().ghost().zapped(everything, called);
     }
 
     fn invalidate(&self, worker: &mut Worker<Machine<F>>, rng: &mut Rng) {
@@ -291,7 +298,8 @@ fn delete<F: Cpu>(worker: &mut Worker<Machine<F>>, mmu: &Mmu<Machine<F>>, id: Sl
 /// Runs a storm.
 pub fn run<F: Cpu>(plan: Plan) -> Report {
     let Plan { vcpus, workers, root_level, largest, fences, .. } = plan;
-    let config = Config { vcpus, workers, slots: 8, root_level, largest, mmio_entries: plan.seed % 4 != 3 };
+    let config =
+        Config { vcpus, workers, slots: 8, root_level, largest, mmio_entries: plan.seed % 4 != 3, ..Config::default() };
     let mmu = Machine::<F>::build(
         Build { tables: 512, fences, restless: plan.seed % 3 * 5, rough: plan.seed % 4 * 7 },
         config,

@@ -1,20 +1,45 @@
-//! Roots: the top tables that vCPUs load, one a role, reference-counted.
+//! Roots: the top tables that vCPUs load. Identified by role, reference-counted, made obsolete all at once.
 //!
-//! # Protocol
-//! A root is found by its [`Role`], or made, under the list's leaf lock: two vCPUs that want the same role get the
-//! same root. Each root is born with one reference that the MMU itself owns (it is in the list); a vCPU that has it
-//! loaded holds another, so does an operation that walks it. Loading needs no exclusive lock.
+//! # The life of a root
+//! ```text
+//!   made ──► valid ──invalidate_all──► defunct ──emptied by its zapper──► empty ──last put──► freed
+//!            │ found by role           │ found by nobody who looks          │ kept by whoever has not
+//!            │ faults fill it          │ for a role; faults leave it        │ let go of it yet
+//! ```
+//! - A root is born with one reference, the MMU's own, held by the list of valid roots. A vCPU that has loaded it holds
+//!   one, and so does an operation for as long as it walks it. At most one valid root a role exists at a time.
+//! - Invalidation moves the MMU's reference from the valid to the defunct list, under the exclusive lock, and that is
+//!   one way. [`Defunct`] is the right, and the duty, to empty what one invalidation moved: a value, consumed once, so
+//!   each root is emptied by whoever made it defunct and by nobody else.
+//! - The defunct list exists so that whoever gives memory back to the host sees *all* roots ([`AllRoots`]) until each
+//!   is empty. Everyone else sees valid ones ([`ValidRoots`]): a defunct root is entered by no vCPU any more.
+//! - After emptying, the MMU's reference is put. Others (a vCPU that halts and has not served its request, a walker that
+//!   yielded) may keep the empty root alive: its frame, never its contents.
 //!
-//! Roots stay in the list until the MMU goes, so an operation that walks all roots may go by their number and take a
-//! reference to one after the other.
+//! # Who may see which roots
+//! | set | had from | used by |
+//! |---|---|---|
+//! | valid | the shared guard | faults, zap of a range |
+//! | all | the exclusive guard | host invalidation, memslot delete and move |
+//! | defunct, its own | `invalidate_all`, once | the back half of zap-all |
+//!
+//! Sets are cursors over serial numbers, not lists: nothing is allocated, and a root made after the cursor was, which
+//! by then cannot map what the caller is about to remove, is not visited.
+
+mod loaded;
 
 use alloc::sync::Arc;
 use alloc::vec::Vec;
 
 use crate::addr::{Hfn, Level};
+use crate::events::{Counter, SeatCounters};
 use crate::host::Host;
 use crate::leaf_lock::LeafLock;
+use crate::lock::{Exclusive, Shared};
+use crate::sync::{AtomicBool, Ordering};
+use crate::tlb::Flushed;
 use crate::{Mmu, OutOfMemory};
+pub(crate) use loaded::Loaded;
 
 /// What makes two roots different: vCPUs whose roles are equal share one.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -28,10 +53,15 @@ pub struct Role {
 struct Root {
     frame: Hfn,
     role: Role,
+    /// Never given twice; later roots have higher ones.
+    serial: u64,
+    /// One way, under the exclusive lock.
+    invalid: AtomicBool,
 }
 
-/// A counted reference to a root.
-#[derive(Clone, Debug)]
+/// A counted reference to a root. Given up with [`RootRef::put`]; the last one frees the root's frame.
+#[derive(Debug)]
+#[must_use = "a reference that is not put leaks its root"]
 pub(crate) struct RootRef(Arc<Root>);
 
 impl RootRef {
@@ -44,56 +74,205 @@ impl RootRef {
     pub(crate) fn role(&self) -> Role {
         self.0.role
     }
+
+    /// Whether the root may be filled. Inside the lock the answer stands until the guard is dropped, because
+    /// invalidation is exclusive.
+    #[inline]
+    pub(crate) fn is_valid<H: Host>(&self, _inside: &Shared<'_, H>) -> bool {
+        !self.is_obsolete()
+    }
+
+    /// Whether the root was invalidated; a vCPU asks this of each of its roots when it is told to drop obsolete ones.
+    pub(crate) fn is_obsolete(&self) -> bool {
+        self.0.invalid.load(Ordering::Acquire)
+    }
+
+    fn another(&self) -> Self {
+        Self(Arc::clone(&self.0))
+    }
+
+    /// Gives the reference up. The last one frees the root's frame, at once: whoever walks a root holds a reference, a
+    /// vCPU puts its own only outside guest mode, and flushes before it runs on another root.
+    pub(crate) fn put<H: Host>(self, host: &H, counters: &SeatCounters) {
+        if let Some(root) = Arc::into_inner(self.0) {
+            debug_assert!(root.invalid.into_inner(), "the last reference to a valid root is the MMU's own");
+            counters.add(Counter::TableFrames, 1u64.wrapping_neg());
+            host.free_table(root.frame);
+        }
+    }
 }
 
-/// The MMU's roots, each by its first reference.
+/// Both lists, behind one leaf lock.
+#[derive(Debug)]
+struct Lists {
+    valid: Vec<RootRef>,
+    /// With the generation whose invalidation moved them here.
+    defunct: Vec<(u64, RootRef)>,
+    next_serial: u64,
+    /// Counts invalidations.
+    generation: u64,
+}
+
+/// The MMU's roots, each by the MMU's own reference.
 #[derive(Debug)]
 pub(crate) struct Roots {
-    list: LeafLock<Vec<RootRef>>,
+    lists: LeafLock<Lists>,
 }
 
 impl Roots {
     pub(crate) const fn new() -> Self {
-        Self { list: LeafLock::new(Vec::new()) }
+        Self { lists: LeafLock::new(Lists { valid: Vec::new(), defunct: Vec::new(), next_serial: 1, generation: 0 }) }
     }
 
-    /// The root of `role`; made if there is none. `frame` is a table frame to make it of, taken if it is used.
+    /// The valid root of `role`; made if there is none. `frame` is a table frame to make it of, taken if it is used.
     pub(crate) fn get_or_make<H: Host>(
         &self,
-        mmu: &Mmu<H>,
+        host: &H,
         role: Role,
         frame: &mut Option<Hfn>,
     ) -> Result<RootRef, OutOfMemory> {
-        let mut list = self.list.lock(|| mmu.host.relax());
-        if let Some(root) = list.iter().find(|root| root.role() == role) {
-            return Ok(root.clone());
+        let mut lists = self.lists.lock(|| host.relax());
+        if let Some(root) = lists.valid.iter().find(|root| root.role() == role) {
+            return Ok(root.another());
         }
-        list.try_reserve(1)?;
+        // Room for it in both lists now: invalidation, under the exclusive lock, must not allocate.
+        lists.valid.try_reserve(1)?;
+        let total = lists.valid.len() + 1;
+        lists.defunct.try_reserve(total)?;
         let frame = frame.take().ok_or(OutOfMemory)?;
-        let root = RootRef(Arc::new(Root { frame, role }));
-        list.push(root.clone());
+        let root = RootRef(Arc::new(Root { frame, role, serial: lists.next_serial, invalid: AtomicBool::new(false) }));
+        lists.next_serial += 1;
+        lists.valid.push(root.another());
         Ok(root)
     }
 
-    /// The root of `role`, if there is one.
-    pub(crate) fn get<H: Host>(&self, mmu: &Mmu<H>, role: Role) -> Option<RootRef> {
-        self.list.lock(|| mmu.host.relax()).iter().find(|root| root.role() == role).cloned()
+    /// The valid root of `role`, if there is one. Never an invalid one: a get fails on those.
+    pub(crate) fn get<H: Host>(&self, host: &H, role: Role) -> Option<RootRef> {
+        self.lists.lock(|| host.relax()).valid.iter().find(|root| root.role() == role).map(RootRef::another)
     }
 
-    /// The root of this number, for walks over all of them.
-    pub(crate) fn nth<H: Host>(&self, mmu: &Mmu<H>, number: usize) -> Option<RootRef> {
-        self.list.lock(|| mmu.host.relax()).get(number).cloned()
+    /// All roots, for the end of the MMU, when nobody else holds any.
+    pub(crate) fn take(&mut self) -> impl Iterator<Item = (Hfn, Level)> {
+        let lists = self.lists.get_mut();
+        let defunct = core::mem::take(&mut lists.defunct).into_iter().map(|(_, root)| root);
+        core::mem::take(&mut lists.valid).into_iter().chain(defunct).map(|root| (root.frame(), root.role().level))
+    }
+}
+
+/// A set of roots that an operation goes through, holding a reference to one at a time.
+pub(crate) trait RootSet<H: Host> {
+    /// The next root of the set. The caller puts it.
+    fn next(&mut self, mmu: &Mmu<H>) -> Option<RootRef>;
+}
+
+/// The valid roots. Had from a shared guard: `Shared::valid_roots`.
+#[derive(Debug)]
+pub(crate) struct ValidRoots {
+    after: u64,
+}
+
+/// All roots, valid or not, that existed when the exclusive lock was held. Had from an exclusive guard only.
+#[derive(Debug)]
+pub(crate) struct AllRoots {
+    after: u64,
+    end: u64,
+}
+
+/// The roots that one invalidation made defunct, and the proof that no vCPU uses them any more. To be emptied, once.
+#[derive(Debug)]
+#[must_use = "the roots keep their mappings, and the memslot update must not end, until they are emptied"]
+pub(crate) struct Defunct {
+    generation: u64,
+    after: u64,
+    pub(crate) flushed: Flushed,
+}
+
+impl<'a, H: Host> Shared<'a, H> {
+    /// The roots that a holder of the shared side may walk.
+    pub(crate) fn valid_roots(&self) -> ValidRoots {
+        ValidRoots { after: 0 }
+    }
+}
+
+impl<'a, H: Host> Exclusive<'a, H> {
+    /// All roots that can map anything now.
+    pub(crate) fn all_roots(&self) -> AllRoots {
+        AllRoots { after: 0, end: self.mmu.roots.lists.lock(|| self.mmu.host.relax()).next_serial }
     }
 
-    /// All roots, for the end of the MMU.
-    pub(crate) fn take(&mut self) -> Vec<RootRef> {
-        core::mem::take(self.list.get_mut())
+    /// The front half of zap-all: makes every root obsolete, and every vCPU leave guest mode with the request to drop
+    /// the obsolete ones.
+    ///
+    /// One method, because nothing may come between its steps. Were the lock let go before every vCPU is out, one could
+    /// go on running on tables that are being taken apart, and a flush at the end of that would come too late; were
+    /// the request made in another hold of the lock, a root could be loaded in between that nobody tells its vCPU to
+    /// drop. The cost depends on the number of vCPUs and roles, not on how much is mapped.
+    pub(crate) fn invalidate_all_roots(&self) -> Defunct {
+        let mut lists = self.mmu.roots.lists.lock(|| self.mmu.host.relax());
+        lists.generation += 1;
+        let generation = lists.generation;
+        let Lists { valid, defunct, .. } = &mut *lists;
+        debug_assert!(defunct.capacity() - defunct.len() >= valid.len(), "room is made when a root is");
+        for root in valid.drain(..) {
+            root.0.invalid.store(true, Ordering::Release);
+            defunct.push((generation, root));
+        }
+        drop(lists);
+        let flushed = self.mmu.tlb.flush_and_free_obsolete_roots(&self.mmu.host, self.counters());
+        Defunct { generation, after: 0, flushed }
+    }
+}
+
+impl<H: Host> RootSet<H> for ValidRoots {
+    fn next(&mut self, mmu: &Mmu<H>) -> Option<RootRef> {
+        let lists = mmu.roots.lists.lock(|| mmu.host.relax());
+        let root = first_after(lists.valid.iter(), self.after)?;
+        self.after = root.0.serial;
+        Some(root)
+    }
+}
+
+impl<H: Host> RootSet<H> for AllRoots {
+    fn next(&mut self, mmu: &Mmu<H>) -> Option<RootRef> {
+        let lists = mmu.roots.lists.lock(|| mmu.host.relax());
+        let all = lists.valid.iter().chain(lists.defunct.iter().map(|(_, root)| root));
+        let root = first_after(all.filter(|root| root.0.serial < self.end), self.after)?;
+        self.after = root.0.serial;
+        Some(root)
+    }
+}
+
+impl<H: Host> RootSet<H> for Defunct {
+    fn next(&mut self, mmu: &Mmu<H>) -> Option<RootRef> {
+        let lists = mmu.roots.lists.lock(|| mmu.host.relax());
+        let own = lists.defunct.iter().filter(|(generation, _)| *generation == self.generation);
+        let root = first_after(own.map(|(_, root)| root), self.after)?;
+        self.after = root.0.serial;
+        Some(root)
+    }
+}
+
+/// The one with the lowest serial above `after`.
+fn first_after<'l>(roots: impl Iterator<Item = &'l RootRef>, after: u64) -> Option<RootRef> {
+    roots.filter(|root| root.0.serial > after).min_by_key(|root| root.0.serial).map(RootRef::another)
+}
+
+impl Defunct {
+    /// Ends the life of the roots, which are empty now: the MMU's own references are put.
+    pub(crate) fn put_emptied<H: Host>(self, mmu: &Mmu<H>, counters: &SeatCounters) {
+        loop {
+            let mut lists = mmu.roots.lists.lock(|| mmu.host.relax());
+            let own = |(generation, _): &(u64, RootRef)| *generation == self.generation;
+            let Some(index) = lists.defunct.iter().position(own) else { return };
+            let (_, root) = lists.defunct.swap_remove(index);
+            drop(lists);
+            root.put(&mmu.host, counters);
+        }
     }
 }
 
 /// A frame taken for a table that turned out not to be needed goes back at once: no entry ever led to it.
-pub(crate) fn give_back<H: Host>(host: &H, frame: Option<Hfn>) {
-    if let Some(frame) = frame {
-        host.free_table(frame);
-    }
+pub(crate) fn give_back<H: Host>(host: &H, frame: Hfn, counters: &SeatCounters) {
+    counters.add(Counter::TableFrames, 1u64.wrapping_neg());
+    host.free_table(frame);
 }

@@ -154,7 +154,8 @@ impl<H: Host> Obstructed<'_, H> {
         let Self { inside, want, generation, snapshot } = self;
         let level = want.level(inside.mmu.config.largest);
         let block = GfnRange::block(level, want.gfn);
-        if inside.mmu.slots.generation() != generation || inside.mmu.notify.must_retry(snapshot, block) {
+        let overtaken = inside.mmu.slots.generation() != generation || inside.mmu.notify.must_retry(snapshot, block);
+        if overtaken || !root.is_valid(&inside) {
             return Ok(Outcome::Retry);
         }
         Walk { inside: &inside, cache, want }.map(root, level)

@@ -15,17 +15,17 @@
 //!
 //! A huge leaf that reaches over the range's end is zapped whole: the rest comes back by faults. Root tables stay.
 
+use crate::Mmu;
 use crate::addr::{Gfn, GfnRange, Level};
 use crate::entry::seize;
 use crate::events::{Counter, Event};
 use crate::format::{Format, State};
 use crate::host::Host;
 use crate::lock::{Shared, Ticket};
-use crate::reclaim::{Batch, Debts, Zapping};
-use crate::root::RootRef;
+use crate::reclaim::{Batch, Debts, Reach, Zapping};
+use crate::root::{RootRef, RootSet};
 use crate::sync::{AtomicU64, Ordering};
 use crate::table::Table;
-use crate::{Mmu, OutOfMemory};
 
 /// What a zap removed.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -36,25 +36,24 @@ pub struct Zapped {
     pub tables: u64,
 }
 
-/// Removes every mapping of `range` from every root. When it returns `Ok`, no vCPU uses one any more.
+/// Removes every mapping of `range` from each root of `roots`. When it returns, no vCPU uses one any more.
 ///
-/// Faults may fill the range again at any time unless the caller keeps them from it (a slot that is changing, an
-/// invalidation in progress). Fails only when there is no memory for the list of debts; what was zapped until then
-/// stays zapped and flushed, and calling again goes on.
+/// Faults may fill the range again at any time unless the caller keeps them from it: a slot that is changing, an
+/// invalidation in progress, roots that are defunct.
 pub(crate) fn zap_range<H: Host>(
     mmu: &Mmu<H>,
     ticket: &mut Ticket,
     batch: &mut Batch,
+    roots: &mut impl RootSet<H>,
     range: GfnRange,
-) -> Result<Zapped, OutOfMemory> {
+    reach: Reach,
+) -> Zapped {
     let mut total = Zapped::default();
-    let mut number = 0;
-    while let Some(root) = mmu.roots.nth(mmu, number) {
-        number += 1;
+    while let Some(root) = roots.next(mmu) {
         let end = range.end.min(root.role().level.root_limit());
         let mut next = range.start;
         while next < end {
-            let mut hold = Zapping::enter(mmu, ticket, batch)?;
+            let mut hold = Zapping::enter(mmu, ticket, batch, reach);
             loop {
                 let (inside, debts) = hold.parts();
                 next = Step { inside, debts, range, zapped: &mut total }.run(&root, next);
@@ -68,11 +67,12 @@ pub(crate) fn zap_range<H: Host>(
                 mmu.host.yield_now();
             }
         }
+        root.put(&mmu.host, ticket.counters());
     }
     if H::TRACE {
         mmu.host.trace(Event::Zap { range, leaves: total.leaves, tables: total.tables });
     }
-    Ok(total)
+    total
 }
 
 struct Step<'s, 'a, H: Host> {
