@@ -18,7 +18,7 @@
 //! Never legal: a present leaf that becomes a leaf of another host frame (KVM BUGs on it, invariant I9). The way is
 //! zap, flush, fill. [`legal`] states the table above; it is asserted on every change in debug builds.
 
-use crate::addr::Level;
+use crate::addr::{ENTRIES, Level};
 use crate::events::{Counter, SeatCounters};
 use crate::format::{Format, State};
 use crate::sync::{AtomicU64, Ordering};
@@ -101,13 +101,31 @@ pub(crate) fn freeze<F: Format>(cell: &AtomicU64, level: Level, old: u64, seat: 
     Ok(())
 }
 
-/// Freezes an entry of a table that the caller has unlinked, whatever it holds, and returns that. A fault that is
-/// still walking the table loses its compare-and-swap against this, or won before and is undone by it.
-#[inline]
-pub(crate) fn seize<F: Format>(cell: &AtomicU64, level: Level, seat: &SeatCounters) -> u64 {
-    let old = cell.swap(F::DEAD, Ordering::AcqRel);
-    note_removed::<F>(old, level, seat);
-    old
+/// Freezes all entries of a table of `level` that the caller has unlinked, whatever they hold; returns how many leaves
+/// they were, and hands what led to tables to `below`. A fault that is still walking the table loses its
+/// compare-and-swap against this, or won before and is undone by it.
+pub(crate) fn seize<F: Format>(
+    entries: &[AtomicU64; ENTRIES],
+    level: Level,
+    seat: &SeatCounters,
+    mut below: impl FnMut(u64),
+) -> u64 {
+    let mut leaves = 0u64;
+    for cell in entries {
+        let old = cell.swap(F::DEAD, Ordering::AcqRel);
+        if old == F::ABSENT {
+            continue;
+        }
+        match F::decode(old, level) {
+            State::Leaf(_) | State::AccessTracked(_) => leaves += 1,
+            State::Table(_) => below(old),
+            State::Absent | State::Mmio { .. } | State::Frozen => {}
+        }
+    }
+    // Booked once a table and not once an entry.
+    seat.leaf(level, leaves.wrapping_neg());
+    seat.add(Counter::Zapped, leaves);
+    leaves
 }
 
 /// Ends the ownership of a frozen entry: it becomes absent. To be called after the flush that freezing it owed.
@@ -171,8 +189,26 @@ mod tests {
         freeze::<Npt>(&cell, Level::K4, leaf(1, Rights::all()), &seat).unwrap();
         thaw::<Npt>(&cell);
         assert_eq!(cell.load(Ordering::Relaxed), Npt::ABSENT);
-        assert_eq!(seize::<Npt>(&cell, Level::K4, &seat), Npt::ABSENT);
-        thaw::<Npt>(&cell);
-        assert_eq!(cell.load(Ordering::Relaxed), Npt::DEAD, "dead entries stay dead");
+    }
+
+    #[test]
+    fn a_seized_table_is_dead_and_its_leaves_are_booked() {
+        let seat = SeatCounters::new();
+        let entries = [const { AtomicU64::new(Npt::ABSENT) }; ENTRIES];
+        fill::<Npt>(&entries[3], Level::K4, leaf(1, Rights::all()), &seat).unwrap();
+        fill::<Npt>(&entries[511], Level::K4, leaf(2, Rights::READ), &seat).unwrap();
+        entries[4].store(Npt::FROZEN, Ordering::Relaxed);
+        let leaves = seize::<Npt>(&entries, Level::K4, &seat, |raw| panic!("{raw:#x} leads to no table"));
+        let booked = crate::events::Counters::sum([&seat].into_iter());
+        assert_eq!((leaves, booked.leaves_4k, booked.leaves_zapped), (2, 0, 2));
+        thaw::<Npt>(&entries[4]);
+        assert!(entries.iter().all(|cell| cell.load(Ordering::Relaxed) == Npt::DEAD), "dead entries stay dead");
+        let new = leaf(1, Rights::all());
+        assert_eq!(fill::<Npt>(&entries[3], Level::K4, new, &seat), Err(Npt::DEAD), "a late fault loses");
+        let tables = core::cell::Cell::new(0);
+        let upper = [const { AtomicU64::new(Npt::ABSENT) }; ENTRIES];
+        upper[7].store(Npt::table(Hfn(9)), Ordering::Relaxed);
+        assert_eq!(seize::<Npt>(&upper, Level::M2, &seat, |raw| tables.set(tables.get() + raw)), 0);
+        assert_eq!(tables.get(), Npt::table(Hfn(9)));
     }
 }

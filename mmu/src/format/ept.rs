@@ -82,6 +82,7 @@ impl Ept {
         raw
     }
 
+    #[inline]
     fn decode_leaf(raw: u64, rights: u64) -> Leaf {
         let mut allowed = Rights::READ;
         allowed.set(Rights::WRITE, rights & W != 0);
@@ -131,6 +132,7 @@ impl Format for Ept {
         MMIO | low << GENERATION_LOW_SHIFT | high << GENERATION_HIGH_SHIFT
     }
 
+    #[inline]
     fn decode(raw: u64, level: Level) -> State {
         if raw & PRESENT != 0 {
             if raw & RWX == 0 {

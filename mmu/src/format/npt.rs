@@ -69,6 +69,7 @@ impl Npt {
         }
     }
 
+    #[inline]
     fn decode_leaf(raw: u64) -> Leaf {
         let mut rights = Rights::READ;
         rights.set(Rights::WRITE, raw & W != 0);
@@ -119,6 +120,7 @@ impl Format for Npt {
         MMIO | low << GENERATION_LOW_SHIFT | high << GENERATION_HIGH_SHIFT
     }
 
+    #[inline]
     fn decode(raw: u64, level: Level) -> State {
         if raw & PRESENT != 0 {
             if raw & P == 0 {

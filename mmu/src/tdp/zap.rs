@@ -150,14 +150,9 @@ impl<H: Host> Step<'_, '_, H> {
     /// Takes the table that `raw` leads to apart: nothing leads to it any more.
     fn bury(&mut self, parent: &Table<'_, H>, raw: u64) {
         let (Some(table), Some(frame)) = (parent.next(raw), H::Format::next_table(raw, parent.level)) else { return };
-        for cell in table.entries() {
-            let old = seize::<H::Format>(cell, table.level, self.debts.counters);
-            match H::Format::decode(old, table.level) {
-                State::Leaf(_) | State::AccessTracked(_) => self.zapped.leaves += 1,
-                State::Table(_) => self.bury(&table, old),
-                State::Absent | State::Mmio { .. } | State::Frozen => {}
-            }
-        }
+        let counters = self.debts.counters;
+        let leaves = seize::<H::Format>(table.entries(), table.level, counters, |raw| self.bury(&table, raw));
+        self.zapped.leaves += leaves;
         self.zapped.tables += 1;
         self.debts.unlinked(frame);
     }
