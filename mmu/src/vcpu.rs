@@ -26,8 +26,8 @@ use crate::lock::{Shared, Ticket};
 use crate::notify::Snapshot;
 use crate::root::{Loaded, Role, give_back};
 use crate::slots::{Slot, SlotFlags, SlotState};
-use crate::tdp::fault::{Mapping, Obstructed, TableCache, map_mmio, map_page};
-use crate::tdp::inspect::walk;
+use crate::tdp::fault::{Mapping, Obstructed, TableCache, map_mmio, map_page, needed};
+use crate::tdp::inspect::{translate, walk};
 use crate::tlb::FREE_OBSOLETE_ROOTS;
 
 /// Why the CPU reported a second-stage fault.
@@ -241,6 +241,20 @@ impl<H: Host> Vcpu<H> {
         if self.mmu.tlb.take_requests(self.id) & FREE_OBSOLETE_ROOTS != 0 {
             self.roots.drop_obsolete(&self.mmu.host, self.ticket.counters());
         }
+    }
+
+    /// The host address behind `gpa` under the vCPU's root, if the tables let `access` through now.
+    ///
+    /// True of the moment of the look: a zap elsewhere does not wait for whoever holds the answer. An embedder that
+    /// goes on to touch the memory keeps it from being taken away by its own means.
+    #[inline]
+    pub fn translate(&mut self, gpa: Gpa, access: Access) -> Option<Hpa> {
+        let root = self.roots.current()?;
+        if gpa.gfn() >= root.role().level.root_limit() {
+            return None;
+        }
+        let inside = Shared::enter(&self.mmu, &mut self.ticket);
+        translate(&inside, root, gpa, needed(access))
     }
 
     /// Handles a second-stage fault.

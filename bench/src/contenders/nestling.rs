@@ -12,7 +12,7 @@ use nestling::format::{MemoryType, Npt};
 use nestling::host::{Backing, BackingError, Extent, TableFrames, Time, Vcpus};
 use nestling::{
     Access, Cause, Config, Fault, Gfn, GfnRange, Gpa, Hfn, Host, Hpa, Level, Mmu, Outcome, Slot, SlotConfig, SlotFlags,
-    SlotId, State, Vcpu, VcpuId, Worker,
+    SlotId, Vcpu, VcpuId, Worker,
 };
 use rustix::thread::{MembarrierCommand, membarrier};
 
@@ -175,11 +175,7 @@ impl<A: Asymmetry> Seat for NestlingSeat<A> {
 
     #[inline(never)]
     fn look_up(&mut self, gpa: u64) -> Option<u64> {
-        let role = self.vcpu.mmu().role();
-        match self.worker.walk(role, Gpa(gpa).gfn())?.last()?.state {
-            State::Leaf(leaf) => Some(leaf.hfn.hpa().0),
-            _ => None,
-        }
+        self.vcpu.translate(Gpa(gpa), Access::Read).map(|hpa| hpa.0)
     }
 
     #[inline(never)]
