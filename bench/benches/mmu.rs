@@ -111,10 +111,9 @@ fn summarise(contenders: &[Entry], threads: &[(usize, &str)], summaries: &BTreeM
     for operation in Operation::ALL {
         for &(_, threads) in threads {
             println!("\n{} {threads}, wall ns a page: median (minimum)", operation.name());
-            // Ratios by contender, the worst of the orders.
-            let mut worst: BTreeMap<&str, f64> = BTreeMap::new();
             for order in Order::ALL {
-                let case = format!("{}.{threads}.{}", operation.name(), order.name());
+                let general = format!("{}.{threads}", operation.name());
+                let case = format!("{general}.{}", order.name());
                 let of = |contender: &str| summaries[&format!("{case}.{contender}")];
                 let own = of(contenders[0].name);
                 for contender in contenders {
@@ -125,21 +124,15 @@ fn summarise(contenders: &[Entry], threads: &[(usize, &str)], summaries: &BTreeM
                     figure(format!("{case}.{}.ns_per_page", contender.name), median);
                     figure(format!("{case}.{}.min_ns_per_page", contender.name), min);
                 }
-                let ratio = own.median / of(FLOOR).median;
-                figure(format!("{case}.ratio_to_floor"), ratio);
-                figure(format!("{case}.min_ratio_to_floor"), own.min / of(FLOOR).min);
-                let entry = worst.entry(FLOOR).or_insert(ratio);
-                *entry = entry.max(ratio);
-                for peer in PEERS {
-                    let speedup = of(peer).median / own.median;
-                    figure(format!("{case}.speedup_over_{peer}"), speedup);
-                    let entry = worst.entry(peer).or_insert(speedup);
-                    *entry = entry.min(speedup);
+                // A name without an order means the sequential one.
+                let names = if order == Order::Sequential { vec![&general, &case] } else { vec![&case] };
+                for name in names {
+                    figure(format!("{name}.ratio_to_{FLOOR}"), own.median / of(FLOOR).median);
+                    figure(format!("{name}.min_ratio_to_{FLOOR}"), own.min / of(FLOOR).min);
+                    for peer in PEERS {
+                        figure(format!("{name}.speedup_over_{peer}"), of(peer).median / own.median);
+                    }
                 }
-            }
-            for (contender, ratio) in worst {
-                let what = if contender == FLOOR { "ratio_to_" } else { "speedup_over_" };
-                figure(format!("{}.{threads}.{what}{contender}", operation.name()), ratio);
             }
         }
     }

@@ -2,8 +2,8 @@
 //!
 //! A line is `figure NAME = VALUE`. A name is made of words in lower case with `.` between them; a value is a decimal
 //! number. The general form of a name is `OPERATION.THREADS[.ORDER].WHAT`, with WHAT one of `CONTENDER.ns_per_page`,
-//! `CONTENDER.min_ns_per_page`, `CONTENDER.instructions_per_page`, `ratio_to_floor`, `speedup_over_CONTENDER`,
-//! `instructions_ratio_to_floor`. Without an order it is the worst of the orders.
+//! `CONTENDER.min_ns_per_page`, `CONTENDER.instructions_per_page`, `ratio_to_floor`, `min_ratio_to_floor`,
+//! `speedup_over_CONTENDER`, `instructions_ratio_to_floor`. Without an order it is the sequential one.
 
 use std::fmt;
 
