@@ -3,7 +3,7 @@
 //! Rooms, from the bottom up: [`arena`] is the memory that every contender's tables come from; [`floor`] is the bare
 //! walk; [`contenders`] gives all of them one face; [`plan`] says which page is touched when, by whom; [`clock`]
 //! measures one repetition in wall time; [`instructions`] counts instructions under valgrind; [`figures`] turns
-//! samples into the lines that scripts read.
+//! samples into the lines that scripts read; [`report`] is the whole run.
 //!
 //! `cargo bench -p nestling-bench` runs all of it (`benches/mmu.rs`); the crate's README says how to read the output.
 
@@ -16,3 +16,4 @@ pub mod figures;
 pub mod floor;
 pub mod instructions;
 pub mod plan;
+pub mod report;
