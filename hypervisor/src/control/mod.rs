@@ -17,7 +17,7 @@ use nestling_control::frame::{self, Decoder};
 use nestling_control::message::{GuestExit, ToCommand, ToHypervisor};
 use spin::Mutex;
 
-use crate::cpu::{clock, instructions};
+use crate::cpu::{clock, instructions, panic};
 use queue::Queue;
 use serial::Port;
 
@@ -72,7 +72,7 @@ fn queue_message(message: &ToCommand, reserve: usize) {
     }
 }
 
-/// Sends a message past all queues and locks. For the end after a defect only: see [`crate::cpu::panic`].
+/// Sends a message past all queues and locks. For the end after a defect only: see [`panic`].
 pub fn send_now(message: &ToCommand) {
     let mut bytes = Vec::new();
     if frame::encode(message, &mut bytes).is_ok() {
@@ -118,6 +118,10 @@ pub fn pump() -> bool {
         let mut uart = uart.lock();
         // The queue's lock is not held while the port is written: a vCPU that prints waits for memory, not for a port.
         loop {
+            if panic::in_progress() {
+                // Another CPU writes the machine's last words to the port, and waits a moment for this one to stop.
+                instructions::halt_forever();
+            }
             let chunk = queue.lock().front::<{ serial::FIFO_BYTES }>();
             if chunk.is_empty() {
                 break;

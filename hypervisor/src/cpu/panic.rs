@@ -14,6 +14,9 @@ use nestling_control::message::{GuestExit, LogLevel, ToCommand};
 use super::instructions;
 use crate::control;
 
+/// Long enough for 16 bytes on their way to a port, also where each is an exit of this machine's own hypervisor.
+const STEP_ASIDE_SPINS: u32 = 200_000;
+
 static PANICKED: AtomicBool = AtomicBool::new(false);
 
 /// Whether some CPU has come here: the machine is about to end.
@@ -26,6 +29,10 @@ pub fn in_progress() -> bool {
 pub fn stop(what: impl Display) -> ! {
     if PANICKED.swap(true, Ordering::SeqCst) {
         instructions::halt_forever();
+    }
+    // CPU 0 may be writing to the same port: it looks before each 16 bytes, and stops.
+    for _ in 0..STEP_ASIDE_SPINS {
+        core::hint::spin_loop();
     }
     let text = what.to_string();
     control::send_now(&ToCommand::Log { level: LogLevel::Error, text: text.clone() });

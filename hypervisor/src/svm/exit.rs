@@ -1,125 +1,16 @@
-//! What an exit means: EXITCODE and its details (appendix C) as a typed value.
+//! What an exit means: EXITCODE and its details (appendix C) in the VM's terms.
 
-use super::vmcb::Control;
+use nestling::{Access, Cause, Fault, Gpa};
 
-/// The direction of a port access.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Direction {
-    /// IN, INS.
-    In,
-    /// OUT, OUTS.
-    Out,
-}
+use crate::vm::exit::{Direction, Exit, Intercepted, PortAccess};
 
-/// A port access (15.10.2).
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct PortAccess {
-    /// The port.
-    pub port: u16,
-    /// Bytes: 1, 2 or 4.
-    pub bytes: u8,
-    /// Which way.
-    pub direction: Direction,
-    /// INS or OUTS: memory is the other side, not RAX.
-    pub string: bool,
-    /// Address of the instruction behind.
-    pub next_rip: u64,
-}
-
-/// The cause of a nested page fault (15.25.6).
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct NestedFault {
-    /// The guest physical address.
-    pub gpa: u64,
-    /// The error code, as of #PF; bits 32 and 33 tell a final access from a walk.
-    pub code: u64,
-}
-
-impl NestedFault {
-    /// The entry was present: a right is missing, or (also) [`NestedFault::reserved`].
-    #[must_use]
-    pub const fn present(self) -> bool {
-        self.code & 1 << 0 != 0
-    }
-
-    /// A write, or a walk: walks count as writes, as they set accessed and dirty bits.
-    #[must_use]
-    pub const fn write(self) -> bool {
-        self.code & 1 << 1 != 0
-    }
-
-    /// A reserved bit was set in an entry.
-    #[must_use]
-    pub const fn reserved(self) -> bool {
-        self.code & 1 << 3 != 0
-    }
-
-    /// An instruction fetch.
-    #[must_use]
-    pub const fn fetch(self) -> bool {
-        self.code & 1 << 4 != 0
-    }
-
-    /// The guest's own page tables were being read.
-    #[must_use]
-    pub const fn guest_walk(self) -> bool {
-        self.code & 1 << 33 != 0
-    }
-}
-
-/// Why a guest was left.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Exit {
-    /// A physical interrupt waits.
-    Interrupt,
-    /// A physical NMI waits.
-    Nmi,
-    /// The guest can take an interrupt now; it was asked to say so.
-    InterruptWindow,
-    /// The guest is about to execute IRET; it was asked to say so.
-    Iret,
-    /// CPUID.
-    Cpuid,
-    /// HLT.
-    Halt,
-    /// RDMSR.
-    ReadMsr,
-    /// WRMSR.
-    WriteMsr,
-    /// A port access.
-    Port(PortAccess),
-    /// A nested page fault.
-    NestedFault(NestedFault),
-    /// VMMCALL.
-    Hypercall,
-    /// INVD or WBINVD: the guest's caches are coherent without it.
-    CacheFlush,
-    /// An instruction that this guest's CPU does not have.
-    Undefined,
-    /// RDPMC: the guest has no counters.
-    NoCounters,
-    /// XSETBV.
-    SetExtendedControl,
-    /// Shutdown: a triple fault.
-    Shutdown,
-    /// VMRUN found the state wrong.
-    Invalid,
-    /// Anything that was not asked for.
-    Unexpected,
-}
-
-/// Reads the exit of a control block.
-#[must_use]
+/// Reads an exit: EXITCODE, EXITINFO1, EXITINFO2.
 #[inline]
-pub fn decode(control: &Control) -> Exit {
-    decode_raw(control.exit_code, control.exit_info_1, control.exit_info_2)
-}
-
-/// As [`decode`], of the three words themselves.
 #[must_use]
-#[inline]
-pub fn decode_raw(code: u64, info1: u64, info2: u64) -> Exit {
+pub fn decode(code: u64, info1: u64, info2: u64) -> Exit {
     match code {
+        0x41 => Exit::Exception(Intercepted::Debug),
+        0x51 => Exit::Exception(Intercepted::AlignmentCheck),
         0x60 => Exit::Interrupt,
         0x61 => Exit::Nmi,
         0x64 => Exit::InterruptWindow,
@@ -136,79 +27,40 @@ pub fn decode_raw(code: u64, info1: u64, info2: u64) -> Exit {
         // RSM outside SMM, INVLPGA, VMRUN, VMLOAD, VMSAVE, STGI, CLGI, SKINIT, MONITOR, MWAIT, RDPRU.
         0x73 | 0x7a | 0x80 | 0x82..=0x86 | 0x8a..=0x8c | 0x8e => Exit::Undefined,
         0x8d => Exit::SetExtendedControl,
-        0x400 => Exit::NestedFault(NestedFault { gpa: info2, code: info1 }),
+        0x400 => Exit::Fault(decode_fault(info1, info2)),
         // QEMU writes the low half only.
         0xffff_ffff_ffff_ffff | 0xffff_ffff => Exit::Invalid,
         _ => Exit::Unexpected,
     }
 }
 
-/// A port access from EXITINFO1 and 2.
-fn decode_port(info: u64, next_rip: u64) -> Option<PortAccess> {
-    let bytes = match info >> 4 & 7 {
+/// A nested page fault (15.25.6): the error code is that of #PF. Walks of the guest's tables count as writes, as they set
+/// accessed and dirty bits there.
+#[inline]
+fn decode_fault(info1: u64, gpa: u64) -> Fault {
+    const WRITE: u64 = 1 << 1;
+    const RESERVED: u64 = 1 << 3;
+    const FETCH: u64 = 1 << 4;
+    let access = match (info1 & FETCH != 0, info1 & WRITE != 0) {
+        (true, _) => Access::Execute,
+        (false, true) => Access::Write,
+        (false, false) => Access::Read,
+    };
+    let cause = if info1 & RESERVED != 0 { Cause::Reserved } else { Cause::Translation };
+    Fault { gpa: Gpa(gpa), access, cause }
+}
+
+/// A port access (15.10.2).
+#[inline]
+fn decode_port(info1: u64, next_rip: u64) -> Option<PortAccess> {
+    let bytes = match info1 >> 4 & 7 {
         0b001 => 1,
         0b010 => 2,
         0b100 => 4,
         _ => return None,
     };
-    let direction = if info & 1 != 0 { Direction::In } else { Direction::Out };
-    Some(PortAccess { port: (info >> 16) as u16, bytes, direction, string: info & 1 << 2 != 0, next_rip })
-}
-
-/// A name for counting, one a kind of exit.
-#[must_use]
-pub const fn name(exit: &Exit) -> &'static str {
-    NAMES[index(exit)]
-}
-
-/// How many kinds there are.
-pub const KINDS: usize = 18;
-
-/// The names, by [`index`].
-pub const NAMES: [&str; KINDS] = [
-    "interrupt",
-    "nmi",
-    "interrupt_window",
-    "iret",
-    "cpuid",
-    "hlt",
-    "rdmsr",
-    "wrmsr",
-    "io",
-    "npf",
-    "vmmcall",
-    "cache_flush",
-    "undefined",
-    "rdpmc",
-    "xsetbv",
-    "shutdown",
-    "invalid",
-    "unexpected",
-];
-
-/// The kind's number.
-#[must_use]
-pub const fn index(exit: &Exit) -> usize {
-    match exit {
-        Exit::Interrupt => 0,
-        Exit::Nmi => 1,
-        Exit::InterruptWindow => 2,
-        Exit::Iret => 3,
-        Exit::Cpuid => 4,
-        Exit::Halt => 5,
-        Exit::ReadMsr => 6,
-        Exit::WriteMsr => 7,
-        Exit::Port(_) => 8,
-        Exit::NestedFault(_) => 9,
-        Exit::Hypercall => 10,
-        Exit::CacheFlush => 11,
-        Exit::Undefined => 12,
-        Exit::NoCounters => 13,
-        Exit::SetExtendedControl => 14,
-        Exit::Shutdown => 15,
-        Exit::Invalid => 16,
-        Exit::Unexpected => 17,
-    }
+    let direction = if info1 & 1 != 0 { Direction::In } else { Direction::Out };
+    Some(PortAccess { port: (info1 >> 16) as u16, bytes, direction, string: info1 & 1 << 2 != 0, next_rip })
 }
 
 #[cfg(test)]
@@ -223,11 +75,15 @@ mod tests {
         let ins = decode_port(0x1f0 << 16 | 1 << 5 | 1 << 3 | 1 << 2 | 1, 0).unwrap();
         assert_eq!((ins.port, ins.bytes, ins.direction, ins.string), (0x1f0, 2, Direction::In, true));
         assert_eq!(decode_port(3 << 4, 0), None);
+        assert_eq!(decode(0x7b, 3 << 4, 0), Exit::Unexpected);
     }
 
     #[test]
-    fn fault_codes_are_told_apart() {
-        let walk = NestedFault { gpa: 0x1000, code: 1 << 33 | 0b111 };
-        assert!(walk.guest_walk() && walk.present() && walk.write() && !walk.fetch() && !walk.reserved());
+    fn faults_are_decoded() {
+        let fault = |info1| decode_fault(info1, 0x1234);
+        assert_eq!(fault(1 << 32 | 0b100), Fault { gpa: Gpa(0x1234), access: Access::Read, cause: Cause::Translation });
+        assert_eq!(fault(1 << 33 | 0b111).access, Access::Write);
+        assert_eq!(fault(1 << 32 | 1 << 4).access, Access::Execute);
+        assert_eq!(fault(1 << 32 | 1 << 3 | 1).cause, Cause::Reserved);
     }
 }

@@ -14,7 +14,7 @@ use core::arch::x86_64::__cpuid;
 use crate::cpu::instructions;
 use crate::memory::frames;
 
-pub use vcpu::{Event, Vcpu};
+pub use vcpu::Vcpu;
 
 const MSR_EFER: u32 = 0xc000_0080;
 const MSR_VM_CR: u32 = 0xc001_0114;

@@ -22,12 +22,20 @@
 use alloc::boxed::Box;
 use core::ptr;
 
+use nestling::Hpa;
+use nestling_control::message::{self, Registers};
+
 use super::entry::{self, Switch};
-use super::exit::{self, Exit};
+use super::exit;
 use super::permission::Maps;
-use super::vmcb::{Intercepts1, Intercepts2, NESTED_PAGING, Save, TlbControl, Vmcb, virtual_interrupt};
+use super::vmcb::{Intercepts1, Intercepts2, NESTED_PAGING, Save, Segment, TlbControl, Vmcb, virtual_interrupt};
 use super::{EFER_SVME, Features};
+use crate::guest::{VcpuInit, entry as start};
 use crate::memory::frames::{self, FRAME};
+use crate::vm::exit::{Exit, Intercepted, Raised, RawExit};
+use crate::vm::guest_cpu::GuestCpu;
+use crate::vm::policy::msr::VmcbMsrs;
+use crate::vm::policy::msr_list::VmcbField;
 
 const RFLAGS_IF: u64 = 1 << 9;
 const RFLAGS_FIXED: u64 = 1 << 1;
@@ -35,8 +43,9 @@ const CR0_RESET: u64 = 0x6000_0010;
 const PAT_RESET: u64 = 0x0007_0406_0007_0406;
 /// The guest's ASID. One VM, one vCPU a CPU: the number only has to differ from the host's, 0.
 const ASID: u32 = 1;
-/// Machine checks belong to the host.
-const MACHINE_CHECK: u32 = 1 << 18;
+/// #DB and #AC, so that their delivery can't loop ([`Intercepted`]), and #MC, which is the host's.
+const EXCEPTIONS: u32 = 1 << 1 | 1 << 17 | 1 << 18;
+const RSI: usize = 6;
 
 /// EVENTINJ and EXITINTINFO (15.20).
 mod event {
@@ -47,16 +56,6 @@ mod event {
     pub(super) const EXCEPTION: u64 = 3 << 8;
     pub(super) const SOFTWARE: u64 = 4 << 8;
     pub(super) const KIND: u64 = 7 << 8;
-    pub(super) const CODE_SHIFT: u32 = 32;
-}
-
-/// Something to raise in the guest.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Event {
-    /// #UD.
-    InvalidOpcode,
-    /// #GP(0).
-    GeneralProtection,
 }
 
 /// One virtual CPU.
@@ -72,7 +71,6 @@ pub struct Vcpu {
     /// An NMI was delivered and IRET has not been seen since.
     nmi_masked: bool,
     flush: bool,
-    exit: Exit,
 }
 
 // SAFETY: the pages behind the pointers belong to this value alone, wherever it is.
@@ -94,16 +92,7 @@ impl Vcpu {
         }
         let switch = Box::new(Switch { fx: [0; 512], registers: [0; 16], guest, host });
         let vmcb = ptr::with_exposed_provenance_mut(guest as usize);
-        let mut vcpu = Self {
-            switch,
-            vmcb,
-            features,
-            latched: None,
-            event: 0,
-            nmi_masked: false,
-            flush: true,
-            exit: Exit::Invalid,
-        };
+        let mut vcpu = Self { switch, vmcb, features, latched: None, event: 0, nmi_masked: false, flush: true };
         let control = &mut vcpu.vmcb_mut().control;
         control.intercepts_1 = (Intercepts1::INTR
             | Intercepts1::NMI
@@ -119,7 +108,7 @@ impl Vcpu {
             | Intercepts1::SHUTDOWN)
             .bits();
         control.intercepts_2 = Intercepts2::all().bits();
-        control.exceptions = MACHINE_CHECK;
+        control.exceptions = EXCEPTIONS;
         control.io_map = maps.io();
         control.msr_map = maps.msr();
         control.asid = ASID;
@@ -140,7 +129,7 @@ impl Vcpu {
     }
 
     /// The state after INIT (14.1.3), with the reset vector.
-    pub fn reset(&mut self) {
+    fn reset(&mut self) {
         (self.latched, self.event, self.nmi_masked) = (None, 0, false);
         self.switch.registers = [0; 16];
         self.switch.fx = [0; 512];
@@ -152,13 +141,13 @@ impl Vcpu {
         control.intercepts_1 &= !(Intercepts1::VINTR | Intercepts1::IRET).bits();
         // SAFETY: all zeros is a valid `Save`.
         self.vmcb_mut().save = unsafe { core::mem::zeroed() };
-        let data = super::vmcb::Segment { selector: 0, attributes: 0x093, limit: 0xffff, base: 0 };
+        let data = Segment { selector: 0, attributes: 0x093, limit: 0xffff, base: 0 };
         let save = self.save_mut();
         (save.es, save.ss, save.ds, save.fs, save.gs) = (data, data, data, data, data);
-        save.cs = super::vmcb::Segment { selector: 0xf000, attributes: 0x09b, limit: 0xffff, base: 0xffff_0000 };
+        save.cs = Segment { selector: 0xf000, attributes: 0x09b, limit: 0xffff, base: 0xffff_0000 };
         (save.gdtr.limit, save.idtr.limit) = (0xffff, 0xffff);
-        save.ldtr = super::vmcb::Segment { selector: 0, attributes: 0x082, limit: 0xffff, base: 0 };
-        save.tr = super::vmcb::Segment { selector: 0, attributes: 0x08b, limit: 0xffff, base: 0 };
+        save.ldtr = Segment { selector: 0, attributes: 0x082, limit: 0xffff, base: 0 };
+        save.tr = Segment { selector: 0, attributes: 0x08b, limit: 0xffff, base: 0 };
         save.efer = EFER_SVME;
         save.cr0 = CR0_RESET;
         (save.dr6, save.dr7) = (0xffff_0ff0, 0x400);
@@ -169,119 +158,12 @@ impl Vcpu {
         self.flush = true;
     }
 
-    /// The state-save area.
-    #[must_use]
-    pub fn save(&self) -> &Save {
+    fn save(&self) -> &Save {
         &self.vmcb().save
     }
 
-    /// The state-save area, to change.
-    pub fn save_mut(&mut self) -> &mut Save {
+    fn save_mut(&mut self) -> &mut Save {
         &mut self.vmcb_mut().save
-    }
-
-    /// A general register by its encoding.
-    #[must_use]
-    pub fn register(&self, index: usize) -> u64 {
-        match index {
-            0 => self.save().rax,
-            4 => self.save().rsp,
-            _ => self.switch.registers[index],
-        }
-    }
-
-    /// Sets a general register by its encoding.
-    pub fn set_register(&mut self, index: usize, value: u64) {
-        match index {
-            0 => self.save_mut().rax = value,
-            4 => self.save_mut().rsp = value,
-            _ => self.switch.registers[index] = value,
-        }
-    }
-
-    /// RAX.
-    #[inline]
-    #[must_use]
-    pub fn rax(&self) -> u64 {
-        self.save().rax
-    }
-
-    /// Moves RIP behind an instruction that was handled, of `length` bytes if the CPU does not say so itself.
-    #[inline]
-    pub fn advance(&mut self, length: u64) {
-        let next_rip = self.features.next_rip();
-        let vmcb = self.vmcb_mut();
-        let next = if next_rip && vmcb.control.next_rip != 0 {
-            vmcb.control.next_rip
-        } else {
-            vmcb.save.rip.wrapping_add(length)
-        };
-        self.advance_to(next);
-    }
-
-    /// Moves RIP behind an instruction that was handled. An instruction ends the shadow of the one before (15.21.5).
-    #[inline]
-    pub fn advance_to(&mut self, rip: u64) {
-        let vmcb = self.vmcb_mut();
-        vmcb.save.rip = rip;
-        vmcb.control.shadow = 0;
-    }
-
-    /// Takes this CPU for this vCPU: stores the host's state that the switch will load back.
-    pub fn bind(&mut self) {
-        // SAFETY: the page is this vCPU's; SVM is on wherever a vCPU is run.
-        unsafe { entry::save_host(self.switch.host) };
-        self.flush = true;
-    }
-
-    /// What the CPU adds to its TSC while the guest runs.
-    pub fn set_tsc_offset(&mut self, offset: u64) {
-        self.vmcb_mut().control.tsc_offset = offset;
-    }
-
-    /// Points the vCPU at a nested page table; a new root starts with an empty TLB.
-    #[inline]
-    pub fn set_root(&mut self, root: u64) {
-        if self.vmcb().control.nested_root != root {
-            self.vmcb_mut().control.nested_root = root;
-            self.flush = true;
-        }
-    }
-
-    /// The nested page table's root.
-    #[must_use]
-    pub fn root(&self) -> u64 {
-        self.vmcb().control.nested_root
-    }
-
-    /// Drops all of the vCPU's translations before the next instruction.
-    #[inline]
-    pub fn flush(&mut self) {
-        self.flush = true;
-    }
-
-    /// Runs the guest until it exits.
-    ///
-    /// The caller has set a root, runs with interrupts off on the CPU that [`Vcpu::bind`] was called on, and takes the
-    /// physical interrupt behind [`Exit::Interrupt`].
-    #[inline]
-    pub fn run(&mut self) -> Exit {
-        let tlb = match (self.flush, self.features.flush_by_asid()) {
-            (false, _) => TlbControl::Keep,
-            (true, true) => TlbControl::FlushAsid,
-            (true, false) => TlbControl::FlushAll,
-        };
-        self.flush = false;
-        let event = core::mem::take(&mut self.event);
-        let control = &mut self.vmcb_mut().control;
-        control.event = event;
-        control.tlb_control = tlb as u32;
-        // SAFETY: `bind` was called on this CPU, so SVM is on; the controls set in `new` let the guest touch nothing but
-        // what the nested table maps; both pages belong to this value.
-        unsafe { entry::enter(&mut self.switch) };
-        self.settle_events();
-        self.exit = exit::decode(&self.vmcb().control);
-        self.exit
     }
 
     /// After an exit: what was on its way in, and has it arrived?
@@ -321,24 +203,100 @@ impl Vcpu {
             | virtual_interrupt::REQUEST
             | u64::from(vector) << virtual_interrupt::VECTOR_SHIFT;
     }
+}
 
-    /// Whether an external interrupt given now would be taken before the next instruction.
+impl GuestCpu for Vcpu {
+    fn register(&self, index: usize) -> u64 {
+        match index {
+            0 => self.save().rax,
+            4 => self.save().rsp,
+            _ => self.switch.registers[index],
+        }
+    }
+
+    fn set_register(&mut self, index: usize, value: u64) {
+        match index {
+            0 => self.save_mut().rax = value,
+            4 => self.save_mut().rsp = value,
+            _ => self.switch.registers[index] = value,
+        }
+    }
+
     #[inline]
-    #[must_use]
-    pub fn can_take_interrupt(&self) -> bool {
+    fn advance(&mut self, length: u64) {
+        let next_rip = self.features.next_rip();
+        let vmcb = self.vmcb_mut();
+        let next = if next_rip && vmcb.control.next_rip != 0 {
+            vmcb.control.next_rip
+        } else {
+            vmcb.save.rip.wrapping_add(length)
+        };
+        self.advance_to(next);
+    }
+
+    #[inline]
+    fn advance_to(&mut self, rip: u64) {
+        let vmcb = self.vmcb_mut();
+        vmcb.save.rip = rip;
+        vmcb.control.shadow = 0;
+    }
+
+    fn bind(&mut self) {
+        // SAFETY: the page is this vCPU's; SVM is on wherever a vCPU is run.
+        unsafe { entry::save_host(self.switch.host) };
+        self.flush = true;
+    }
+
+    fn set_tsc_offset(&mut self, offset: u64) {
+        self.vmcb_mut().control.tsc_offset = offset;
+    }
+
+    #[inline]
+    fn set_root(&mut self, root: Hpa) {
+        if self.vmcb().control.nested_root != root.0 {
+            self.vmcb_mut().control.nested_root = root.0;
+            self.flush = true;
+        }
+    }
+
+    #[inline]
+    fn flush(&mut self) {
+        self.flush = true;
+    }
+
+    #[inline]
+    fn run(&mut self) -> Exit {
+        let tlb = match (self.flush, self.features.flush_by_asid()) {
+            (false, _) => TlbControl::Keep,
+            (true, true) => TlbControl::FlushAsid,
+            (true, false) => TlbControl::FlushAll,
+        };
+        self.flush = false;
+        let event = core::mem::take(&mut self.event);
+        let control = &mut self.vmcb_mut().control;
+        control.event = event;
+        control.tlb_control = tlb as u32;
+        // SAFETY: `bind` was called on this CPU, so SVM is on; the controls set in `new` let the guest touch nothing but
+        // what the nested table maps; both pages belong to this value.
+        unsafe { entry::enter(&mut self.switch) };
+        self.settle_events();
+        let RawExit { code, info1, info2 } = self.raw_exit();
+        exit::decode(code, info1, info2)
+    }
+
+    #[inline]
+    fn can_take_interrupt(&self) -> bool {
         let vmcb = self.vmcb();
         self.latched.is_none() && self.event == 0 && vmcb.save.rflags & RFLAGS_IF != 0 && vmcb.control.shadow & 1 == 0
     }
 
-    /// Gives an external interrupt. Only when [`Vcpu::can_take_interrupt`].
     #[inline]
-    pub fn interrupt(&mut self, vector: u8) {
+    fn interrupt(&mut self, vector: u8) {
         self.close_interrupt_window();
         self.latch(vector);
     }
 
-    /// Asks for an [`Exit::InterruptWindow`] when an interrupt can be taken.
-    pub fn open_interrupt_window(&mut self) {
+    fn open_interrupt_window(&mut self) {
         if self.latched.is_none() {
             let control = &mut self.vmcb_mut().control;
             control.intercepts_1 |= Intercepts1::VINTR.bits();
@@ -346,9 +304,8 @@ impl Vcpu {
         }
     }
 
-    /// Takes the wish back, or ends it when it was answered.
     #[inline]
-    pub fn close_interrupt_window(&mut self) {
+    fn close_interrupt_window(&mut self) {
         let latched = self.latched.is_some();
         let control = &mut self.vmcb_mut().control;
         if control.intercepts_1 & Intercepts1::VINTR.bits() != 0 {
@@ -359,61 +316,148 @@ impl Vcpu {
         }
     }
 
-    /// Whether an NMI can be delivered now.
-    #[must_use]
-    pub fn can_take_nmi(&self) -> bool {
+    fn can_take_nmi(&self) -> bool {
         self.event == 0 && !self.nmi_masked && self.vmcb().control.shadow & 1 == 0
     }
 
-    /// Delivers an NMI. Only when [`Vcpu::can_take_nmi`]. Until the guest's IRET no other can be taken.
-    pub fn nmi(&mut self) {
+    fn nmi(&mut self) {
         self.event = event::VALID | event::NMI | 2;
         self.nmi_masked = true;
         self.vmcb_mut().control.intercepts_1 |= Intercepts1::IRET.bits();
     }
 
-    /// The guest's IRET ends the masking of NMIs. (One could come just before the IRET completes; it then nests once.)
-    pub fn nmi_done(&mut self) {
+    fn nmi_done(&mut self) {
         self.nmi_masked = false;
         self.vmcb_mut().control.intercepts_1 &= !Intercepts1::IRET.bits();
     }
 
-    /// Raises an exception at the current instruction.
-    pub fn raise(&mut self, raised: Event) {
+    fn raise(&mut self, raised: Raised) {
         self.event = event::VALID
             | event::EXCEPTION
             | match raised {
-                Event::InvalidOpcode => 6,
-                Event::GeneralProtection => event::HAS_CODE | 13 | 0 << event::CODE_SHIFT,
+                Raised::InvalidOpcode => 6,
+                Raised::GeneralProtection => event::HAS_CODE | 13,
+                Raised::Again(Intercepted::Debug) => 1,
+                // The code of #AC is always 0.
+                Raised::Again(Intercepted::AlignmentCheck) => event::HAS_CODE | 17,
             };
     }
 
-    /// Whether the guest, if it halts now, would wake by what is already on its way.
-    #[must_use]
-    pub fn has_event(&self) -> bool {
+    fn has_event(&self) -> bool {
         self.latched.is_some() || self.event != 0
     }
 
-    /// The guest's task priority as CR8 has it (bits 3:0).
     #[inline]
-    #[must_use]
-    pub fn task_priority(&self) -> u8 {
+    fn task_priority(&self) -> u8 {
         (self.vmcb().control.virtual_interrupt & 0xf) as u8
     }
 
-    /// Sets CR8.
     #[inline]
-    pub fn set_task_priority(&mut self, priority: u8) {
+    fn set_task_priority(&mut self, priority: u8) {
         let control = &mut self.vmcb_mut().control;
         control.virtual_interrupt = control.virtual_interrupt & !virtual_interrupt::TPR | u64::from(priority & 0xf);
     }
 
-    /// Raw exit code and details, for reports.
-    #[must_use]
-    pub fn raw_exit(&self) -> (u64, u64, u64) {
+    fn raw_exit(&self) -> RawExit {
         let control = &self.vmcb().control;
-        (control.exit_code, control.exit_info_1, control.exit_info_2)
+        RawExit { code: control.exit_code, info1: control.exit_info_1, info2: control.exit_info_2 }
     }
+
+    fn load(&mut self, init: &VcpuInit) {
+        self.reset();
+        self.set_register(RSI, init.rsi);
+        let save = self.save_mut();
+        let data = segment_in(&init.data);
+        (save.ds, save.es, save.fs, save.gs, save.ss) = (data, data, data, data, data);
+        (save.cs, save.tr, save.ldtr) = (segment_in(&init.cs), segment_in(&init.tr), segment_in(&init.ldtr));
+        (save.gdtr.limit, save.gdtr.base) = (u32::from(init.gdtr.limit), init.gdtr.base);
+        (save.idtr.limit, save.idtr.base) = (u32::from(init.idtr.limit), init.idtr.base);
+        (save.rip, save.rsp, save.rflags) = (init.rip, init.rsp, init.rflags);
+        (save.cr0, save.cr3, save.cr4) = (init.cr0, init.cr3, init.cr4);
+        save.efer = init.efer | EFER_SVME;
+        (save.dr6, save.dr7, save.pat) = (init.dr6, init.dr7, init.pat);
+    }
+
+    fn registers(&self) -> Registers {
+        let save = self.save();
+        let mut general = [0; 16];
+        for (index, register) in general.iter_mut().enumerate() {
+            *register = self.register(index);
+        }
+        Registers {
+            rip: save.rip,
+            rflags: save.rflags,
+            general,
+            cr0: save.cr0,
+            cr2: save.cr2,
+            cr3: save.cr3,
+            cr4: save.cr4,
+            efer: save.efer & !EFER_SVME,
+            cpl: save.cpl,
+            segments: [&save.es, &save.cs, &save.ss, &save.ds, &save.fs, &save.gs].map(segment_out),
+            tr: segment_out(&save.tr),
+            ldtr: segment_out(&save.ldtr),
+            gdtr: segment_out(&save.gdtr),
+            idtr: segment_out(&save.idtr),
+        }
+    }
+
+    #[inline]
+    fn rip(&self) -> u64 {
+        self.save().rip
+    }
+
+    fn cr4(&self) -> u64 {
+        self.save().cr4
+    }
+}
+
+impl VmcbMsrs for Vcpu {
+    fn get(&self, field: VmcbField) -> u64 {
+        let save = self.save();
+        match field {
+            VmcbField::Cr0 => save.cr0,
+            VmcbField::Efer => save.efer & !EFER_SVME,
+            VmcbField::Pat => save.pat,
+            VmcbField::Star => save.star,
+            VmcbField::Lstar => save.lstar,
+            VmcbField::Cstar => save.cstar,
+            VmcbField::Sfmask => save.sfmask,
+            VmcbField::KernelGsBase => save.kernel_gs_base,
+            VmcbField::FsBase => save.fs.base,
+            VmcbField::GsBase => save.gs.base,
+            VmcbField::SysenterCs => save.sysenter_cs,
+            VmcbField::SysenterEsp => save.sysenter_esp,
+            VmcbField::SysenterEip => save.sysenter_eip,
+        }
+    }
+
+    fn set(&mut self, field: VmcbField, value: u64) {
+        let save = self.save_mut();
+        match field {
+            VmcbField::Cr0 => {}
+            VmcbField::Efer => save.efer = value | EFER_SVME,
+            VmcbField::Pat => save.pat = value,
+            VmcbField::Star => save.star = value,
+            VmcbField::Lstar => save.lstar = value,
+            VmcbField::Cstar => save.cstar = value,
+            VmcbField::Sfmask => save.sfmask = value,
+            VmcbField::KernelGsBase => save.kernel_gs_base = value,
+            VmcbField::FsBase => save.fs.base = value,
+            VmcbField::GsBase => save.gs.base = value,
+            VmcbField::SysenterCs => save.sysenter_cs = value,
+            VmcbField::SysenterEsp => save.sysenter_esp = value,
+            VmcbField::SysenterEip => save.sysenter_eip = value,
+        }
+    }
+}
+
+fn segment_in(from: &start::Segment) -> Segment {
+    Segment { selector: from.selector, attributes: from.attributes, limit: from.limit, base: from.base }
+}
+
+fn segment_out(from: &Segment) -> message::Segment {
+    message::Segment { selector: from.selector, attributes: from.attributes, limit: from.limit, base: from.base }
 }
 
 impl Drop for Vcpu {

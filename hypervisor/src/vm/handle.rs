@@ -2,19 +2,18 @@
 
 use alloc::sync::Arc;
 
-use nestling::{Access, Cause, Fault, FaultError, Gpa, Outcome};
+use nestling::{Access, Fault, FaultError, Outcome};
 use nestling_control::message::DeathReason;
 
+use super::exit::{Direction, Exit, PortAccess, Raised, RawExit};
+use super::guest_cpu::GuestCpu;
 use super::policy;
 use super::policy::cpuid::{CpuidContext, CpuidPolicy};
 use super::policy::kvmclock::write_wall_clock;
-use super::policy::msr::{MsrEffect, MsrState, UnknownMsr, VmcbMsrs};
-use super::policy::msr_list::VmcbField;
+use super::policy::msr::{MsrEffect, MsrState, UnknownMsr};
 use super::vcpu::Vcpu;
 use crate::cpu::instructions;
 use crate::devices::{Gp, Now, Width};
-use crate::svm::exit::{Direction, Exit, NestedFault, PortAccess};
-use crate::svm::{self, EFER_SVME, Event};
 
 /// Lengths of instructions that have no prefixes worth the name; used where the CPU does not give the next RIP.
 mod length {
@@ -53,52 +52,12 @@ pub(super) struct Policy {
     pub(super) wall_clock_s: u64,
 }
 
-impl VmcbMsrs for svm::Vcpu {
-    fn get(&self, field: VmcbField) -> u64 {
-        let save = self.save();
-        match field {
-            VmcbField::Cr0 => save.cr0,
-            VmcbField::Efer => save.efer & !EFER_SVME,
-            VmcbField::Pat => save.pat,
-            VmcbField::Star => save.star,
-            VmcbField::Lstar => save.lstar,
-            VmcbField::Cstar => save.cstar,
-            VmcbField::Sfmask => save.sfmask,
-            VmcbField::KernelGsBase => save.kernel_gs_base,
-            VmcbField::FsBase => save.fs.base,
-            VmcbField::GsBase => save.gs.base,
-            VmcbField::SysenterCs => save.sysenter_cs,
-            VmcbField::SysenterEsp => save.sysenter_esp,
-            VmcbField::SysenterEip => save.sysenter_eip,
-        }
-    }
-
-    fn set(&mut self, field: VmcbField, value: u64) {
-        let save = self.save_mut();
-        match field {
-            VmcbField::Cr0 => {}
-            VmcbField::Efer => save.efer = value | EFER_SVME,
-            VmcbField::Pat => save.pat = value,
-            VmcbField::Star => save.star = value,
-            VmcbField::Lstar => save.lstar = value,
-            VmcbField::Cstar => save.cstar = value,
-            VmcbField::Sfmask => save.sfmask = value,
-            VmcbField::KernelGsBase => save.kernel_gs_base = value,
-            VmcbField::FsBase => save.fs.base = value,
-            VmcbField::GsBase => save.gs.base = value,
-            VmcbField::SysenterCs => save.sysenter_cs = value,
-            VmcbField::SysenterEsp => save.sysenter_esp = value,
-            VmcbField::SysenterEip => save.sysenter_eip = value,
-        }
-    }
-}
-
-impl Vcpu {
+impl<C: GuestCpu> Vcpu<C> {
     /// Handles an exit other than a physical interrupt.
     #[inline]
     pub(super) fn handle(&mut self, exit: Exit) -> Result<Next, FaultError> {
         match exit {
-            Exit::NestedFault(fault) => return self.nested_fault(fault),
+            Exit::Fault(fault) => return self.second_stage_fault(fault),
             Exit::Port(access) => return Ok(self.port(access)),
             Exit::WriteMsr => self.write_msr(),
             Exit::ReadMsr => self.read_msr(),
@@ -107,35 +66,38 @@ impl Vcpu {
                 self.cpu.advance(length::HLT);
                 return Ok(Next::Halt);
             }
-            Exit::InterruptWindow => self.cpu.close_interrupt_window(),
+            Exit::InterruptWindow => {
+                self.cpu.close_interrupt_window();
+                self.attend = true;
+            }
             Exit::Iret => self.cpu.nmi_done(),
             // Both came for the host; an NMI was taken when the exit set GIF again.
             Exit::Interrupt | Exit::Nmi => {}
             Exit::CacheFlush => self.cpu.advance(length::INVD_WBINVD),
-            Exit::Undefined | Exit::Hypercall | Exit::SetExtendedControl => self.cpu.raise(Event::InvalidOpcode),
-            Exit::NoCounters => self.cpu.raise(Event::GeneralProtection),
+            Exit::Undefined | Exit::Hypercall | Exit::SetExtendedControl => self.cpu.raise(Raised::InvalidOpcode),
+            Exit::Exception(exception) => self.cpu.raise(Raised::Again(exception)),
+            Exit::NoCounters => self.cpu.raise(Raised::GeneralProtection),
             Exit::Shutdown => return Ok(Next::Die(DeathReason::TripleFault)),
             Exit::Invalid | Exit::Unexpected => {
-                let (code, info1, info2) = self.cpu.raw_exit();
-                return Ok(Next::Die(DeathReason::UnexpectedExit { code, info1, info2 }));
+                return Ok(self.unexpected());
             }
         }
         Ok(Next::Continue)
     }
 
+    #[cold]
+    fn unexpected(&self) -> Next {
+        let RawExit { code, info1, info2 } = self.cpu.raw_exit();
+        Next::Die(DeathReason::UnexpectedExit { code, info1, info2 })
+    }
+
     #[inline]
-    fn nested_fault(&mut self, fault: NestedFault) -> Result<Next, FaultError> {
-        let access = match (fault.fetch(), fault.write()) {
-            (true, _) => Access::Execute,
-            (_, true) => Access::Write,
-            _ => Access::Read,
-        };
-        let cause = if fault.reserved() { Cause::Reserved } else { Cause::Translation };
-        let outcome = self.memory.fault(Fault { gpa: Gpa(fault.gpa), access, cause })?;
-        Ok(match outcome {
+    fn second_stage_fault(&mut self, fault: Fault) -> Result<Next, FaultError> {
+        Ok(match self.memory.fault(fault)? {
             Outcome::Fixed { .. } | Outcome::Spurious | Outcome::Retry => Next::Continue,
             Outcome::Mmio | Outcome::ReadOnly => {
-                Next::Die(DeathReason::MmioWithoutDevice { gpa: fault.gpa, write: fault.write() })
+                let write = fault.access == Access::Write;
+                Next::Die(DeathReason::MmioWithoutDevice { gpa: fault.gpa.0, write })
             }
         })
     }
@@ -143,10 +105,9 @@ impl Vcpu {
     #[inline]
     fn port(&mut self, access: PortAccess) -> Next {
         let Some(width) = Width::from_bytes(usize::from(access.bytes)).filter(|_| !access.string) else {
-            let (code, info1, info2) = self.cpu.raw_exit();
-            return Next::Die(DeathReason::UnexpectedExit { code, info1, info2 });
+            return self.unexpected();
         };
-        let rax = self.cpu.rax();
+        let rax = self.cpu.register(RAX);
         let port = access.port;
         match access.direction {
             Direction::Out => {
@@ -164,9 +125,9 @@ impl Vcpu {
     }
 
     fn cpuid(&mut self) {
-        let (leaf, subleaf) = (self.cpu.rax() as u32, self.cpu.register(RCX) as u32);
+        let (leaf, subleaf) = (self.cpu.register(RAX) as u32, self.cpu.register(RCX) as u32);
         // XSAVE is not offered, so XCR0 is what it is after reset: x87 only.
-        let context = CpuidContext { apic_id: self.lapic.id(), cr4: self.cpu.save().cr4, xcr0: 1 };
+        let context = CpuidContext { apic_id: self.lapic.id(), cr4: self.cpu.cr4(), xcr0: 1 };
         let regs = self.policy.cpuid.query(leaf, subleaf, context);
         for (register, value) in [(RAX, regs.eax), (RBX, regs.ebx), (RCX, regs.ecx), (RDX, regs.edx)] {
             self.cpu.set_register(register, u64::from(value));
@@ -189,7 +150,7 @@ impl Vcpu {
 
     fn write_msr(&mut self) {
         let msr = self.cpu.register(RCX) as u32;
-        let value = self.cpu.rax() & 0xffff_ffff | self.cpu.register(RDX) << 32;
+        let value = self.cpu.register(RAX) & 0xffff_ffff | self.cpu.register(RDX) << 32;
         let now = self.now();
         match policy::msr::wrmsr(&mut self.policy.msrs, &mut self.lapic, &mut self.cpu, now, msr, value) {
             Ok(effect) => {
@@ -201,9 +162,9 @@ impl Vcpu {
     }
 
     fn refuse_msr(&mut self) {
-        self.cpu.raise(Event::GeneralProtection);
+        self.cpu.raise(Raised::GeneralProtection);
         if let Some(unknown) = self.policy.msrs.take_unknown() {
-            let rip = self.cpu.save().rip;
+            let rip = self.cpu.rip();
             let UnknownMsr { msr, direction } = unknown;
             self.vm.surprise(format_args!(
                 "the guest used MSR {msr:#x}, which it does not have: {direction:?} at {rip:#x}"
@@ -214,8 +175,9 @@ impl Vcpu {
     /// Carries on what a write to an MSR began.
     fn msr_effect(&mut self, effect: MsrEffect) {
         match effect {
-            MsrEffect::None | MsrEffect::Interrupts => {}
-            MsrEffect::Timer => self.timer_changed = true,
+            MsrEffect::None => {}
+            MsrEffect::Interrupts => self.attend = true,
+            MsrEffect::Timer => (self.timer_changed, self.attend) = (true, true),
             MsrEffect::Ipi(command) => self.vm.send(self.lapic.id(), &command),
             MsrEffect::TscOffset => {
                 self.cpu.set_tsc_offset(self.policy.msrs.tsc_offset());

@@ -16,7 +16,7 @@ use core::arch::x86_64::{__cpuid, __cpuid_count, CpuidResult};
 use core::fmt::Display;
 use core::sync::atomic::{AtomicUsize, Ordering};
 
-use nestling::{Config, Counters, GfnRange, Gpa, Level, Mmu, SlotConfig, SlotFlags, SlotId};
+use nestling::{Config, Counters, GfnRange, Gpa, Hpa, Level, Mmu, SlotConfig, SlotFlags, SlotId};
 use nestling_control::bundle::Bundle;
 use nestling_control::config::{HugePages, RunConfig};
 use nestling_control::message::{
@@ -24,6 +24,7 @@ use nestling_control::message::{
 };
 use spin::Mutex;
 
+use super::exit;
 use super::handle::Policy;
 use super::policy::cpuid::{CpuidConfig, CpuidPolicy, CpuidRegs, HostCpuid};
 use super::policy::msr::{MsrConfig, MsrState};
@@ -40,12 +41,12 @@ use crate::guest::{LinuxConfig, VcpuInit, load_linux};
 use crate::memory::embedder::{self, Machine};
 use crate::memory::frames;
 use crate::memory::guest::{self, ChunkSize, GuestRam};
-use crate::svm::{self, exit, permission::Maps};
+use crate::svm::{self, permission::Maps};
 
 /// How often CPU 0 looks at its ports while nobody wakes it.
 const TICK_US: u64 = 2_000;
 /// How long the vCPUs may take to leave.
-const LEAVE_LIMIT_US: u64 = 5_000_000;
+const LEAVE_LIMIT_US: u64 = 20_000_000;
 /// Memory that must be free beside the guest's RAM: tables, vCPUs, queues.
 const RESERVE_BYTES: u64 = 16 << 20;
 
@@ -248,9 +249,9 @@ impl Vm<'_> {
         shared.try_with_ports(|platform, now| platform.poll(now));
         let mut remains: Vec<Remains> = left.iter().filter_map(|slot| slot.lock().take()).collect();
         let counters = self.mmu.counters();
-        let root = remains.iter().map(|r| r.root).find(|&root| root != 0);
+        let root = remains.iter().map(|r| r.root).find(|&root| root != Hpa(0));
         // SAFETY: no vCPU runs, `remains` holds the roots, nobody else changes the tables.
-        let touched_bytes = root.map_or(0, |root| unsafe { walk::accessed_bytes(root) });
+        let touched_bytes = root.map_or(0, |root| unsafe { walk::accessed_bytes(root.0) });
         let states = super::vcpu::states(&mut remains);
         let exits = exits(&remains);
         let (cause, ready) = (shared.cause(), shared.ready());

@@ -12,9 +12,11 @@ use core::sync::atomic::Ordering;
 use alloc::sync::Arc;
 use alloc::vec::Vec;
 
-use nestling::{FaultError, VcpuId};
+use nestling::{FaultError, Hpa, VcpuId};
 use nestling_control::message::{DeathReason, VcpuState};
 
+use super::exit::{self, Exit};
+use super::guest_cpu::GuestCpu;
 use super::handle::{MSR_TSC_AUX, Next, Policy};
 use super::ring::Ring;
 use super::shared::{End, Place, Shared};
@@ -22,20 +24,21 @@ use crate::cpu::{apic, clock, instructions, local};
 use crate::devices::lapic::{Lapic, LapicConfig};
 use crate::guest::VcpuInit;
 use crate::memory::embedder::Machine;
-use crate::svm;
-use crate::svm::exit::{self, Exit};
+
+/// What a local APIC answers when it has nothing after all.
+const SPURIOUS: u8 = 0xff;
 
 /// What is left of a vCPU when it has stopped.
 #[derive(Debug)]
 pub struct Remains {
-    /// Exits by [`exit::index`].
+    /// Exits by [`Exit::index`].
     pub exits: [u64; exit::KINDS],
     /// Its state, if the guest died and the vCPU was ever started.
     pub state: Option<VcpuState>,
     /// The library's vCPU: its tables and counters are there until this is dropped.
     pub memory: nestling::Vcpu<Machine>,
-    /// The root it ran on last.
-    pub root: u64,
+    /// The root it ran on last; 0 if it never ran.
+    pub root: Hpa,
 }
 
 /// Whether the vCPU runs instructions.
@@ -51,14 +54,16 @@ pub(super) enum Activity {
 
 /// One vCPU.
 #[derive(Debug)]
-pub struct Vcpu {
+pub struct Vcpu<C> {
     pub(super) number: usize,
     pub(super) vm: Arc<Shared>,
-    pub(super) cpu: svm::Vcpu,
+    pub(super) cpu: C,
     pub(super) memory: nestling::Vcpu<Machine>,
     pub(super) lapic: Lapic,
     pub(super) policy: Policy,
     pub(super) activity: Activity,
+    /// There may be an event to deliver.
+    pub(super) attend: bool,
     /// The guest's next deadline may have changed.
     pub(super) timer_changed: bool,
     nmi_pending: bool,
@@ -68,14 +73,15 @@ pub struct Vcpu {
     ports_seen: u64,
     exits: [u64; exit::KINDS],
     ring: Ring,
-    root: u64,
+    pub(super) last_exit: Exit,
+    root: Hpa,
     started: bool,
 }
 
-impl Vcpu {
+impl<C: GuestCpu> Vcpu<C> {
     /// A vCPU that waits to be started; `None` without memory, or if the number is taken.
     #[must_use]
-    pub(super) fn new(number: usize, vm: &Arc<Shared>, mut cpu: svm::Vcpu, policy: Policy) -> Option<Self> {
+    pub(super) fn new(number: usize, vm: &Arc<Shared>, mut cpu: C, policy: Policy) -> Option<Self> {
         let memory = vm.mmu.vcpu(VcpuId(number as u16))?;
         cpu.set_tsc_offset(policy.msrs.tsc_offset());
         let config = LapicConfig { apic_id: number as u32, bootstrap: number == 0, tsc_khz: clock::tsc_khz() };
@@ -87,20 +93,22 @@ impl Vcpu {
             lapic: Lapic::new(config),
             policy,
             activity: Activity::WaitingForStartup,
+            attend: true,
             timer_changed: true,
             nmi_pending: false,
             armed: u64::MAX,
             ports_seen: u64::MAX,
             exits: [0; exit::KINDS],
             ring: Ring::default(),
-            root: 0,
+            last_exit: Exit::Interrupt,
+            root: Hpa(0),
             started: false,
         })
     }
 
     /// Makes it the first to run, in the state that a loader left.
     pub fn start(&mut self, init: &VcpuInit) {
-        super::state::load(&mut self.cpu, init);
+        self.cpu.load(init);
         self.activity = Activity::Running;
         self.started = true;
     }
@@ -150,7 +158,7 @@ impl Vcpu {
             reach.back();
             return Ok(());
         }
-        self.root = inside.root().0;
+        self.root = inside.root();
         self.cpu.set_root(self.root);
         if inside.take_flush() {
             self.cpu.flush();
@@ -158,11 +166,13 @@ impl Vcpu {
         let exit = self.cpu.run();
         drop(inside);
         reach.back();
-        self.exits[exit::index(&exit)] += 1;
-        let (code, info1, _) = self.cpu.raw_exit();
-        self.ring.note(code, self.cpu.save().rip, info1);
+        self.last_exit = exit;
+        self.exits[exit.index()] += 1;
+        let raw = self.cpu.raw_exit();
+        self.ring.note(raw.code, self.cpu.rip(), raw.info1);
         if self.cpu.task_priority() != self.lapic.cr8() {
             self.lapic.set_cr8(self.cpu.task_priority());
+            self.attend = true;
         }
         match exit {
             // SAFETY: ring 0, interrupts off, and no lock is held.
@@ -175,7 +185,10 @@ impl Vcpu {
     fn act_on(&mut self, exit: Exit) -> Result<(), FaultError> {
         match self.handle(exit)? {
             Next::Continue => {}
-            Next::Halt => self.activity = Activity::Halted,
+            Next::Halt => {
+                self.activity = Activity::Halted;
+                self.attend = true;
+            }
             Next::Die(reason) => self.die(reason),
         }
         Ok(())
@@ -189,17 +202,25 @@ impl Vcpu {
         if fired.load(Ordering::Relaxed) {
             fired.store(false, Ordering::Relaxed);
             self.armed = u64::MAX;
-            self.timer_changed = true;
+            (self.timer_changed, self.attend) = (true, true);
             let now = self.now();
             self.lapic.poll(now);
             if self.number == 0 && vm.ports_due() <= now.ns {
                 vm.with_ports(Some(0), |platform, now| platform.poll(now));
             }
         }
-        let pending = self.lapic.sync(&vm.vcpus[self.number].lapic);
+        if vm.vcpus[self.number].lapic.has_pending() {
+            self.receive();
+        }
+    }
+
+    /// Takes in what other vCPUs sent.
+    #[cold]
+    fn receive(&mut self) {
+        self.attend = true;
+        let pending = self.lapic.sync(&self.vm.vcpus[self.number].lapic);
         if pending.init {
             self.lapic.init();
-            self.cpu.reset();
             self.activity = Activity::WaitingForStartup;
             self.nmi_pending = false;
             self.timer_changed = true;
@@ -213,53 +234,62 @@ impl Vcpu {
     }
 
     /// Gives the guest the most important event that it can take; says whether it has something to run.
+    ///
+    /// Looks only when something may have come: what is there and could not be taken keeps `attend` set. The guest alone
+    /// can make an event that was refused acceptable (IF, the shadow, IRET, CR8), and each of these is noticed: by the
+    /// window that was asked for, or by the next look.
     #[inline]
     fn deliver(&mut self) -> bool {
+        if self.attend || (self.number == 0 && self.vm.line()) {
+            self.attend = self.deliver_one();
+        }
+        self.activity == Activity::Running || self.cpu.has_event()
+    }
+
+    /// Gives the guest one event; says whether there may be more.
+    #[cold]
+    fn deliver_one(&mut self) -> bool {
         if self.nmi_pending && self.cpu.can_take_nmi() {
             self.nmi_pending = false;
             self.cpu.nmi();
             self.activity = Activity::Running;
         }
         let external = self.number == 0 && self.vm.line() && self.lapic.accepts_extint();
-        if external || self.lapic.deliverable().is_some() {
-            if self.cpu.can_take_interrupt() {
-                let vector = if external {
-                    self.vm.with_ports(Some(0), |platform, _| platform.interrupt_acknowledge())
-                } else {
-                    self.lapic.acknowledge().unwrap_or(0)
-                };
-                self.cpu.interrupt(vector);
-                self.activity = Activity::Running;
-                // One at a time goes in; for the next the guest says when.
-                if self.lapic.deliverable().is_none() {
-                    return true;
-                }
-            }
-            if self.activity == Activity::Running {
-                self.cpu.open_interrupt_window();
-            }
+        if !external && self.lapic.deliverable().is_none() {
+            return self.nmi_pending;
         }
-        self.activity == Activity::Running || self.cpu.has_event()
+        if self.cpu.can_take_interrupt() {
+            let vector = if external {
+                self.vm.with_ports(Some(0), |platform, _| platform.interrupt_acknowledge())
+            } else {
+                self.lapic.acknowledge().unwrap_or(SPURIOUS)
+            };
+            self.cpu.interrupt(vector);
+            self.activity = Activity::Running;
+        } else if self.activity == Activity::Running {
+            self.cpu.open_interrupt_window();
+        }
+        true
     }
 
-    /// Starts the CPU's timer for what the guest waits for next.
+    /// Starts the CPU's timer for what the guest waits for next, if that may have changed.
     #[inline]
     fn arm_timer(&mut self) {
-        if self.number == 0 && !self.timer_changed {
-            self.timer_changed = self.first_has_news();
+        if self.timer_changed || (self.number == 0 && self.vm.ports_due() != self.ports_seen) {
+            self.timer_changed = false;
+            self.start_timer();
         }
-        if !self.timer_changed {
-            return;
-        }
-        self.timer_changed = false;
-        let vm = &*self.vm;
+    }
+
+    #[cold]
+    fn start_timer(&mut self) {
         let now = self.now();
         let mut due = self.lapic.next_deadline_ns(now).unwrap_or(u64::MAX);
         if self.number == 0 {
-            self.ports_seen = vm.ports_due();
+            self.ports_seen = self.vm.ports_due();
             due = due.min(self.ports_seen);
         }
-        let deadline = if due == u64::MAX { u64::MAX } else { vm.clock.tsc(due) };
+        let deadline = if due == u64::MAX { u64::MAX } else { self.vm.clock.tsc(due) };
         if deadline == self.armed {
             return;
         }
@@ -278,6 +308,7 @@ impl Vcpu {
     }
 
     /// Halts the CPU until something comes, unless something has.
+    #[cold]
     fn rest(&mut self) {
         self.arm_timer();
         let vm = &*self.vm;

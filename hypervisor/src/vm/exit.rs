@@ -1,0 +1,159 @@
+//! Why a guest was left, in no CPU vendor's numbers.
+
+use nestling::Fault;
+
+/// The direction of a port access.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Direction {
+    /// IN, INS.
+    In,
+    /// OUT, OUTS.
+    Out,
+}
+
+/// A port access.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct PortAccess {
+    /// The port.
+    pub port: u16,
+    /// Bytes: 1, 2 or 4.
+    pub bytes: u8,
+    /// Which way.
+    pub direction: Direction,
+    /// INS or OUTS: memory is the other side, not RAX.
+    pub string: bool,
+    /// Address of the instruction behind.
+    pub next_rip: u64,
+}
+
+/// An exception that is intercepted to keep the CPU in our hands, and given on to the guest.
+///
+/// A guest can make the delivery of either raise it again, for ever, without ever reaching an instruction boundary where
+/// an interrupt would end its run. An exit in each round is such a boundary.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Intercepted {
+    /// #DB.
+    Debug,
+    /// #AC.
+    AlignmentCheck,
+}
+
+/// Something to raise in the guest.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Raised {
+    /// #UD.
+    InvalidOpcode,
+    /// #GP(0).
+    GeneralProtection,
+    /// One that was intercepted.
+    Again(Intercepted),
+}
+
+/// Why a guest was left.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Exit {
+    /// A physical interrupt waits.
+    Interrupt,
+    /// A physical NMI waits.
+    Nmi,
+    /// The guest can take an interrupt now; it was asked to say so.
+    InterruptWindow,
+    /// The guest is about to execute IRET; it was asked to say so.
+    Iret,
+    /// CPUID.
+    Cpuid,
+    /// HLT.
+    Halt,
+    /// RDMSR.
+    ReadMsr,
+    /// WRMSR.
+    WriteMsr,
+    /// A port access.
+    Port(PortAccess),
+    /// A second-stage fault.
+    Fault(Fault),
+    /// VMMCALL.
+    Hypercall,
+    /// INVD or WBINVD: the guest's caches are coherent without it.
+    CacheFlush,
+    /// An instruction that this guest's CPU does not have.
+    Undefined,
+    /// RDPMC: the guest has no counters.
+    NoCounters,
+    /// XSETBV.
+    SetExtendedControl,
+    /// An exception that is only watched.
+    Exception(Intercepted),
+    /// Shutdown: a triple fault.
+    Shutdown,
+    /// The CPU found the guest's state wrong.
+    Invalid,
+    /// Anything that was not asked for.
+    Unexpected,
+}
+
+/// How many kinds there are.
+pub const KINDS: usize = 19;
+
+/// A name a kind, by [`Exit::index`].
+pub const NAMES: [&str; KINDS] = [
+    "interrupt",
+    "nmi",
+    "interrupt_window",
+    "iret",
+    "cpuid",
+    "hlt",
+    "rdmsr",
+    "wrmsr",
+    "io",
+    "npf",
+    "vmmcall",
+    "cache_flush",
+    "undefined",
+    "rdpmc",
+    "xsetbv",
+    "exception",
+    "shutdown",
+    "invalid",
+    "unexpected",
+];
+
+impl Exit {
+    /// The kind's number, for counting.
+    #[inline]
+    #[must_use]
+    pub const fn index(&self) -> usize {
+        match self {
+            Self::Interrupt => 0,
+            Self::Nmi => 1,
+            Self::InterruptWindow => 2,
+            Self::Iret => 3,
+            Self::Cpuid => 4,
+            Self::Halt => 5,
+            Self::ReadMsr => 6,
+            Self::WriteMsr => 7,
+            Self::Port(_) => 8,
+            Self::Fault(_) => 9,
+            Self::Hypercall => 10,
+            Self::CacheFlush => 11,
+            Self::Undefined => 12,
+            Self::NoCounters => 13,
+            Self::SetExtendedControl => 14,
+            Self::Exception(_) => 15,
+            Self::Shutdown => 16,
+            Self::Invalid => 17,
+            Self::Unexpected => 18,
+        }
+    }
+}
+
+/// An exit as the CPU gave it, for reports.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct RawExit {
+    /// The code.
+    pub code: u64,
+    /// First detail.
+    pub info1: u64,
+    /// Second detail.
+    pub info2: u64,
+}

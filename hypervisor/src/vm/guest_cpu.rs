@@ -1,0 +1,92 @@
+//! What a VM asks of the CPU's virtualisation extension: the one thing that [`crate::svm`] implements, and that another
+//! vendor's would implement beside it.
+//!
+//! A value of such a type is one virtual CPU: its state while it does not run, the events on their way into it, and the
+//! means to run it. It is owned by the CPU that runs it. Exits come in the terms of [`super::exit`].
+
+use core::fmt::Debug;
+
+use nestling::Hpa;
+use nestling_control::message::Registers;
+
+use super::exit::{Exit, Raised, RawExit};
+use super::policy::msr::VmcbMsrs;
+use crate::guest::VcpuInit;
+
+/// One virtual CPU.
+pub trait GuestCpu: VmcbMsrs + Debug + Send + 'static {
+    /// Takes the calling CPU for this vCPU. Once, before the first [`GuestCpu::run`], which is then called there only.
+    fn bind(&mut self);
+
+    /// Runs the guest until it exits. Interrupts are off before and after; one that ended the run is still pending.
+    fn run(&mut self) -> Exit;
+
+    /// The last exit in the CPU's own numbers.
+    fn raw_exit(&self) -> RawExit;
+
+    /// Puts the vCPU in a starting state. Everything that `init` does not name is as after reset, events are forgotten.
+    fn load(&mut self, init: &VcpuInit);
+
+    /// All registers, for a report.
+    fn registers(&self) -> Registers;
+
+    /// A general register by its encoding.
+    fn register(&self, index: usize) -> u64;
+
+    /// Sets a general register by its encoding.
+    fn set_register(&mut self, index: usize, value: u64);
+
+    /// Instruction pointer.
+    fn rip(&self) -> u64;
+
+    /// CR4.
+    fn cr4(&self) -> u64;
+
+    /// Moves behind an instruction that was handled; its length, in bytes, is used where the CPU does not tell.
+    fn advance(&mut self, length: u64);
+
+    /// Moves to `rip`, behind an instruction that was handled.
+    fn advance_to(&mut self, rip: u64);
+
+    /// Sets the root of the second-stage table. Another one than before starts with no translation cached.
+    fn set_root(&mut self, root: Hpa);
+
+    /// Drops the guest's translations before its next instruction.
+    fn flush(&mut self);
+
+    /// Sets what is added to the TSC while the guest runs.
+    fn set_tsc_offset(&mut self, offset: u64);
+
+    /// The guest's task priority as CR8 has it (0 to 15).
+    fn task_priority(&self) -> u8;
+
+    /// Sets CR8.
+    fn set_task_priority(&mut self, priority: u8);
+
+    /// Whether an external interrupt given now would be taken before the next instruction.
+    fn can_take_interrupt(&self) -> bool;
+
+    /// Gives an external interrupt. Only when [`GuestCpu::can_take_interrupt`].
+    fn interrupt(&mut self, vector: u8);
+
+    /// Asks for an [`Exit::InterruptWindow`] when an interrupt can be taken.
+    fn open_interrupt_window(&mut self);
+
+    /// Takes that wish back, or ends it when it was answered.
+    fn close_interrupt_window(&mut self);
+
+    /// Whether an NMI can be taken now.
+    fn can_take_nmi(&self) -> bool;
+
+    /// Gives an NMI. Only when [`GuestCpu::can_take_nmi`]. No other can be taken before the guest's IRET.
+    fn nmi(&mut self);
+
+    /// The guest's IRET was reached ([`Exit::Iret`]).
+    fn nmi_done(&mut self);
+
+    /// Raises an exception at the current instruction.
+    fn raise(&mut self, raised: Raised);
+
+    /// Whether an event is on its way in.
+    fn has_event(&self) -> bool;
+}
