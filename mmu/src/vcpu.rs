@@ -190,7 +190,9 @@ impl<H: Host> Vcpu<H> {
         let ticket = mmu.lock.claim(seat..seat + 1)?;
         let role = Role { level: mmu.config.root_level };
         let (mmu, cache) = (Arc::clone(mmu), TableCache::default());
-        Some(Self { mmu, ticket, id, role, roots: Loaded::default(), cache, hint: Hint::NONE, flush_owed: false })
+        // Owed from the start: this number may have been another vCPU's, which was told to flush and did not any more.
+        let flush_owed = true;
+        Some(Self { mmu, ticket, id, role, roots: Loaded::default(), cache, hint: Hint::NONE, flush_owed })
     }
 
     /// The vCPU's number.

@@ -16,8 +16,8 @@
 //! one set, and installs a mapping only after it has found, inside the lock, that the generation is still that of the
 //! set.
 //!
-//! MMIO entries carry the low bits of the generation and are stale in any other. When these bits wrap, all of them
-//! are zapped first, or one of long ago would be valid again.
+//! MMIO entries carry the low bits of the generation and are stale in any other. Before these bits come round again,
+//! all of them are zapped, or one of long ago would be valid again.
 
 mod set;
 
@@ -212,9 +212,12 @@ impl Published {
         self.old.after_grace_period(crate::reclaim::synchronize(mmu));
     }
 
-    /// Whether MMIO entries of long ago become valid with this generation unless they are zapped.
+    /// Whether MMIO entries are due to be zapped, so that none is left when its bits come round again.
+    ///
+    /// Twice a round. Faults see a new generation before the zap that it brings is done: were there only the zap at
+    /// the wrap, entries made at the wrap before would be believed in between. So they go half a round earlier.
     pub(crate) const fn wraps_mmio(&self) -> bool {
-        self.generation & MMIO_GENERATION_MASK as u64 == 0
+        self.generation & (MMIO_GENERATION_MASK >> 1) as u64 == 0
     }
 }
 
