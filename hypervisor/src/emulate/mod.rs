@@ -1,0 +1,283 @@
+//! Executing one guest instruction in software: those that touch device memory, and string I/O.
+//!
+//! Protocol. The caller has a vCPU that stopped *before* an instruction (a nested fault on device memory, or an
+//! intercepted INS or OUTS). It describes the vCPU in a [`Cpu`], lends a [`Bus`], and calls [`step`]. The answer is a
+//! register file to take over **in every case**, and what to do besides ([`End`]): nothing, raise an exception, or give up.
+//! A repeated string instruction that is not through has its registers where it got to and RIP still at it, so that the
+//! vCPU can take interrupts in between; the caller just lets the vCPU run again.
+//!
+//! What is executed is what the guest's own tables say is at RIP *now*, under the guest's own rights: the fetch and every
+//! operand are walked ([`walk`]) and segments are checked ([`operand`]). Another vCPU may have changed instruction or
+//! tables since the exit. That is the same race that the guest has with a real CPU, and nothing here depends on it having
+//! gone one way: neither the address nor the direction of the exit is used.
+//!
+//! All checks of an instruction come before its first effect. A device is read at most once for each element that an
+//! instruction moves, and never for an instruction that faults.
+//!
+//! Nothing here touches a CPU; everything is tested on the host.
+
+mod alu;
+mod execute;
+mod operand;
+mod string;
+pub mod walk;
+
+#[cfg(test)]
+mod tests;
+
+use iced_x86::{Code, Decoder, DecoderError, DecoderOptions, Instruction};
+
+use crate::guest::entry::Segment;
+use operand::Space;
+use walk::Access;
+
+/// Longest instruction (APM vol. 3, 1.1).
+const MAX_INSTRUCTION: usize = 15;
+
+const RFLAGS_RF: u64 = 1 << 16;
+const RFLAGS_VM: u64 = 1 << 17;
+const CR0_PE: u64 = 1 << 0;
+const EFER_LMA: u64 = 1 << 10;
+const SEGMENT_LONG: u16 = 1 << 9;
+const SEGMENT_BIG: u16 = 1 << 10;
+
+/// Segments in the order of their encoding, the indices of [`Cpu::segments`].
+pub(crate) mod segment {
+    pub(crate) const ES: usize = 0;
+    pub(crate) const CS: usize = 1;
+    pub(crate) const SS: usize = 2;
+    pub(crate) const DS: usize = 3;
+    pub(crate) const FS: usize = 4;
+    pub(crate) const GS: usize = 5;
+}
+
+/// The registers that an emulated instruction can change.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Registers {
+    /// By encoding: rax rcx rdx rbx rsp rbp rsi rdi r8 … r15.
+    pub general: [u64; 16],
+    /// Instruction pointer.
+    pub rip: u64,
+    /// Flags.
+    pub rflags: u64,
+}
+
+/// A vCPU as far as one instruction depends on it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Cpu {
+    /// What may change.
+    pub registers: Registers,
+    /// Control register 0.
+    pub cr0: u64,
+    /// Control register 3.
+    pub cr3: u64,
+    /// Control register 4.
+    pub cr4: u64,
+    /// EFER.
+    pub efer: u64,
+    /// Current privilege level, 0 to 3.
+    pub cpl: u8,
+    /// ES, CS, SS, DS, FS, GS.
+    pub segments: [Segment; 6],
+    /// Physical address bits of the guest's CPU.
+    pub physical_bits: u32,
+}
+
+/// Operand, address and instruction sizes by default.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CodeSize {
+    /// Real mode, virtual-8086 mode, 16-bit segments.
+    Bits16,
+    /// 32-bit segments.
+    Bits32,
+    /// 64-bit mode.
+    Bits64,
+}
+
+impl Cpu {
+    /// The mode of the code segment.
+    #[must_use]
+    pub const fn code_size(&self) -> CodeSize {
+        let cs = self.segments[segment::CS].attributes;
+        if self.efer & EFER_LMA != 0 && cs & SEGMENT_LONG != 0 {
+            CodeSize::Bits64
+        } else if self.cr0 & CR0_PE != 0 && self.registers.rflags & RFLAGS_VM == 0 && cs & SEGMENT_BIG != 0 {
+            CodeSize::Bits32
+        } else {
+            CodeSize::Bits16
+        }
+    }
+
+    /// Segments are descriptors, not paragraphs.
+    const fn protected(&self) -> bool {
+        self.cr0 & CR0_PE != 0 && self.registers.rflags & RFLAGS_VM == 0
+    }
+}
+
+/// The host could not carry out an access: it has no memory left for guest RAM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HostFailure;
+
+/// Guest-physical memory and ports, as one vCPU reaches them.
+///
+/// No access crosses a page. `bytes` is 1, 2, 4 or 8 for memory and 1, 2 or 4 for ports.
+pub trait Bus {
+    /// Reads RAM, for instructions and page tables. `false`: not all of it is RAM.
+    fn read_ram(&mut self, gpa: u64, into: &mut [u8]) -> bool;
+    /// Reads RAM or a device.
+    ///
+    /// # Errors
+    /// The host's, not the guest's: where nothing is, a bus has an answer too.
+    fn read(&mut self, gpa: u64, bytes: usize) -> Result<u64, HostFailure>;
+    /// Writes RAM or a device.
+    ///
+    /// # Errors
+    /// As [`Bus::read`].
+    fn write(&mut self, gpa: u64, bytes: usize, value: u64) -> Result<(), HostFailure>;
+    /// Replaces `old` by `new` in one step. `false`: something else is there now. A device register, which has no such
+    /// step, is written.
+    ///
+    /// # Errors
+    /// As [`Bus::read`].
+    fn compare_exchange(&mut self, gpa: u64, bytes: usize, old: u64, new: u64) -> Result<bool, HostFailure>;
+    /// Reads a port.
+    fn input(&mut self, port: u16, bytes: usize) -> u32;
+    /// Writes a port.
+    fn output(&mut self, port: u16, bytes: usize, value: u32);
+}
+
+/// An exception for the guest, RIP at the instruction that caused it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Exception {
+    /// #UD.
+    InvalidOpcode,
+    /// #SS(0).
+    Stack,
+    /// #GP(0).
+    GeneralProtection,
+    /// #PF.
+    PageFault {
+        /// The error code.
+        code: u32,
+        /// For CR2.
+        address: u64,
+    },
+    /// #AC(0).
+    AlignmentCheck,
+}
+
+/// What to do after [`step`], beside taking over the registers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum End {
+    /// Nothing: the instruction was executed, or a part of a repeated one.
+    Done,
+    /// The guest takes this exception.
+    Raise(Exception),
+    /// This is not an instruction that is emulated, or its code or a page table is not in RAM.
+    Unsupported,
+    /// The host could not carry it out.
+    Host(HostFailure),
+}
+
+/// Why an instruction stops.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stop {
+    Raise(Exception),
+    Unsupported,
+    Host(HostFailure),
+    /// Others change the same memory all the time: let the vCPU take its interrupts and try again.
+    Again,
+}
+
+impl From<Exception> for Stop {
+    fn from(exception: Exception) -> Self {
+        Self::Raise(exception)
+    }
+}
+
+impl From<HostFailure> for Stop {
+    fn from(failure: HostFailure) -> Self {
+        Self::Host(failure)
+    }
+}
+
+/// What [`step`] leaves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[must_use]
+pub struct Outcome {
+    /// The registers from here on.
+    pub registers: Registers,
+    /// What else to do.
+    pub end: End,
+    /// Bytes of the instruction; none if it could not be fetched.
+    pub instruction: [u8; MAX_INSTRUCTION],
+}
+
+/// Executes the instruction at RIP.
+pub fn step(cpu: &Cpu, bus: &mut impl Bus) -> Outcome {
+    let mut registers = cpu.registers;
+    let mut instruction = [0; MAX_INSTRUCTION];
+    let mut space = Space { cpu, bus };
+    let done = fetch(&mut space, &mut instruction).and_then(|decoded| {
+        let machine = execute::Machine { space, registers: &mut registers };
+        machine.execute(&decoded)
+    });
+    let end = match done {
+        Ok(()) => {
+            registers.rflags &= !RFLAGS_RF;
+            End::Done
+        }
+        Err(Stop::Again) => End::Done,
+        Err(Stop::Raise(exception)) => End::Raise(exception),
+        Err(Stop::Unsupported) => End::Unsupported,
+        Err(Stop::Host(failure)) => End::Host(failure),
+    };
+    Outcome { registers, end, instruction }
+}
+
+/// Fetches and decodes. The part of it that lies on a second page counts only if the instruction reaches so far.
+fn fetch<B: Bus>(space: &mut Space<'_, B>, bytes: &mut [u8; MAX_INSTRUCTION]) -> Result<Instruction, Stop> {
+    let cpu = space.cpu;
+    let size = cpu.code_size();
+    let rip = match size {
+        CodeSize::Bits64 => cpu.registers.rip,
+        CodeSize::Bits32 => cpu.registers.rip & 0xffff_ffff,
+        CodeSize::Bits16 => cpu.registers.rip & 0xffff,
+    };
+    let first = match size {
+        CodeSize::Bits64 => rip,
+        _ => cpu.segments[segment::CS].base.wrapping_add(rip) & 0xffff_ffff,
+    };
+    let on_first = (4096 - (first & 0xfff) as usize).min(MAX_INSTRUCTION);
+    let mut have = 0;
+    let mut missing = None;
+    for (from, to) in [(0, on_first), (on_first, MAX_INSTRUCTION)] {
+        if from == to {
+            continue;
+        }
+        let part = space.translate(first.wrapping_add(from as u64), Access::Execute);
+        match part {
+            Ok(gpa) if space.bus.read_ram(gpa, &mut bytes[from..to]) => have = to,
+            Ok(_) => missing = Some(Stop::Unsupported),
+            Err(stop) => missing = Some(stop),
+        }
+        if missing.is_some() {
+            break;
+        }
+    }
+    let bits = match size {
+        CodeSize::Bits16 => 16,
+        CodeSize::Bits32 => 32,
+        CodeSize::Bits64 => 64,
+    };
+    let mut decoder = Decoder::with_ip(bits, &bytes[..have], rip, DecoderOptions::AMD);
+    let decoded = decoder.decode();
+    match (decoder.last_error(), missing) {
+        (DecoderError::NoMoreBytes, Some(stop)) => Err(stop),
+        // Fifteen bytes and no end.
+        (DecoderError::NoMoreBytes, None) => Err(Exception::GeneralProtection.into()),
+        (DecoderError::InvalidInstruction, _) => Err(Exception::InvalidOpcode.into()),
+        _ if decoded.code() == Code::INVALID => Err(Exception::InvalidOpcode.into()),
+        _ => Ok(decoded),
+    }
+}

@@ -1,0 +1,167 @@
+//! Memory operands: from segment and offset to a linear address, and from there to bytes.
+//!
+//! Segments are checked by what their hidden parts hold (AMD APM vol. 2, 4.12), which is what the CPU does too. An operand
+//! that crosses a page is translated in full before its first byte moves.
+
+use super::walk::{self, Access, Paging};
+use super::{Bus, CodeSize, Cpu, Exception, Stop, segment};
+
+const CR0_AM: u64 = 1 << 18;
+const CR4_LA57: u64 = 1 << 12;
+const RFLAGS_AC: u64 = 1 << 18;
+
+const TYPE_CODE: u16 = 1 << 3;
+/// Of data: the limit is a lower bound. Of code: conforming.
+const TYPE_EXPAND_DOWN: u16 = 1 << 2;
+/// Of data: writable. Of code: readable.
+const TYPE_ACCESS: u16 = 1 << 1;
+const SEGMENT_PRESENT: u16 = 1 << 7;
+const SEGMENT_BIG: u16 = 1 << 10;
+
+const PAGE: u64 = 4096;
+/// How often an atomic update is tried while others are quicker.
+const ATTEMPTS: usize = 64;
+
+/// Where an operand is: one or two runs of guest-physical bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Place {
+    first: u64,
+    /// Bytes in the first page.
+    split: usize,
+    second: u64,
+    bytes: usize,
+}
+
+/// A vCPU's view of memory.
+pub(super) struct Space<'a, B> {
+    pub(super) cpu: &'a Cpu,
+    pub(super) bus: &'a mut B,
+}
+
+impl<B: Bus> Space<'_, B> {
+    /// Translates for an access that lies in one page.
+    pub(super) fn translate(&mut self, linear: u64, access: Access) -> Result<u64, Stop> {
+        let Cpu { cr0, cr3, cr4, efer, cpl, physical_bits, .. } = *self.cpu;
+        let paging = Paging { cr0, cr3, cr4, efer, rflags: self.cpu.registers.rflags, cpl, physical_bits };
+        walk::translate(self.bus, &paging, linear, access)
+    }
+
+    /// Where `bytes` (1 to 8) bytes at an offset of a segment are, after all checks.
+    pub(super) fn place(&mut self, segment: usize, offset: u64, bytes: usize, access: Access) -> Result<Place, Stop> {
+        let linear = self.linear(segment, offset, bytes, access)?;
+        let aligned = linear.is_multiple_of(bytes as u64);
+        let checked = self.cpu.cr0 & CR0_AM != 0 && self.cpu.registers.rflags & RFLAGS_AC != 0 && self.cpu.cpl == 3;
+        if checked && !aligned {
+            return Err(Exception::AlignmentCheck.into());
+        }
+        let split = bytes.min((PAGE - linear % PAGE) as usize);
+        let first = self.translate(linear, access)?;
+        let second = if split < bytes {
+            let next = linear.wrapping_add(split as u64);
+            let wide = self.cpu.code_size() == CodeSize::Bits64;
+            self.translate(if wide { next } else { next & 0xffff_ffff }, access)?
+        } else {
+            0
+        };
+        Ok(Place { first, split, second, bytes })
+    }
+
+    fn linear(&self, which: usize, offset: u64, bytes: usize, access: Access) -> Result<u64, Exception> {
+        let violation = if which == segment::SS { Exception::Stack } else { Exception::GeneralProtection };
+        let register = &self.cpu.segments[which];
+        let last = offset.wrapping_add(bytes as u64 - 1);
+        if self.cpu.code_size() == CodeSize::Bits64 {
+            let base = if which >= segment::FS { register.base } else { 0 };
+            let (first, last) = (base.wrapping_add(offset), base.wrapping_add(last));
+            let bits = if self.cpu.cr4 & CR4_LA57 != 0 { 57 } else { 48 };
+            let canonical = |address: u64| ((address << (64 - bits)) as i64 >> (64 - bits)) as u64 == address;
+            return if canonical(first) && canonical(last) { Ok(first) } else { Err(violation) };
+        }
+        let attributes = register.attributes;
+        let code = attributes & TYPE_CODE != 0;
+        if self.cpu.protected() {
+            let allowed = match access {
+                Access::Read => !code || attributes & TYPE_ACCESS != 0,
+                _ => !code && attributes & TYPE_ACCESS != 0,
+            };
+            if attributes & SEGMENT_PRESENT == 0 || !allowed {
+                return Err(violation);
+            }
+        }
+        let limit = u64::from(register.limit);
+        let inside = if !code && attributes & TYPE_EXPAND_DOWN != 0 && self.cpu.protected() {
+            let top = if attributes & SEGMENT_BIG != 0 { 0xffff_ffff } else { 0xffff };
+            offset > limit && last <= top
+        } else {
+            last <= limit
+        };
+        if inside && last >= offset { Ok(register.base.wrapping_add(offset) & 0xffff_ffff) } else { Err(violation) }
+    }
+
+    /// Reads an operand.
+    pub(super) fn load(&mut self, place: Place) -> Result<u64, Stop> {
+        if place.split == place.bytes {
+            return Ok(self.bus.read(place.first, place.bytes)?);
+        }
+        let mut value = 0;
+        for (gpa, at, bytes) in place.pieces() {
+            value |= self.bus.read(gpa, bytes)? << (8 * at);
+        }
+        Ok(value)
+    }
+
+    /// Writes an operand.
+    pub(super) fn store(&mut self, place: Place, value: u64) -> Result<(), Stop> {
+        if place.split == place.bytes {
+            return Ok(self.bus.write(place.first, place.bytes, value & mask(place.bytes))?);
+        }
+        for (gpa, at, bytes) in place.pieces() {
+            self.bus.write(gpa, bytes, value >> (8 * at) & mask(bytes))?;
+        }
+        Ok(())
+    }
+
+    /// Replaces an operand by what `change` makes of it, in one step unless it crosses a page. Returns what was there.
+    pub(super) fn update(&mut self, place: Place, change: impl Fn(u64) -> u64) -> Result<u64, Stop> {
+        for _ in 0..ATTEMPTS {
+            let old = self.load(place)?;
+            let new = change(old) & mask(place.bytes);
+            if place.split < place.bytes {
+                self.store(place, new)?;
+                return Ok(old);
+            }
+            if self.bus.compare_exchange(place.first, place.bytes, old, new)? {
+                return Ok(old);
+            }
+        }
+        Err(Stop::Again)
+    }
+}
+
+impl Place {
+    /// The runs cut into accesses of 1, 2 and 4 bytes: guest-physical address, offset in the operand, length.
+    fn pieces(self) -> impl Iterator<Item = (u64, usize, usize)> {
+        let mut at = 0;
+        core::iter::from_fn(move || {
+            let (gpa, left) = if at < self.split {
+                (self.first + at as u64, self.split - at)
+            } else {
+                (self.second + (at - self.split) as u64, self.bytes - at)
+            };
+            let bytes = match left {
+                0 => return None,
+                1 => 1,
+                2 | 3 => 2,
+                _ => 4,
+            };
+            let piece = (gpa, at, bytes);
+            at += bytes;
+            Some(piece)
+        })
+    }
+}
+
+/// The bits of an operand of so many bytes.
+pub(super) const fn mask(bytes: usize) -> u64 {
+    if bytes >= 8 { u64::MAX } else { (1 << (8 * bytes)) - 1 }
+}
