@@ -72,7 +72,7 @@ fn queue_message(message: &ToCommand, reserve: usize) {
     }
 }
 
-/// Sends a message past all queues and locks. For the end after a defect only: see [`panic`].
+/// Sends a message past all queues and locks. For the end after a defect only: see [`mod@panic`].
 pub fn send_now(message: &ToCommand) {
     let mut bytes = Vec::new();
     if frame::encode(message, &mut bytes).is_ok() {

@@ -32,12 +32,14 @@ struct Links {
     previous: u64,
 }
 
-/// The allocator's state. `offset` turns a physical address into a pointer: 0 on the bare machine, the arena's address
-/// in tests.
+/// The allocator's state. Addresses are pointers: the machine's RAM is mapped where it is, and in tests a piece of the
+/// process's own memory plays the machine's.
 #[derive(Debug)]
 pub struct Buddy {
-    offset: usize,
     map: *mut u8,
+    /// The first frame that the map knows.
+    base: u64,
+    /// How many it knows.
     frames: u64,
     heads: [u64; ORDERS],
     free: u64,
@@ -51,18 +53,18 @@ impl Buddy {
     /// An allocator that has no memory.
     #[must_use]
     pub const fn empty() -> Self {
-        Self { offset: 0, map: ptr::null_mut(), frames: 0, heads: [NONE; ORDERS], free: 0, total: 0 }
+        Self { map: ptr::null_mut(), base: 0, frames: 0, heads: [NONE; ORDERS], free: 0, total: 0 }
     }
 
-    /// Gives the allocator its map: one byte a frame, for the frames from address 0 to `frames`.
+    /// Gives the allocator its map: one byte a frame, for `frames` frames from number `base` on.
     ///
     /// # Safety
-    /// `map` is `frames` bytes that nobody else uses. Whatever is given with [`Buddy::add`] must be memory at
-    /// `offset` + address.
-    pub unsafe fn set_map(&mut self, offset: usize, map: *mut u8, frames: u64) {
+    /// `map` is `frames` bytes that nobody else uses. Whatever is given with [`Buddy::add`] must be memory at the pointer
+    /// that its address is.
+    pub unsafe fn set_map(&mut self, base: u64, map: *mut u8, frames: u64) {
         // SAFETY: the caller gives us these bytes.
         unsafe { map.write_bytes(0, frames as usize) };
-        (self.offset, self.map, self.frames) = (offset, map, frames);
+        (self.base, self.map, self.frames) = (base, map, frames);
     }
 
     /// Adds the whole frames of `range`.
@@ -70,7 +72,7 @@ impl Buddy {
     /// # Safety
     /// The memory is nobody else's, lies below the map's end and was not added before.
     pub unsafe fn add(&mut self, range: Range<u64>) {
-        let (mut at, end) = (range.start.div_ceil(FRAME), (range.end / FRAME).min(self.frames));
+        let (mut at, end) = (range.start.div_ceil(FRAME).max(self.base), (range.end / FRAME).min(self.end()));
         while at < end {
             let aligned = if at == 0 { MAX_ORDER } else { at.trailing_zeros().min(MAX_ORDER) };
             let order = aligned.min((end - at).ilog2());
@@ -96,12 +98,14 @@ impl Buddy {
     /// Takes a block back that [`Buddy::alloc`] gave for the same order.
     pub fn free(&mut self, block: u64, order: u32) {
         let (mut frame, mut order) = (block / FRAME, order);
-        assert!(frame + (1 << order) <= self.frames && frame.trailing_zeros() >= order, "a block that was never given");
+        let inside = frame >= self.base && frame + (1 << order) <= self.end();
+        assert!(inside && frame.trailing_zeros() >= order, "a block that was never given");
         assert!(self.state(frame) & FREE == 0, "a frame came back twice");
         self.free += 1 << order;
         while order < MAX_ORDER {
             let buddy = frame ^ 1 << order;
-            if buddy + (1 << order) > self.frames || self.state(buddy) != FREE | order as u8 {
+            let inside = buddy >= self.base && buddy + (1 << order) <= self.end();
+            if !inside || self.state(buddy) != FREE | order as u8 {
                 break;
             }
             self.unlink(buddy * FRAME, order);
@@ -123,18 +127,23 @@ impl Buddy {
         self.total
     }
 
+    /// Behind the last frame that the map knows.
+    fn end(&self) -> u64 {
+        self.base + self.frames
+    }
+
     fn state(&self, frame: u64) -> u8 {
-        // SAFETY: `frame` is below `self.frames`: every caller has checked it.
-        unsafe { *self.map.add(frame as usize) }
+        // SAFETY: the map knows `frame`: every caller has checked it.
+        unsafe { *self.map.add((frame - self.base) as usize) }
     }
 
     fn set_state(&mut self, block: u64, state: u8) {
         // SAFETY: as in `state`; `&mut self` excludes other users of the map.
-        unsafe { *self.map.add((block / FRAME) as usize) = state };
+        unsafe { *self.map.add((block / FRAME - self.base) as usize) = state };
     }
 
     fn links(&mut self, block: u64) -> &mut Links {
-        let pointer: *mut Links = ptr::with_exposed_provenance_mut(self.offset + block as usize);
+        let pointer: *mut Links = ptr::with_exposed_provenance_mut(block as usize);
         // SAFETY: the block is free memory that was given to us, aligned to 4 KiB, and large enough for the links.
         unsafe { &mut *pointer }
     }
@@ -210,7 +219,7 @@ pub fn free(block: u64, order: u32) {
 /// A block's bytes.
 ///
 /// # Safety
-/// The block was given by [`alloc`] for this order, and the result is its only use for as long as it lives.
+/// The block was given by [`alloc()`] for this order, and the result is its only use for as long as it lives.
 #[must_use]
 pub unsafe fn block<'a>(block: u64, order: u32) -> &'a mut [u8] {
     let start = ptr::with_exposed_provenance_mut(block as usize);
@@ -225,83 +234,81 @@ pub fn counts() -> (u64, u64) {
     (frames.free_frames(), frames.total_frames())
 }
 
+/// Memory of the process in the role of the machine's, for this crate's tests.
+#[cfg(test)]
+pub(crate) mod testing {
+    use super::{Buddy, FRAME, FRAMES};
+    use core::ops::Range;
+    use std::alloc::{Layout, alloc};
+    use std::vec;
+
+    /// An allocator over `ranges`, which count from the start of a fresh piece of memory with that alignment. The memory is
+    /// not given back: it is a test's.
+    pub(super) fn arena(bytes: u64, align: usize, ranges: &[Range<u64>]) -> (u64, Buddy) {
+        let layout = Layout::from_size_align(bytes as usize, align).expect("a layout");
+        // SAFETY: the size is not zero.
+        let start = unsafe { alloc(layout) }.expose_provenance() as u64;
+        let map = vec![0xffu8; (bytes / FRAME) as usize].leak();
+        let mut buddy = Buddy::empty();
+        // SAFETY: map and memory are leaked, and nobody else's.
+        unsafe {
+            buddy.set_map(start / FRAME, map.as_mut_ptr(), bytes / FRAME);
+            ranges.iter().for_each(|range| buddy.add(start + range.start..start + range.end));
+        }
+        (start, buddy)
+    }
+
+    /// Gives the machine's allocator 256 MiB, once.
+    pub(crate) fn machine() {
+        const BYTES: u64 = 256 << 20;
+        let mut frames = FRAMES.lock();
+        if frames.total_frames() == 0 {
+            *frames = arena(BYTES, 2 << 20, &[0..BYTES / 2, BYTES / 2..BYTES]).1;
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
+    use super::testing::arena;
     use super::*;
-    use std::alloc::{Layout, alloc, dealloc};
     use std::vec;
     use std::vec::Vec;
 
-    struct Arena {
-        memory: *mut u8,
-        layout: Layout,
-        map: Vec<u8>,
-        buddy: Buddy,
-    }
-
-    impl Arena {
-        fn new(frames: u64, ranges: &[Range<u64>]) -> Self {
-            let layout = Layout::from_size_align((frames * FRAME) as usize, 4096).unwrap();
-            // SAFETY: the size is not zero.
-            let memory = unsafe { alloc(layout) };
-            let mut arena = Self { memory, layout, map: vec![0xff; frames as usize], buddy: Buddy::empty() };
-            // SAFETY: the map and the arena live as long as the allocator.
-            unsafe { arena.buddy.set_map(memory.expose_provenance(), arena.map.as_mut_ptr(), frames) };
-            for range in ranges {
-                // SAFETY: the ranges lie in the arena.
-                unsafe { arena.buddy.add(range.clone()) };
-            }
-            arena
-        }
-    }
-
-    impl Drop for Arena {
-        fn drop(&mut self) {
-            // SAFETY: allocated with this layout.
-            unsafe { dealloc(self.memory, self.layout) };
-        }
-    }
-
     #[test]
     fn blocks_are_aligned_and_everything_merges_back() {
-        let mut arena = Arena::new(4096, &[0x3000..0x9f000, 0x10_0000..0x100_0000]);
-        let before = arena.buddy.free_frames();
+        let (_, mut buddy) = arena(16 << 20, 16 << 20, &[0x3000..0x9f000, 0x10_0000..0x100_0000]);
+        let before = buddy.free_frames();
         assert_eq!(before, 0x9c + 0xf00);
-        let huge = arena.buddy.alloc(9).unwrap();
+        let huge = buddy.alloc(9).unwrap();
         assert_eq!(huge % (512 * FRAME), 0);
         let mut taken = vec![(huge, 9)];
         let mut seed = 1u64;
-        while let Some(block) = arena.buddy.alloc((seed % 4) as u32) {
+        while let Some(block) = buddy.alloc((seed % 4) as u32) {
             taken.push((block, (seed % 4) as u32));
             seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1) >> 1;
         }
         let mut spans: Vec<_> = taken.iter().map(|&(b, o)| b..b + (FRAME << o)).collect();
         spans.sort_by_key(|s| s.start);
         assert!(spans.windows(2).all(|w| w[0].end <= w[1].start), "two blocks overlap");
-        for (index, (block, order)) in taken.iter().enumerate() {
-            if index % 2 == 0 {
-                arena.buddy.free(*block, *order);
-            }
+        let (even, odd): (Vec<_>, Vec<_>) = taken.iter().enumerate().partition(|(index, _)| index % 2 == 0);
+        for (_, (block, order)) in even.into_iter().chain(odd) {
+            buddy.free(*block, *order);
         }
-        for (index, (block, order)) in taken.iter().enumerate() {
-            if index % 2 == 1 {
-                arena.buddy.free(*block, *order);
-            }
-        }
-        assert_eq!(arena.buddy.free_frames(), before);
-        // Only complete merging makes all these possible again: the largest aligned blocks of 1 MiB..16 MiB.
+        assert_eq!(buddy.free_frames(), before);
+        // Only complete merging makes all these possible again: the largest aligned blocks of 1 MiB to 16 MiB.
         for order in [11, 10, 9, 8] {
-            assert!(arena.buddy.alloc(order).is_some(), "order {order} did not merge back");
+            assert!(buddy.alloc(order).is_some(), "order {order} did not merge back");
         }
     }
 
     #[test]
     #[should_panic(expected = "came back twice")]
     fn a_double_free_is_noticed() {
-        let mut arena = Arena::new(64, &[0..0x2_0000, 0x2_0000..0x4_0000]);
-        let block = arena.buddy.alloc(0).unwrap();
-        arena.buddy.free(block, 0);
-        arena.buddy.free(0, 0);
+        let (start, mut buddy) = arena(0x4_0000, 0x4_0000, &[0..0x2_0000, 0x2_0000..0x4_0000]);
+        let block = buddy.alloc(0).unwrap();
+        buddy.free(block, 0);
+        buddy.free(start, 0);
     }
 
     #[test]

@@ -50,6 +50,10 @@ const NAMES: [(u32, &str); 14] = [
 ];
 
 impl Features {
+    /// A CPU without any, for tests.
+    #[cfg(test)]
+    pub(crate) const NONE: Self = Self { asids: 2, bits: 0 };
+
     /// Reads them; `None` without SVM.
     #[must_use]
     pub fn read() -> Option<Self> {

@@ -468,3 +468,128 @@ impl Drop for Vcpu {
 }
 
 const _: () = assert!(size_of::<Vmcb>() as u64 == FRAME);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::memory::frames::testing;
+
+    const WINDOW: u32 = Intercepts1::VINTR.bits();
+
+    fn vcpu() -> Vcpu {
+        testing::machine();
+        let mut vcpu = Vcpu::new(Features::NONE, &Maps::new().unwrap()).unwrap();
+        vcpu.save_mut().rflags |= RFLAGS_IF;
+        vcpu
+    }
+
+    /// What the CPU does at an exit with the words that tell of events.
+    fn exit(vcpu: &mut Vcpu, still_requested: bool, interrupted: u64) {
+        vcpu.event = 0;
+        let control = &mut vcpu.vmcb_mut().control;
+        if !still_requested {
+            control.virtual_interrupt &= !virtual_interrupt::REQUEST;
+        }
+        control.exit_event = interrupted;
+        vcpu.settle_events();
+    }
+
+    fn requested(vcpu: &Vcpu) -> Option<u8> {
+        let word = vcpu.vmcb().control.virtual_interrupt;
+        (word & virtual_interrupt::REQUEST != 0).then_some((word >> virtual_interrupt::VECTOR_SHIFT) as u8)
+    }
+
+    #[test]
+    fn an_interrupt_is_offered_until_it_is_taken() {
+        let mut vcpu = vcpu();
+        vcpu.interrupt(0xec);
+        assert_eq!((requested(&vcpu), vcpu.can_take_interrupt()), (Some(0xec), false));
+        exit(&mut vcpu, true, 0);
+        assert_eq!((requested(&vcpu), vcpu.has_event()), (Some(0xec), true), "a physical interrupt came first");
+        exit(&mut vcpu, false, 0);
+        assert_eq!((requested(&vcpu), vcpu.has_event(), vcpu.can_take_interrupt()), (None, false, true));
+    }
+
+    #[test]
+    fn a_fault_during_delivery_makes_one_interrupt_of_it_on_both_kinds_of_machine() {
+        // By the manual: V_IRQ is gone, EXITINTINFO has the interrupt. In QEMU: V_IRQ is still set, and EXITINTINFO calls
+        // the vector an exception. In either case it is offered once, and nothing is injected beside it.
+        let manual = event::VALID | event::INTERRUPT | 0xec;
+        let emulated = event::VALID | event::EXCEPTION | 0xec;
+        for (still_requested, interrupted) in [(false, manual), (true, emulated), (false, emulated)] {
+            let mut vcpu = vcpu();
+            vcpu.interrupt(0xec);
+            exit(&mut vcpu, still_requested, interrupted);
+            assert_eq!((requested(&vcpu), vcpu.event), (Some(0xec), 0));
+            exit(&mut vcpu, false, 0);
+            assert_eq!((requested(&vcpu), vcpu.has_event()), (None, false), "and then it is over");
+        }
+    }
+
+    #[test]
+    fn interrupted_exceptions_go_in_again_and_software_ones_run_again() {
+        let mut vcpu = vcpu();
+        let page_fault = event::VALID | event::EXCEPTION | event::HAS_CODE | 14 | 2 << 32;
+        exit(&mut vcpu, false, page_fault);
+        assert_eq!((vcpu.event, vcpu.can_take_interrupt()), (page_fault, false));
+        for software in [event::SOFTWARE | 0x80, event::EXCEPTION | 3, event::EXCEPTION | 4] {
+            exit(&mut vcpu, false, event::VALID | software);
+            assert_eq!(vcpu.event, 0);
+        }
+        exit(&mut vcpu, false, event::INTERRUPT | 0xec);
+        assert!(!vcpu.has_event(), "not valid: what the low bits say is old");
+    }
+
+    #[test]
+    fn an_exception_beside_an_offered_interrupt_keeps_both() {
+        let mut vcpu = vcpu();
+        vcpu.interrupt(0x30);
+        let page_fault = event::VALID | event::EXCEPTION | event::HAS_CODE | 14;
+        exit(&mut vcpu, true, page_fault);
+        assert_eq!((requested(&vcpu), vcpu.event), (Some(0x30), page_fault));
+    }
+
+    #[test]
+    fn windows_open_and_close_without_losing_an_interrupt() {
+        let mut vcpu = vcpu();
+        vcpu.save_mut().rflags &= !RFLAGS_IF;
+        assert!(!vcpu.can_take_interrupt());
+        vcpu.open_interrupt_window();
+        assert!(vcpu.vmcb().control.intercepts_1 & WINDOW != 0 && requested(&vcpu).is_some());
+        assert!(!vcpu.has_event(), "a window is no event");
+        vcpu.save_mut().rflags |= RFLAGS_IF;
+        exit(&mut vcpu, true, 0);
+        vcpu.interrupt(0x40);
+        assert_eq!((vcpu.vmcb().control.intercepts_1 & WINDOW, requested(&vcpu)), (0, Some(0x40)));
+        vcpu.open_interrupt_window();
+        vcpu.close_interrupt_window();
+        assert_eq!(requested(&vcpu), Some(0x40));
+    }
+
+    #[test]
+    fn shadow_and_nmi_hold_events_back() {
+        let mut vcpu = vcpu();
+        vcpu.vmcb_mut().control.shadow = 1;
+        assert!(!vcpu.can_take_interrupt() && !vcpu.can_take_nmi());
+        vcpu.advance(2);
+        assert!(vcpu.can_take_nmi());
+        vcpu.nmi();
+        assert!(!vcpu.can_take_nmi() && !vcpu.can_take_interrupt());
+        exit(&mut vcpu, false, 0);
+        assert!(!vcpu.can_take_nmi() && vcpu.can_take_interrupt(), "an NMI is masked until IRET, interrupts are not");
+        vcpu.nmi_done();
+        assert!(vcpu.can_take_nmi());
+    }
+
+    #[test]
+    fn loading_a_state_forgets_events() {
+        let mut vcpu = vcpu();
+        vcpu.interrupt(0x40);
+        vcpu.raise(Raised::InvalidOpcode);
+        vcpu.load(&VcpuInit::startup(0x9a));
+        assert!(!vcpu.has_event() && requested(&vcpu).is_none());
+        let registers = vcpu.registers();
+        assert_eq!((registers.segments[1].base, registers.rip, registers.efer), (0x9_a000, 0, 0));
+        assert_eq!(vcpu.save().efer, EFER_SVME);
+    }
+}

@@ -21,7 +21,11 @@ mod length {
     pub(super) const MSR: u64 = 2;
     pub(super) const HLT: u64 = 1;
     pub(super) const INVD_WBINVD: u64 = 2;
+    pub(super) const VMMCALL: u64 = 3;
 }
+
+/// What KVM's hypercall interface, which the hypervisor leaves stand for, answers to a call that it does not have.
+const NO_SUCH_CALL: u64 = 1000u64.wrapping_neg();
 
 pub(super) const MSR_TSC_AUX: u32 = 0xc000_0103;
 
@@ -74,7 +78,11 @@ impl<C: GuestCpu> Vcpu<C> {
             // Both came for the host; an NMI was taken when the exit set GIF again.
             Exit::Interrupt | Exit::Nmi => {}
             Exit::CacheFlush => self.cpu.advance(length::INVD_WBINVD),
-            Exit::Undefined | Exit::Hypercall | Exit::SetExtendedControl => self.cpu.raise(Raised::InvalidOpcode),
+            Exit::Hypercall => {
+                self.cpu.set_register(RAX, NO_SUCH_CALL);
+                self.cpu.advance(length::VMMCALL);
+            }
+            Exit::Undefined | Exit::SetExtendedControl => self.cpu.raise(Raised::InvalidOpcode),
             Exit::Exception(exception) => self.cpu.raise(Raised::Again(exception)),
             Exit::NoCounters => self.cpu.raise(Raised::GeneralProtection),
             Exit::Shutdown => return Ok(Next::Die(DeathReason::TripleFault)),

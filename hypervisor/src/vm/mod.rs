@@ -8,10 +8,10 @@
 //! hypervisor's own state in it. A CPU 0 that executes no VMRUN has no such bit to bring back. Real hardware has no such
 //! bug, but also does not mind.
 //!
-//! The rooms: [`shared`] (what vCPUs and housekeeper share, and how they reach each other), [`vcpu`] (the loop), [`guest_cpu`] and [`exit`] (what
-//! it asks of the CPU, and what comes back), [`handle`]
-//! (exits), [`house`] (CPU 0), [`state`], [`walk`] and [`ring`] (what a death's report is made of), [`time`], [`marker`],
-//! and [`policy`] (what the guest sees of CPUID and MSRs).
+//! The rooms: [`shared`] (what vCPUs and housekeeper share, and how they reach each other), [`vcpu`] (the loop),
+//! [`guest_cpu`] and [`exit`] (what it asks of the CPU, and what comes back), `handle` (exits), `house` (CPU 0), `state`,
+//! [`walk`] and [`ring`] (what a death's report is made of), [`time`], [`marker`], and [`policy`] (what the guest sees of
+//! CPUID and MSRs).
 
 pub mod exit;
 pub mod guest_cpu;
