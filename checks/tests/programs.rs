@@ -3,7 +3,7 @@
 mod common;
 
 use common::{assert_none, deep};
-use nestling::Level;
+use nestling::{Level, SlotZap};
 use nestling_checks::program::single::{Lie, Op, Setting, Spot, Table, run_on};
 use proptest::prelude::*;
 
@@ -36,6 +36,8 @@ fn op() -> impl Strategy<Value = Op> {
         1 => (id(), start()).prop_map(|(id, at)| Op::Move(id, at)),
         1 => (id(), any::<bool>()).prop_map(|(id, read_only)| Op::Flags { id, read_only }),
         10 => (any::<bool>(), spot(), 0u8..3).prop_map(|(second, at, access)| Op::Touch { second, at, access }),
+        1 => Just(Op::ZapAll),
+        1 => (any::<bool>(), any::<bool>()).prop_map(|(second, five)| Op::Turn { second, five }),
         2 => (start(), few()).prop_map(|(at, pages)| Op::Zap(at, pages)),
         2 => (spot(), 1u64..5, any::<bool>()).prop_map(|(at, pages, moved)| Op::Invalidate(at, pages, moved)),
         1 => (spot(), 1u64..5, spot()).prop_map(|(at, pages, touch)| Op::TouchDuring(at, pages, touch)),
@@ -49,9 +51,10 @@ fn setting() -> impl Strategy<Value = (Table, Setting)> {
     let largest = prop_oneof![Just(Level::K4), Just(Level::M2), Just(Level::G1)];
     // At the bottom, across a border of 1 GiB, and across one of 512 GiB.
     let base = prop_oneof![Just(0u64), Just(510), Just((1 << 18) - 2)];
-    (table, root, largest, any::<bool>(), base, 0u64..4).prop_map(
-        |(table, root_level, largest, mmio_entries, base_block, restless)| {
-            (table, Setting { root_level, largest, mmio_entries, base_block, restless })
+    let slot_zap = prop_oneof![2 => Just(SlotZap::Slot), 1 => Just(SlotZap::Everything)];
+    (table, root, largest, slot_zap, any::<bool>(), base, 0u64..4).prop_map(
+        |(table, root_level, largest, slot_zap, mmio_entries, base_block, restless)| {
+            (table, Setting { root_level, largest, slot_zap, mmio_entries, base_block, restless })
         },
     )
 }

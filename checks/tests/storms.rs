@@ -3,13 +3,13 @@
 mod common;
 
 use common::{assert_none, deep};
-use nestling::Level;
 use nestling::format::{Ept, Npt};
+use nestling::{Level, SlotZap};
 use nestling_checks::machine::cpu::Cpu;
 use nestling_checks::machine::fence::Fences;
 use nestling_checks::program::storm::{Plan, Report, run};
 
-const OPERATIONS: u64 = 1_200;
+const OPERATIONS: u64 = 600;
 
 fn storms<F: Cpu>(name: &str, plan: Plan) {
     for round in 0..1 + deep() * 20 {
@@ -18,6 +18,7 @@ fn storms<F: Cpu>(name: &str, plan: Plan) {
         println!("{name}: {plan:?}");
         println!("    {accesses} accesses, {hits} by the TLB alone, {operations} operations, {counters:?}");
         assert_none(&violations);
+        assert!(counters.zap_alls > 0 || violations.len() > 0, "no zap of everything in {plan:?}");
         assert!(operations > 0 && accesses > 0 && counters.leaves_zapped > 0, "nothing happened in {plan:?}");
     }
 }
@@ -44,4 +45,9 @@ fn ept_asymmetric_fences() {
         Some(fences) => storms::<Ept>("ept membarrier", Plan { fences, vcpus: 3, ..Plan::new(301, OPERATIONS) }),
         None => println!("this kernel has no membarrier(2): the full pair is covered by the other storms"),
     }
+}
+
+#[test]
+fn npt_roles_and_zap_all_at_slot_changes() {
+    storms::<Npt>("npt roles", Plan { roles: true, slot_zap: SlotZap::Everything, ..Plan::new(401, OPERATIONS) });
 }

@@ -87,46 +87,51 @@ fn backs(object: &Object, page: u64, leaf: &Leaf) -> bool {
 }
 
 impl Ghost {
-    /// Holds a tree against what is allowed, and the counters against the tree.
-    pub fn check_tree(&mut self, tree: &Tree, largest: Level, counters: &Counters, arena: &Arena) {
-        for leaf in &tree.leaves {
-            let block = GfnRange { start: leaf.gfn, end: Gfn(leaf.gfn.0 + leaf.level.pages()) };
-            let place = self.placements.iter().find(|place| place.range.covers(block)).copied();
-            let object = place.and_then(|place| self.objects.get(&place.object).map(|object| (place, object)));
-            let wrong = match object {
-                None => Some("maps frames of no slot"),
-                Some((place, object)) => {
-                    let page = leaf.gfn.0 - place.range.start.0 + object.shape.lead;
-                    if !backs(object, page, leaf) {
-                        Some("maps a host frame that is not behind the slot")
-                    } else if leaf.allows.write && !self.may_write(&place) {
-                        Some("lets the guest write what it may not")
-                    } else if leaf.level > largest {
-                        Some("is larger than configured")
-                    } else {
-                        None
-                    }
+    fn check_leaf(&mut self, leaf: &Leaf, largest: Level) {
+        let block = GfnRange { start: leaf.gfn, end: Gfn(leaf.gfn.0 + leaf.level.pages()) };
+        let place = self.placements.iter().find(|place| place.range.covers(block)).copied();
+        let object = place.and_then(|place| self.objects.get(&place.object).map(|object| (place, object)));
+        let wrong = match object {
+            None => Some("maps frames of no slot"),
+            Some((place, object)) => {
+                let page = leaf.gfn.0 - place.range.start.0 + object.shape.lead;
+                if !backs(object, page, leaf) {
+                    Some("maps a host frame that is not behind the slot")
+                } else if leaf.allows.write && !self.may_write(&place) {
+                    Some("lets the guest write what it may not")
+                } else if leaf.level > largest {
+                    Some("is larger than configured")
+                } else {
+                    None
                 }
-            };
-            if let Some(wrong) = wrong {
-                self.violation(Some(leaf.gfn), format!("the leaf {leaf:?} {wrong}"));
+            }
+        };
+        if let Some(wrong) = wrong {
+            self.violation(Some(leaf.gfn), format!("the leaf {leaf:?} {wrong}"));
+        }
+    }
+
+    /// Holds the trees of all valid roots against what is allowed, and the counters against the trees.
+    pub fn check_trees(&mut self, trees: &[Tree], largest: Level, counters: &Counters, arena: &Arena) {
+        for tree in trees {
+            tree.leaves.iter().for_each(|leaf| self.check_leaf(leaf, largest));
+            if !tree.freed.is_empty() {
+                self.violation(None, format!("entries lead to freed tables: {:?}", tree.freed));
+            }
+            if !tree.leftovers.is_empty() {
+                self.violation(None, format!("frozen or stray entries are left: {:x?}", tree.leftovers));
             }
         }
+        let leaves = |level| trees.iter().map(|tree| tree.leaves_of(level)).sum();
         for (what, said, is) in [
-            ("4 KiB leaves", counters.leaves_4k, tree.leaves_of(Level::K4)),
-            ("2 MiB leaves", counters.leaves_2m, tree.leaves_of(Level::M2)),
-            ("1 GiB leaves", counters.leaves_1g, tree.leaves_of(Level::G1)),
+            ("4 KiB leaves", counters.leaves_4k, leaves(Level::K4)),
+            ("2 MiB leaves", counters.leaves_2m, leaves(Level::M2)),
+            ("1 GiB leaves", counters.leaves_1g, leaves(Level::G1)),
             ("table frames", counters.table_frames, arena.live() as u64),
         ] {
             if said != is {
                 self.violation(None, format!("the counters say {said} {what}, there are {is}"));
             }
-        }
-        if !tree.freed.is_empty() {
-            self.violation(None, format!("entries lead to freed tables: {:?}", tree.freed));
-        }
-        if !tree.leftovers.is_empty() {
-            self.violation(None, format!("frozen or stray entries are left: {:x?}", tree.leftovers));
         }
     }
 }

@@ -11,7 +11,7 @@
 
 use std::sync::Arc;
 
-use nestling::{Access, Cause, Fault, FaultError, Gfn, Hpa, Level, Mmu, Outcome, Vcpu, VcpuId};
+use nestling::{Access, Cause, Fault, FaultError, Gfn, Hpa, Level, Mmu, Outcome, Role, Vcpu, VcpuId};
 
 use super::Machine;
 use super::cpu::Cpu;
@@ -65,7 +65,7 @@ pub struct GuestCpu<F: Cpu> {
     rng: Rng,
     manners: Manners,
     patience: u64,
-    root: Option<Hpa>,
+    role: Role,
 }
 
 /// Instructions that run at most after a kick was seen.
@@ -142,7 +142,7 @@ impl<F: Cpu> GuestCpu<F> {
     pub fn new(mmu: &Arc<Mmu<Machine<F>>>, id: VcpuId, seed: u64, manners: Manners) -> Self {
         let vcpu = mmu.vcpu(id).expect("the test makes each vCPU once");
         let (tlb, rng) = (Tlb::default(), Rng::new(seed));
-        Self { vcpu, tlb, mmu: Arc::clone(mmu), rng, manners, patience: u64::MAX, root: None }
+        Self { vcpu, tlb, mmu: Arc::clone(mmu), rng, manners, patience: u64::MAX, role: mmu.role() }
     }
 
     /// Gives up an instruction after it has faulted this often.
@@ -151,9 +151,15 @@ impl<F: Cpu> GuestCpu<F> {
         self
     }
 
-    /// The root that was loaded last.
-    pub const fn root(&self) -> Option<Hpa> {
-        self.root
+    /// Turns to the root of another role, as a vCPU that enters system-management mode does.
+    pub fn set_role(&mut self, role: Role) {
+        self.role = role;
+        self.vcpu.set_role(role);
+    }
+
+    /// Its role.
+    pub const fn role(&self) -> Role {
+        self.role
     }
 
     /// Runs one instruction to its end.
@@ -205,8 +211,7 @@ impl<F: Cpu> GuestCpu<F> {
         if flush && self.manners != Manners::IgnoresFlush {
             self.tlb.flush();
         }
-        self.root = Some(root);
-        let level = self.mmu.role().level;
+        let level = self.role.level;
         let mut running = Running { id, mmu: &self.mmu, tlb: &mut self.tlb, rng: &mut self.rng, root, level };
         let mut late = None;
         loop {

@@ -74,10 +74,14 @@ impl<F: Cpu> Host for Machine<F> {
     const TRACE: bool = true;
 
     fn trace(&self, event: Event) {
-        if self.traced.load(Ordering::Relaxed)
-            && let Some(hook) = held(&self.on_trace).as_mut()
-        {
+        if !self.traced.load(Ordering::Relaxed) {
+            return;
+        }
+        // Out of its place while it runs: it may wait for another thread, whose events then go unseen.
+        let hook = held(&self.on_trace).take();
+        if let Some(mut hook) = hook {
             hook(event);
+            held(&self.on_trace).get_or_insert(hook);
         }
     }
 }

@@ -17,7 +17,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use nestling::events::Event;
 use nestling::host::{BackingError, Extent};
-use nestling::{Config, Gfn, Level, Mmu, Slot, VcpuId};
+use nestling::{Config, Gfn, Hfn, Level, Mmu, Role, Slot, VcpuId, Worker};
 
 use crate::ghost::tree::Tree;
 use crate::ghost::{Ghost, Violation};
@@ -145,12 +145,20 @@ impl<F: Cpu> Machine<F> {
     }
 }
 
-/// Reads the tables of the MMU's root and holds them against the ghost. Nobody works on them meanwhile.
-pub fn check_tables<F: Cpu>(mmu: &Mmu<Machine<F>>, root: Option<nestling::Hfn>) -> Tree {
+/// The root that vCPUs of the configured role load now.
+pub fn current_root<F: Cpu>(worker: &mut Worker<Machine<F>>, role: Role) -> Option<Hfn> {
+    Some(worker.walk(role, Gfn(0))?.steps().next()?.address.hfn())
+}
+
+/// Reads the tables of the valid roots and holds them against the ghost and the counters. Nobody works on them
+/// meanwhile, and no root is defunct but empty ones that a vCPU has not let go of yet.
+pub fn check_tables<F: Cpu>(mmu: &Arc<Mmu<Machine<F>>>) -> Vec<Tree> {
     let machine = mmu.host();
-    let level = mmu.role().level;
-    let tree = root.map(|root| Tree::read::<F>(&machine.arena, root, level)).unwrap_or_default();
-    let largest: Level = mmu.config().largest;
-    machine.ghost().check_tree(&tree, largest, &mmu.counters(), &machine.arena);
-    tree
+    let mut worker = mmu.worker().expect("a worker is free");
+    let roles = [Level::L4, Level::L5].map(|level| Role { level });
+    let roots = roles.iter().filter_map(|role| Some((current_root(&mut worker, *role)?, role.level)));
+    let trees: Vec<_> = roots.map(|(root, level)| Tree::read::<F>(&machine.arena, root, level)).collect();
+    drop(worker);
+    machine.ghost().check_trees(&trees, mmu.config().largest, &mmu.counters(), &machine.arena);
+    trees
 }

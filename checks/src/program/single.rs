@@ -8,10 +8,12 @@ use std::sync::Arc;
 
 use nestling::format::{Ept, Npt};
 use nestling::{
-    Access, Config, FaultError, Gfn, GfnRange, Level, Mmu, SlotConfig, SlotError, SlotFlags, SlotId, VcpuId, Worker,
+    Access, Config, FaultError, Gfn, GfnRange, Level, Mmu, Role, SlotConfig, SlotError, SlotFlags, SlotId, SlotZap,
+    VcpuId, Worker,
 };
 
 use crate::ghost::object::Shape;
+use crate::ghost::tree::Leaf;
 use crate::ghost::{Placement, Violation};
 use crate::machine::arena::Refuse;
 use crate::machine::cpu::{Cpu, Seen};
@@ -65,6 +67,15 @@ pub enum Op {
     },
     /// Zap a range.
     Zap(Spot, u64),
+    /// Zap everything, by making all roots obsolete.
+    ZapAll,
+    /// One of the vCPUs turns to the other role: a root of 4 levels, or of 5.
+    Turn {
+        /// Which one.
+        second: bool,
+        /// Whether to 5 levels.
+        five: bool,
+    },
     /// Invalidate a range, and move its pages or not.
     Invalidate(Spot, u64, bool),
     /// Touch a frame while a range is invalidated.
@@ -93,6 +104,8 @@ pub struct Setting {
     pub root_level: Level,
     /// The largest leaf.
     pub largest: Level,
+    /// What a change of a slot zaps.
+    pub slot_zap: SlotZap,
     /// Whether accesses without memory leave entries.
     pub mmio_entries: bool,
     /// Where block 0 is, in blocks of 2 MiB.
@@ -116,8 +129,8 @@ const PATIENCE: u64 = 8;
 impl<F: Cpu> Single<F> {
     /// A machine for `setting`.
     pub fn new(setting: Setting) -> Self {
-        let Setting { root_level, largest, mmio_entries, restless, .. } = setting;
-        let config = Config { vcpus: 2, workers: 2, slots: 6, root_level, largest, mmio_entries, ..Config::default() };
+        let Setting { root_level, largest, slot_zap, mmio_entries, restless, .. } = setting;
+        let config = Config { vcpus: 2, workers: 2, slots: 6, root_level, largest, slot_zap, mmio_entries };
         let mmu = Machine::<F>::build(Build { tables: 256, restless, ..Build::default() }, config);
         let worker = mmu.worker().expect("there is memory for a worker");
         let cpu = |id| GuestCpu::new(&mmu, VcpuId(id), 0x5eed + u64::from(id), Manners::Right).with_patience(PATIENCE);
@@ -141,6 +154,11 @@ impl<F: Cpu> Single<F> {
             Op::Flags { id, read_only } => self.flags(SlotId(id.into()), read_only),
             Op::Touch { second, at, access } => self.touch(second.into(), self.gfn(at), access),
             Op::Zap(at, pages) => self.zap(self.range(at, pages)),
+            Op::ZapAll => self.zap_all(),
+            Op::Turn { second, five } => {
+                let level = if five { Level::L5 } else { Level::L4 };
+                self.cpus[usize::from(second)].set_role(Role { level });
+            }
             Op::Invalidate(at, pages, moved) => self.invalidate(self.range(at, pages), moved, None),
             Op::TouchDuring(at, pages, touch) => {
                 self.invalidate(self.range(at, pages), true, Some(self.gfn(touch)));
@@ -264,13 +282,13 @@ impl<F: Cpu> Single<F> {
         };
         self.expect_same(&format!("{access:?} of {gfn:?}"), &done, &right);
         if right == Done::Memory {
-            self.check_level(gfn);
+            self.check_level(cpu, gfn);
         }
     }
 
     /// The frame is mapped now: by the largest leaf that could be, unless a table stood there before.
-    fn check_level(&mut self, gfn: Gfn) {
-        let Some(walk) = self.worker.walk(self.mmu.role(), gfn) else { return };
+    fn check_level(&mut self, cpu: usize, gfn: Gfn) {
+        let Some(walk) = self.worker.walk(self.cpus[cpu].role(), gfn) else { return };
         let Some(last) = walk.last() else { return };
         let level = last.level.number();
         if !matches!(F::see(last.raw, level), Seen::Leaf(..)) {
@@ -306,13 +324,24 @@ impl<F: Cpu> Single<F> {
         let called = self.mmu.host().ghost().tick();
         self.worker.zap(range);
         self.mmu.host().ghost().zapped(range, called);
-        if let Some(root) = self.cpus[0].root().or(self.cpus[1].root()) {
-            let tree = crate::ghost::tree::Tree::read::<F>(&self.mmu.host().arena, root.hfn(), self.mmu.role().level);
-            let left = tree
-                .leaves
-                .iter()
-                .find(|leaf| range.overlaps(GfnRange { start: leaf.gfn, end: Gfn(leaf.gfn.0 + leaf.level.pages()) }));
-            if let Some(left) = left {
+        self.expect_empty(range);
+    }
+
+    fn zap_all(&mut self) {
+        let range = GfnRange { start: Gfn(0), end: Level::L5.root_limit() };
+        let called = self.mmu.host().ghost().tick();
+        self.worker.zap_all();
+        self.mmu.host().ghost().zapped(range, called);
+        self.expect_empty(range);
+        if self.mmu.counters().mapped_bytes() != [0; 3] {
+            self.complain("zap_all left mappings in an obsolete root".into());
+        }
+    }
+
+    fn expect_empty(&self, range: GfnRange) {
+        for tree in check_tables(&self.mmu) {
+            let block = |leaf: &Leaf| GfnRange { start: leaf.gfn, end: Gfn(leaf.gfn.0 + leaf.level.pages()) };
+            if let Some(left) = tree.leaves.iter().find(|leaf| range.overlaps(block(leaf))) {
                 self.complain(format!("the zap of {range:?} left {left:?}"));
             }
         }
@@ -350,8 +379,7 @@ impl<F: Cpu> Single<F> {
     /// Everything that must be true between two operations.
     pub fn check(&mut self) {
         self.worker.collect();
-        let root = self.cpus[0].root().or(self.cpus[1].root());
-        check_tables(&self.mmu, root.map(|root| root.hfn()));
+        check_tables(&self.mmu);
         let ghost = self.mmu.host().ghost();
         let mut right: Vec<_> = ghost.placements().iter().map(|place| (place.range.start, place.id)).collect();
         drop(ghost);

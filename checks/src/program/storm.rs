@@ -11,7 +11,9 @@
 use std::sync::RwLock;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 
-use nestling::{Access, Config, Counters, Gfn, GfnRange, Level, Mmu, SlotConfig, SlotFlags, SlotId, VcpuId, Worker};
+use nestling::{
+    Access, Config, Counters, Gfn, GfnRange, Level, Mmu, Role, SlotConfig, SlotFlags, SlotId, SlotZap, VcpuId, Worker,
+};
 
 use super::single::finish;
 use crate::ghost::Violation;
@@ -48,6 +50,10 @@ pub struct Plan {
     pub root_level: Level,
     /// The largest leaf.
     pub largest: Level,
+    /// What a change of a slot zaps.
+    pub slot_zap: SlotZap,
+    /// Whether vCPUs turn to another role now and then.
+    pub roles: bool,
     /// The pair of fences.
     pub fences: Fences,
     /// How the vCPUs behave.
@@ -66,6 +72,8 @@ impl Plan {
             operations,
             root_level: Level::L4,
             largest: Level::G1,
+            slot_zap: SlotZap::Slot,
+            roles: false,
             fences: Fences::Full,
             manners: Manners::Right,
             care: Care::Right,
@@ -140,23 +148,32 @@ impl<F: Cpu> World<'_, F> {
         }
     }
 
-    fn guest(&self, cpu: &mut GuestCpu<F>, mut rng: Rng) {
-        let mut done = 0u64;
-        let code = std::iter::from_fn(|| {
-            done += 1;
-            if done.is_multiple_of(64) {
-                self.look();
+    /// One vCPU: pieces of code, the role turned between two of them.
+    fn guest(&self, cpu: &mut GuestCpu<F>, roles: bool, mut rng: Rng) {
+        while self.goes_on() {
+            self.look();
+            if roles {
+                let level = if rng.once_in(2) { Level::L5 } else { Level::L4 };
+                cpu.set_role(Role { level });
             }
+            let length = if roles { 1 + rng.below(64) } else { 512 };
+            self.piece(cpu, length, &mut rng);
+        }
+        self.hits.fetch_add(cpu.tlb.hits, Ordering::Relaxed);
+    }
+
+    fn piece(&self, cpu: &mut GuestCpu<F>, length: u64, rng: &mut Rng) {
+        let code = (0..length).map_while(|_| {
             if rng.once_in(8) {
                 // In guest mode: so that workers find the vCPU there also when there are fewer CPUs than threads.
                 std::thread::yield_now();
             }
             let access = [Access::Read, Access::Write, Access::Execute][rng.below(3) as usize];
             // Mostly where memory is: accesses without memory are cheap and would take most of the time.
-            let mut gfn = spot(&mut rng);
+            let mut gfn = spot(rng);
             for _ in 0..rng.below(4) {
                 if self.mmu.host().ghost().placement_at(gfn).is_none() {
-                    gfn = spot(&mut rng);
+                    gfn = spot(rng);
                 }
             }
             self.goes_on().then_some(Instruction { gfn, access })
@@ -168,7 +185,6 @@ impl<F: Cpu> World<'_, F> {
                 self.found.store(true, Ordering::Relaxed);
             }
         });
-        self.hits.fetch_add(cpu.tlb.hits, Ordering::Relaxed);
     }
 
     fn work(&self, worker: &mut Worker<Machine<F>>, first: bool, mut rng: Rng) {
@@ -258,8 +274,7 @@ impl<F: Cpu> World<'_, F> {
     fn zap_all(&self, worker: &mut Worker<Machine<F>>) {
         let called = self.mmu.host().ghost().tick();
         worker.zap_all();
-        let everything = GfnRange { start: Gfn(0), end: self.mmu.role().level.root_limit() };
-        self.mmu.host().ghost().zapped(everything, called);
+        self.mmu.host().ghost().zapped(GfnRange { start: Gfn(0), end: Level::L5.root_limit() }, called);
     }
 
     fn invalidate(&self, worker: &mut Worker<Machine<F>>, rng: &mut Rng) {
@@ -298,8 +313,9 @@ fn delete<F: Cpu>(worker: &mut Worker<Machine<F>>, mmu: &Mmu<Machine<F>>, id: Sl
 /// Runs a storm.
 pub fn run<F: Cpu>(plan: Plan) -> Report {
     let Plan { vcpus, workers, root_level, largest, fences, .. } = plan;
-    let config =
-        Config { vcpus, workers, slots: 8, root_level, largest, mmio_entries: plan.seed % 4 != 3, ..Config::default() };
+    let (mmio_entries, slot_zap) = (plan.seed % 4 != 3, plan.slot_zap);
+    // One more worker, for the check at the end.
+    let config = Config { vcpus, workers: workers + 1, slots: 8, root_level, largest, slot_zap, mmio_entries };
     let mmu = Machine::<F>::build(
         Build { tables: 512, fences, restless: plan.seed % 3 * 5, rough: plan.seed % 4 * 7 },
         config,
@@ -321,7 +337,7 @@ pub fn run<F: Cpu>(plan: Plan) -> Report {
     std::thread::scope(|scope| {
         for cpu in &mut cpus {
             let (world, rng) = (&world, Rng::new(seeds.next()));
-            scope.spawn(move || world.guest(cpu, rng));
+            scope.spawn(move || world.guest(cpu, plan.roles, rng));
         }
         for number in 0..workers {
             let (world, rng) = (&world, Rng::new(seeds.next()));
@@ -337,8 +353,9 @@ pub fn run<F: Cpu>(plan: Plan) -> Report {
         }
     }
     worker.collect();
-    check_tables(&mmu, cpus.iter().find_map(GuestCpu::root).map(|root| root.hfn()));
-    drop((cpus, worker));
+    drop(worker);
+    check_tables(&mmu);
+    drop(cpus);
     let (accesses, counters) = (mmu.host().ghost().accesses, mmu.counters());
     Report { violations: finish(mmu), accesses, hits, operations, counters }
 }
