@@ -199,6 +199,34 @@ impl GuestRam {
         Ok(())
     }
 
+    /// Replaces 1, 2, 4 or 8 bytes of guest memory in one step if they are `old`; says whether they were. They need not be
+    /// aligned, but lie in one page.
+    ///
+    /// # Errors
+    /// Those of [`GuestRam::resolve`].
+    pub fn compare_exchange(&self, at: Gpa, bytes: usize, old: u64, new: u64) -> Result<bool, BackingError> {
+        let (host, run) = self.locate(at)?;
+        if run < bytes {
+            return Err(BackingError::NotBacked);
+        }
+        let done: u8;
+        // SAFETY: the bytes are this guest's RAM. The guest may use them at the same time, which is why the instruction is
+        // a locked one; Rust's atomics would ask for alignment, the CPU does not.
+        unsafe {
+            match bytes {
+                1 => asm!("lock cmpxchg byte ptr [{at}], {new}", "sete {done}", at = in(reg) host,
+                    new = in(reg_byte) new as u8, done = lateout(reg_byte) done, inout("al") old as u8 => _),
+                2 => asm!("lock cmpxchg word ptr [{at}], {new:x}", "sete {done}", at = in(reg) host,
+                    new = in(reg) new as u16, done = lateout(reg_byte) done, inout("ax") old as u16 => _),
+                4 => asm!("lock cmpxchg dword ptr [{at}], {new:e}", "sete {done}", at = in(reg) host,
+                    new = in(reg) new as u32, done = lateout(reg_byte) done, inout("eax") old as u32 => _),
+                _ => asm!("lock cmpxchg qword ptr [{at}], {new}", "sete {done}", at = in(reg) host,
+                    new = in(reg) new, done = lateout(reg_byte) done, inout("rax") old => _),
+            }
+        }
+        Ok(done != 0)
+    }
+
     /// Copies out of guest memory that has host memory already; false when some of it has not.
     #[must_use]
     pub fn peek(&self, at: Gpa, bytes: &mut [u8]) -> bool {
@@ -334,6 +362,24 @@ mod tests {
             GuestMemory::read(&ram, u64::MAX - 1, &mut [0; 4]),
             Err(GuestMemoryError::NotRam { gpa: u64::MAX - 1, bytes: 4 })
         );
+    }
+
+    #[test]
+    fn exchanges_change_just_their_bytes() {
+        let ram = ram(ChunkSize::M2);
+        for bytes in [1usize, 2, 4, 8] {
+            ram.write(Gpa(0x1000), &[0xaa; 24]).unwrap();
+            let mask = u64::MAX >> (64 - 8 * bytes);
+            let (old, new) = (0xaaaa_aaaa_aaaa_aaaa & mask, 0x1122_3344_5566_7788 & mask);
+            assert_eq!(ram.compare_exchange(Gpa(0x1007), bytes, old ^ 1, new), Ok(false));
+            assert_eq!(ram.compare_exchange(Gpa(0x1007), bytes, old, new), Ok(true));
+            let mut expected = [0xaa; 24];
+            expected[7..7 + bytes].copy_from_slice(&new.to_le_bytes()[..bytes]);
+            let mut found = [0; 24];
+            ram.read(Gpa(0x1000), &mut found).unwrap();
+            assert_eq!(found, expected);
+        }
+        assert_eq!(ram.compare_exchange(Gpa(5 * MIB - 2), 4, 0, 1), Err(BackingError::NotBacked));
     }
 
     #[test]

@@ -30,6 +30,7 @@ use super::exit;
 use super::permission::Maps;
 use super::vmcb::{Intercepts1, Intercepts2, NESTED_PAGING, Save, Segment, TlbControl, Vmcb, virtual_interrupt};
 use super::{EFER_SVME, Features};
+use crate::emulate;
 use crate::guest::{VcpuInit, entry as start};
 use crate::memory::frames::{self, FRAME};
 use crate::vm::exit::{Exit, Intercepted, Raised, RawExit};
@@ -56,6 +57,7 @@ mod event {
     pub(super) const EXCEPTION: u64 = 3 << 8;
     pub(super) const SOFTWARE: u64 = 4 << 8;
     pub(super) const KIND: u64 = 7 << 8;
+    pub(super) const CODE_SHIFT: u32 = 32;
 }
 
 /// One virtual CPU.
@@ -332,15 +334,20 @@ impl GuestCpu for Vcpu {
     }
 
     fn raise(&mut self, raised: Raised) {
-        self.event = event::VALID
-            | event::EXCEPTION
-            | match raised {
-                Raised::InvalidOpcode => 6,
-                Raised::GeneralProtection => event::HAS_CODE | 13,
-                Raised::Again(Intercepted::Debug) => 1,
-                // The code of #AC is always 0.
-                Raised::Again(Intercepted::AlignmentCheck) => event::HAS_CODE | 17,
-            };
+        let coded = |vector: u64, code: u32| event::HAS_CODE | vector | u64::from(code) << event::CODE_SHIFT;
+        let what = match raised {
+            Raised::InvalidOpcode => 6,
+            Raised::Stack => coded(12, 0),
+            Raised::GeneralProtection => coded(13, 0),
+            Raised::PageFault { code, address } => {
+                self.save_mut().cr2 = address;
+                coded(14, code)
+            }
+            Raised::Again(Intercepted::Debug) => 1,
+            // The code of #AC is always 0.
+            Raised::Again(Intercepted::AlignmentCheck) => coded(17, 0),
+        };
+        self.event = event::VALID | event::EXCEPTION | what;
     }
 
     fn has_event(&self) -> bool {
@@ -399,6 +406,40 @@ impl GuestCpu for Vcpu {
             ldtr: segment_out(&save.ldtr),
             gdtr: segment_out(&save.gdtr),
             idtr: segment_out(&save.idtr),
+        }
+    }
+
+    fn emulated(&self, physical_bits: u32) -> emulate::Cpu {
+        let save = self.save();
+        let mut general = [0; 16];
+        for (index, register) in general.iter_mut().enumerate() {
+            *register = self.register(index);
+        }
+        let segment = |s: &Segment| start::Segment {
+            selector: s.selector,
+            attributes: s.attributes,
+            limit: s.limit,
+            base: s.base,
+        };
+        emulate::Cpu {
+            registers: emulate::Registers { general, rip: save.rip, rflags: save.rflags },
+            cr0: save.cr0,
+            cr3: save.cr3,
+            cr4: save.cr4,
+            efer: save.efer & !EFER_SVME,
+            cpl: save.cpl,
+            segments: [&save.es, &save.cs, &save.ss, &save.ds, &save.fs, &save.gs].map(segment),
+            physical_bits,
+        }
+    }
+
+    fn take_over(&mut self, registers: &emulate::Registers) {
+        for (index, value) in registers.general.iter().enumerate() {
+            self.set_register(index, *value);
+        }
+        self.save_mut().rflags = registers.rflags;
+        if self.save().rip != registers.rip {
+            self.advance_to(registers.rip);
         }
     }
 

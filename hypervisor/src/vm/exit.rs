@@ -43,8 +43,17 @@ pub enum Intercepted {
 pub enum Raised {
     /// #UD.
     InvalidOpcode,
+    /// #SS(0).
+    Stack,
     /// #GP(0).
     GeneralProtection,
+    /// #PF.
+    PageFault {
+        /// The error code.
+        code: u32,
+        /// For CR2.
+        address: u64,
+    },
     /// One that was intercepted.
     Again(Intercepted),
 }

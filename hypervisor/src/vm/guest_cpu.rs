@@ -11,6 +11,7 @@ use nestling_control::message::Registers;
 
 use super::exit::{Exit, Raised, RawExit};
 use super::policy::msr::VmcbMsrs;
+use crate::emulate;
 use crate::guest::VcpuInit;
 
 /// One virtual CPU.
@@ -35,6 +36,12 @@ pub trait GuestCpu: VmcbMsrs + Debug + Send + 'static {
 
     /// Sets a general register by its encoding.
     fn set_register(&mut self, index: usize, value: u64);
+
+    /// What executing an instruction in software depends on; `physical_bits` is not the CPU's to know.
+    fn emulated(&self, physical_bits: u32) -> emulate::Cpu;
+
+    /// Takes over what that left, an instruction further or within a repeated one.
+    fn take_over(&mut self, registers: &emulate::Registers);
 
     /// Instruction pointer.
     fn rip(&self) -> u64;

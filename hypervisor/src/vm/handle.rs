@@ -52,6 +52,8 @@ pub(super) struct Policy {
     pub(super) msrs: MsrState,
     /// TSC_AUX is the guest's.
     pub(super) tsc_aux: bool,
+    /// Bits of a guest physical address.
+    pub(super) physical_bits: u32,
     /// Unix seconds at VM time 0.
     pub(super) wall_clock_s: u64,
 }
@@ -94,7 +96,7 @@ impl<C: GuestCpu> Vcpu<C> {
     }
 
     #[cold]
-    fn unexpected(&self) -> Next {
+    pub(super) fn unexpected(&self) -> Next {
         let RawExit { code, info1, info2 } = self.cpu.raw_exit();
         Next::Die(DeathReason::UnexpectedExit { code, info1, info2 })
     }
@@ -112,9 +114,12 @@ impl<C: GuestCpu> Vcpu<C> {
 
     #[inline]
     fn port(&mut self, access: PortAccess) -> Next {
-        let Some(width) = Width::from_bytes(usize::from(access.bytes)).filter(|_| !access.string) else {
+        let Some(width) = Width::from_bytes(usize::from(access.bytes)) else {
             return self.unexpected();
         };
+        if access.string {
+            return self.emulate();
+        }
         let rax = self.cpu.register(RAX);
         let port = access.port;
         match access.direction {

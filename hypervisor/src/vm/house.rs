@@ -172,7 +172,8 @@ impl Vm<'_> {
         let mut vcpus = Vec::new();
         for number in 0..count {
             let cpu = svm::Vcpu::new(self.features, &self.maps).ok_or("no memory for a vCPU")?;
-            let policy = Policy { cpuid: Arc::clone(&cpuid), msrs: MsrState::new(msrs), tsc_aux, wall_clock_s };
+            let policy =
+                Policy { cpuid: Arc::clone(&cpuid), msrs: MsrState::new(msrs), tsc_aux, physical_bits, wall_clock_s };
             vcpus.push(Vcpu::new(number, &shared, cpu, policy).ok_or("a vCPU's number is taken")?);
         }
         vcpus[0].start(init);

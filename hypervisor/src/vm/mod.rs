@@ -9,10 +9,12 @@
 //! bug, but also does not mind.
 //!
 //! The rooms: [`shared`] (what vCPUs and housekeeper share, and how they reach each other), [`vcpu`] (the loop),
-//! [`guest_cpu`] and [`exit`] (what it asks of the CPU, and what comes back), `handle` (exits), `house` (CPU 0), `state`,
+//! [`guest_cpu`] and [`exit`] (what it asks of the CPU, and what comes back), `handle` (exits), `bus`
+//! (what an instruction that is executed in software reaches), `house` (CPU 0), `state`,
 //! [`walk`] and [`ring`] (what a death's report is made of), [`time`], [`marker`], and [`policy`] (what the guest sees of
 //! CPUID and MSRs).
 
+mod bus;
 pub mod exit;
 pub mod guest_cpu;
 mod handle;
