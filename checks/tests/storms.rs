@@ -18,7 +18,7 @@ fn storms<F: Cpu>(name: &str, plan: Plan) {
         println!("{name}: {plan:?}");
         println!("    {accesses} accesses, {hits} by the TLB alone, {operations} operations, {counters:?}");
         assert_none(&violations);
-        assert!(counters.zap_alls > 0 || violations.len() > 0, "no zap of everything in {plan:?}");
+        assert!(counters.zap_alls > 0 || plan.only_zaps, "no zap of everything in {plan:?}");
         assert!(operations > 0 && accesses > 0 && counters.leaves_zapped > 0, "nothing happened in {plan:?}");
     }
 }
@@ -50,4 +50,11 @@ fn ept_asymmetric_fences() {
 #[test]
 fn npt_roles_and_zap_all_at_slot_changes() {
     storms::<Npt>("npt roles", Plan { roles: true, slot_zap: SlotZap::Everything, ..Plan::new(401, OPERATIONS) });
+}
+
+/// Zaps of the same few ranges by several workers: who finds an entry gone must not conclude that no TLB has it.
+#[test]
+fn ept_zaps_that_meet() {
+    let plan = Plan { only_zaps: true, workers: 3, vcpus: 3, largest: Level::M2, ..Plan::new(501, 2 * OPERATIONS) };
+    storms::<Ept>("ept zaps", plan);
 }

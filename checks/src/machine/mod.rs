@@ -124,7 +124,8 @@ impl<F: Cpu> Machine<F> {
         self.kicks[usize::from(vcpu.0)].store(false, Ordering::SeqCst);
     }
 
-    fn is_kicked(&self, vcpu: VcpuId) -> bool {
+    /// Whether a kick was sent that the vCPU has not answered yet.
+    pub fn is_kicked(&self, vcpu: VcpuId) -> bool {
         self.kicks[usize::from(vcpu.0)].load(Ordering::SeqCst)
     }
 

@@ -52,6 +52,8 @@ pub struct Plan {
     pub largest: Level,
     /// What a change of a slot zaps.
     pub slot_zap: SlotZap,
+    /// Whether the workers only zap, a few ranges that are always the same, once the slots are there.
+    pub only_zaps: bool,
     /// Whether vCPUs turn to another role now and then.
     pub roles: bool,
     /// The pair of fences.
@@ -73,6 +75,7 @@ impl Plan {
             root_level: Level::L4,
             largest: Level::G1,
             slot_zap: SlotZap::Slot,
+            only_zaps: false,
             roles: false,
             fences: Fences::Full,
             manners: Manners::Right,
@@ -126,6 +129,7 @@ struct World<'a, F: Cpu> {
     mmu: &'a Mmu<Machine<F>>,
     care: Care,
     limit: u64,
+    only_zaps: bool,
     /// Operations that were begun.
     operations: AtomicU64,
     /// Workers that are not done.
@@ -193,6 +197,11 @@ impl<F: Cpu> World<'_, F> {
         }
         while self.goes_on() && self.operations.fetch_add(1, Ordering::Relaxed) < self.limit {
             match (first, rng.below(9)) {
+                _ if self.only_zaps => {
+                    let block = Gfn((FIRST_BLOCK + rng.below(2)) * 512);
+                    let pages = [1, 4, 512, 1024][rng.below(4) as usize];
+                    self.zap(worker, GfnRange { start: block, end: Gfn(block.0 + pages) });
+                }
                 (true, 0..=2) => {
                     let id = rng.below(SLOTS);
                     self.replace_slot(worker, &mut rng, id);
@@ -324,6 +333,7 @@ pub fn run<F: Cpu>(plan: Plan) -> Report {
         mmu: &mmu,
         care: plan.care,
         limit: plan.operations,
+        only_zaps: plan.only_zaps,
         operations: AtomicU64::new(0),
         working: AtomicUsize::new(workers.into()),
         hits: AtomicU64::new(0),

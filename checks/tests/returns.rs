@@ -1,0 +1,121 @@
+//! What takes something from a guest does not return while a vCPU in guest mode may still have it, also when another
+//! operation is already waiting for that vCPU: it finds the entries gone, and must not conclude that nothing has them.
+//!
+//! The vCPU stays in guest mode until the test lets it go. That an operation has not returned yet can not be seen in
+//! bounded time; the wait here bounds how long a wrong one has to show itself, and a right one never fails by it.
+
+mod common;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use common::{Amd, add, assert_none, small, two_by_two};
+use nestling::{Access, Config, Gfn, GfnRange, Level, Mmu, SlotFlags, SlotId, SlotZap, VcpuId};
+use nestling_checks::machine::check_tables;
+use nestling_checks::machine::guest::{Done, GuestCpu, Manners};
+
+const START: Gfn = Gfn(0x400);
+/// How long an operation that should wait has to return by mistake.
+const PATIENCE: Duration = Duration::from_millis(15);
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Taker {
+    /// One frame.
+    ZapFrame,
+    /// All of the block, whose table is unlinked.
+    ZapBlock,
+    ZapAll,
+    Invalidate,
+    Delete,
+    Flags,
+    Move,
+}
+
+const TAKERS: [Taker; 7] =
+    [Taker::ZapFrame, Taker::ZapBlock, Taker::ZapAll, Taker::Invalidate, Taker::Delete, Taker::Flags, Taker::Move];
+
+fn take(mmu: &Arc<Mmu<Amd>>, what: Taker) {
+    let mut worker = mmu.worker().expect("a worker is free");
+    let block = GfnRange { start: START, end: Gfn(START.0 + 512) };
+    match what {
+        Taker::ZapFrame => drop(worker.zap(GfnRange { start: START, end: Gfn(START.0 + 1) })),
+        Taker::ZapBlock => drop(worker.zap(block)),
+        Taker::ZapAll => drop(worker.zap_all()),
+        Taker::Invalidate => drop(worker.invalidate(block)),
+        // The slot may be gone or elsewhere already: then there is nothing to wait for.
+        Taker::Delete => drop(worker.delete_slot(SlotId(0))),
+        Taker::Flags => drop(worker.set_slot_flags(SlotId(0), SlotFlags::READ_ONLY)),
+        Taker::Move => drop(worker.move_slot(SlotId(0), Gfn(0x10_000).gpa())),
+    }
+}
+
+fn returns_too_early(config: Config, first: Taker, second: Taker) {
+    let mmu = small(config);
+    add(&mmu, 0, START, 512);
+    let mut cpu = GuestCpu::new(&mmu, VcpuId(0), 1, Manners::Right).with_patience(4);
+    assert_eq!(cpu.run_one(START, Access::Write), Done::Memory);
+    let mut turn = cpu.vcpu.enter().expect("there is a root");
+    assert!(!turn.take_flush());
+    let returned = AtomicUsize::new(0);
+    std::thread::scope(|scope| {
+        for what in [first, second] {
+            let (mmu, returned) = (&mmu, &returned);
+            let (tell, told) = std::sync::mpsc::channel();
+            scope.spawn(move || {
+                tell.send(()).expect("the test waits");
+                take(mmu, what);
+                returned.fetch_add(1, Ordering::SeqCst);
+            });
+            told.recv().expect("the thread tells");
+            // The first one has to be in the middle of it, which its kick shows.
+            while what == first && !mmu.host().is_kicked(VcpuId(0)) && returned.load(Ordering::SeqCst) == 0 {
+                std::thread::yield_now();
+            }
+        }
+        let began = Instant::now();
+        while began.elapsed() < PATIENCE && returned.load(Ordering::SeqCst) == 0 {
+            std::thread::yield_now();
+        }
+        let early = returned.load(Ordering::SeqCst);
+        drop(turn);
+        assert_eq!(early, 0, "{first:?}, then {second:?}: {early} returned while the guest could still use the page");
+    });
+    assert!(cpu.vcpu.enter().expect("there is a root").take_flush());
+    drop(cpu);
+    assert_eq!(mmu.counters().mapped_bytes(), [0; 3]);
+    assert_none(&mmu.host().violations());
+}
+
+fn all_pairs(largest: Level, slot_zap: SlotZap) {
+    for first in TAKERS {
+        for second in TAKERS {
+            returns_too_early(Config { largest, slot_zap, workers: 4, ..two_by_two() }, first, second);
+        }
+    }
+}
+
+#[test]
+fn nobody_returns_early_with_small_leaves() {
+    all_pairs(Level::K4, SlotZap::Slot);
+}
+
+#[test]
+fn nobody_returns_early_with_huge_leaves() {
+    all_pairs(Level::M2, SlotZap::Everything);
+}
+
+/// A vCPU outside guest mode is not waited for.
+#[test]
+fn a_vcpu_outside_guest_mode_is_not_waited_for() {
+    for what in TAKERS {
+        let mmu = small(two_by_two());
+        add(&mmu, 0, START, 512);
+        let mut cpu = GuestCpu::new(&mmu, VcpuId(0), 1, Manners::Right).with_patience(4);
+        assert_eq!(cpu.run_one(START, Access::Write), Done::Memory);
+        take(&mmu, what);
+        assert!(!mmu.host().is_kicked(VcpuId(0)), "{what:?}");
+        assert!(cpu.vcpu.enter().expect("there is a root").take_flush());
+        assert_eq!(check_tables(&mmu).iter().map(|tree| tree.leaves.len()).sum::<usize>(), 0);
+    }
+}
