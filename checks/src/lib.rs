@@ -7,6 +7,8 @@
 //!   frame, who may write, what was taken away and when. Every guest access and every table is held against it.
 //! - [`program`] makes both do things: random sequences in one thread, storms in many.
 //!
+//! [`scene`] has what tests begin with. Set `NESTLING_DEEP=n` for runs that are much longer than those of every day.
+//!
 //! A check that finds something does not stop the library in the middle of a call: it is written down as a
 //! [`ghost::Violation`] with the history of the frame, and the test asks for the list at its end.
 
@@ -16,3 +18,4 @@ pub mod ghost;
 pub mod machine;
 pub mod program;
 pub mod rng;
+pub mod scene;

@@ -3,11 +3,8 @@
 //! What a test like this shows is that the machine would see the library make the same mistake: a TLB that is not
 //! flushed looks the same whoever forgot it.
 
-mod common;
-
 use std::sync::Arc;
 
-use common::{add, small, two_by_two};
 use nestling::format::{Ept, Npt};
 use nestling::host::TableFrames;
 use nestling::{Access, Gfn, GfnRange, VcpuId};
@@ -16,6 +13,7 @@ use nestling_checks::machine::arena::Misuse;
 use nestling_checks::machine::check_tables;
 use nestling_checks::machine::guest::{Done, GuestCpu, Manners};
 use nestling_checks::program::storm::{Care, Plan, Report, run};
+use nestling_checks::scene::{add, small, two_by_two};
 
 const START: Gfn = Gfn(0x400);
 

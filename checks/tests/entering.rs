@@ -1,10 +1,8 @@
 //! The way into the guest: the flush that is owed, and to whom.
 
-mod common;
-
-use common::{add, assert_none, small, two_by_two};
 use nestling::{Access, Gfn, GfnRange, VcpuId};
 use nestling_checks::machine::guest::{Done, GuestCpu, Manners};
+use nestling_checks::scene::{add, assert_none, small, two_by_two};
 
 const START: Gfn = Gfn(0x400);
 

@@ -1,10 +1,7 @@
 //! The outcomes of faults: the size of the leaf, who wins a race, and what running out of memory changes.
 
-mod common;
-
 use std::sync::Barrier;
 
-use common::{add, aligned, assert_none, deep, small, two_by_two};
 use nestling::format::MemoryType;
 use nestling::host::Extent;
 use nestling::{
@@ -15,6 +12,7 @@ use nestling_checks::ghost::object::{Object, Page, Shape};
 use nestling_checks::machine::arena::Refuse;
 use nestling_checks::machine::guest::{Done, GuestCpu, Manners};
 use nestling_checks::machine::{Build, Machine, check_tables};
+use nestling_checks::scene::{add, aligned, assert_none, deep, small, two_by_two};
 use proptest::prelude::*;
 
 fn fault(gfn: Gfn, access: Access) -> Fault {
@@ -221,7 +219,7 @@ fn rights_grow_in_place() {
     let config = add(&mmu, 0, Gfn(0x400), 512);
     let mut first = GuestCpu::new(&mmu, VcpuId(0), 1, Manners::Right).with_patience(4);
     let mut second = GuestCpu::new(&mmu, VcpuId(1), 2, Manners::Right).with_patience(4);
-    let hook = move |mmu: &std::sync::Arc<nestling::Mmu<common::Amd>>| {
+    let hook = move |mmu: &std::sync::Arc<nestling::Mmu<nestling_checks::scene::Amd>>| {
         let inner = std::sync::Arc::clone(mmu);
         mmu.host().on_next_resolve(Box::new(move |slot, gfn| {
             inner.host().ghost().resolve(slot, gfn, true).map(|extent| Extent { writable: false, ..extent })

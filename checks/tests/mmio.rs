@@ -1,10 +1,7 @@
 //! Accesses without memory: the entries they leave, and for how long these are true.
 
-mod common;
-
 use std::sync::{Arc, Mutex};
 
-use common::{Amd, add, assert_none, slot, small, two_by_two};
 use nestling::events::Event;
 use nestling::format::MMIO_GENERATION_MASK;
 use nestling::{
@@ -12,6 +9,7 @@ use nestling::{
     Worker,
 };
 use nestling_checks::machine::guest::{Done, GuestCpu, Manners};
+use nestling_checks::scene::{Amd, add, assert_none, slot, small, two_by_two};
 
 const DEVICE: Gfn = Gfn(0xfec00);
 

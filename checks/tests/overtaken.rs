@@ -1,15 +1,13 @@
 //! Faults that are overtaken between their look at the slots and their entry into the lock: each interleaving is made
 //! by hand, in one thread, by letting the backing's answer wait for what overtakes it.
 
-mod common;
-
 use std::sync::Arc;
 
-use common::{Amd, add, assert_none, small, two_by_two};
 use nestling::host::BackingError;
 use nestling::{Access, Cause, Fault, Gfn, GfnRange, Mmu, Outcome, SlotFlags, SlotId, VcpuId};
 use nestling_checks::machine::check_tables;
 use nestling_checks::machine::guest::{Done, GuestCpu, Manners};
+use nestling_checks::scene::{Amd, add, assert_none, small, two_by_two};
 
 /// First frame of the tests' slot.
 const START: Gfn = Gfn(0x400);

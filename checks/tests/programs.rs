@@ -1,10 +1,8 @@
 //! Random programs in one thread, against the ghost.
 
-mod common;
-
-use common::{assert_none, deep};
 use nestling::{Level, SlotZap};
 use nestling_checks::program::single::{Lie, Op, Setting, Spot, Table, run_on};
+use nestling_checks::scene::{assert_none, deep};
 use proptest::prelude::*;
 
 fn spot() -> impl Strategy<Value = Spot> {

@@ -4,16 +4,14 @@
 //! The vCPU stays in guest mode until the test lets it go. That an operation has not returned yet can not be seen in
 //! bounded time; the wait here bounds how long a wrong one has to show itself, and a right one never fails by it.
 
-mod common;
-
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use common::{Amd, add, assert_none, small, two_by_two};
 use nestling::{Access, Config, Gfn, GfnRange, Level, Mmu, SlotFlags, SlotId, SlotZap, VcpuId};
 use nestling_checks::machine::check_tables;
 use nestling_checks::machine::guest::{Done, GuestCpu, Manners};
+use nestling_checks::scene::{Amd, add, assert_none, small, two_by_two};
 
 const START: Gfn = Gfn(0x400);
 /// How long an operation that should wait has to return by mistake.

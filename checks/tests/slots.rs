@@ -1,16 +1,14 @@
 //! Memslots through the public interface: what is refused and why, and that a refusal changes nothing.
 
-mod common;
-
 use std::sync::Arc;
 
-use common::{Amd, add, assert_none, slot, small, two_by_two};
 use nestling::{
     Access, Cause, Config, ConfigError, Fault, Gfn, GfnRange, Gpa, Level, Mmu, OutOfMemory, Outcome, SlotConfig,
     SlotError, SlotFlags, SlotId, VcpuId,
 };
 use nestling_checks::machine::guest::{Done, GuestCpu, Manners};
 use nestling_checks::machine::{Build, Machine, check_tables};
+use nestling_checks::scene::{Amd, add, assert_none, slot, small, two_by_two};
 use proptest::prelude::*;
 
 fn config(id: u32, base: u64, size: u64) -> SlotConfig {

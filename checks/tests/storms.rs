@@ -1,13 +1,11 @@
 //! Many threads at once, with the adversarial TLB.
 
-mod common;
-
-use common::{assert_none, deep};
 use nestling::format::{Ept, Npt};
 use nestling::{Level, SlotZap};
 use nestling_checks::machine::cpu::Cpu;
 use nestling_checks::machine::fence::Fences;
 use nestling_checks::program::storm::{Plan, Report, run};
+use nestling_checks::scene::{assert_none, deep};
 
 const OPERATIONS: u64 = 600;
 
