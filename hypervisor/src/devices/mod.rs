@@ -14,15 +14,21 @@
 //! Everything a guest can write is legal input: no register value makes a device panic, loop without bound or allocate
 //! without bound.
 
+pub mod board;
 pub mod cmos;
 pub mod debug_exit;
+pub mod fw_cfg;
+pub mod ioapic;
 pub mod lapic;
+pub mod pci;
 pub mod pic;
 pub mod pit;
 pub mod platform;
 pub mod pm;
 pub mod ports;
 pub mod reset;
+pub mod shutdown;
+pub mod testdev;
 pub mod uart;
 
 #[cfg(test)]

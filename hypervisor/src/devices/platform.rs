@@ -13,13 +13,21 @@
 //! * `console_output`: there is something for [`Platform::console_take`]. Not taking it stops the guest's console but
 //!   loses nothing.
 //!
+//! * `messages`: the I/O APIC has something for the local APICs, which [`Platform::take_message`] gives.
+//! * `flush`: the mapping of a guest page is to be forgotten.
+//!
+//! A machine for test kernels has a [`Board`] in addition, with an I/O APIC whose inputs get the same lines as the 8259s
+//! (the timer's at input 2, as on every PC), and three windows of memory.
+//!
 //! Whoever keeps time for the VM calls [`Platform::poll`] no later than [`Platform::next_deadline_ns`], which may have
 //! moved after any call.
 
 use alloc::vec::Vec;
 
+use super::board::{self, Board, BoardConfig, BoardEffect};
 use super::cmos::Cmos;
 use super::debug_exit;
+use super::ioapic::Message;
 use super::pic::PicPair;
 use super::pit::Pit;
 use super::pm::{Pm, PmRequest};
@@ -29,6 +37,8 @@ use super::uart::Uart;
 use super::{Width, pm};
 
 const IRQ_TIMER: u8 = 0;
+/// The I/O APIC's input for the timer's line; the MADT says so.
+pub const TIMER_INPUT: u8 = 2;
 const IRQ_COM1: u8 = 4;
 const IRQ_CLOCK: u8 = 8;
 /// The system control interrupt, as the FADT names it.
@@ -43,11 +53,13 @@ pub struct PlatformConfig {
     pub console_output: usize,
     /// Most bytes of console input that are kept for the guest.
     pub console_input: usize,
+    /// What a machine for test kernels has in addition.
+    pub board: Option<BoardConfig>,
 }
 
 impl Default for PlatformConfig {
     fn default() -> Self {
-        Self { wall_clock_s: 0, console_output: 4096, console_input: 1024 }
+        Self { wall_clock_s: 0, console_output: 4096, console_input: 1024, board: None }
     }
 }
 
@@ -77,6 +89,10 @@ pub struct Effects {
     pub end: Option<GuestEnd>,
     /// A port that nobody claims was used for the first time.
     pub unclaimed: Option<UnclaimedPort>,
+    /// The I/O APIC has messages.
+    pub messages: bool,
+    /// Guest-physical address of a page whose mapping the host is to forget.
+    pub flush: Option<u64>,
 }
 
 /// The port devices of one VM.
@@ -88,9 +104,12 @@ pub struct Platform {
     uart: Uart,
     pm: Pm,
     reset: ResetPorts,
+    board: Option<Board>,
     unclaimed: UnclaimedPorts,
     now_ns: u64,
     interrupt: bool,
+    /// What the serial port, the clock and ACPI last said to their lines.
+    wires: [bool; 3],
     effects: Effects,
 }
 
@@ -104,9 +123,11 @@ impl Platform {
             uart: Uart::new(config.console_output, config.console_input),
             pm: Pm::new(),
             reset: ResetPorts::new(),
+            board: config.board.map(Board::new),
             unclaimed: UnclaimedPorts::default(),
             now_ns: 0,
             interrupt: false,
+            wires: [false; 3],
             effects: Effects::default(),
         }
     }
@@ -114,6 +135,9 @@ impl Platform {
     /// The guest executes IN: the value, zero-extended.
     pub fn io_read(&mut self, now_ns: u64, port: u16, width: Width) -> u32 {
         self.advance(now_ns);
+        if let (Some(board), Some(claim)) = (&mut self.board, board::decode(port, width)) {
+            return board.input(claim, width);
+        }
         let value = match decode(port) {
             Some(Claim::Pm(offset)) => self.pm.read(self.now_ns, offset, width),
             // The reset register shares its ports with a PCI host bridge's address register, whose accesses are wider.
@@ -130,6 +154,11 @@ impl Platform {
     pub fn io_write(&mut self, now_ns: u64, port: u16, width: Width, value: u32) {
         self.advance(now_ns);
         let value = value & width.mask();
+        if let (Some(board), Some(claim)) = (&mut self.board, board::decode(port, width)) {
+            let effect = board.output(claim, width, value);
+            self.carry_out(effect);
+            return self.settle();
+        }
         match decode(port) {
             Some(Claim::Pm(offset)) => {
                 if self.pm.write(self.now_ns, offset, width, value) == PmRequest::PowerOff {
@@ -150,6 +179,38 @@ impl Platform {
         self.settle();
     }
 
+    /// The guest reads device memory; `None` where no device is. `bytes` is 1, 2, 4 or 8.
+    pub fn memory_read(&mut self, now_ns: u64, gpa: u64, bytes: usize) -> Option<u64> {
+        self.advance(now_ns);
+        self.board.as_ref()?.read(gpa, bytes)
+    }
+
+    /// The guest writes device memory; `false` where no device is.
+    pub fn memory_write(&mut self, now_ns: u64, gpa: u64, bytes: usize, value: u64) -> bool {
+        self.advance(now_ns);
+        let written = self.board.as_mut().is_some_and(|board| board.write(gpa, bytes, value));
+        self.settle();
+        written
+    }
+
+    /// The guest replaces `old` in device memory; `None` where there are only registers, or nothing.
+    pub fn memory_exchange(&mut self, gpa: u64, bytes: usize, old: u64, new: u64) -> Option<bool> {
+        self.board.as_mut()?.compare_exchange(gpa, bytes, old, new)
+    }
+
+    /// A local APIC has ended a level-triggered interrupt.
+    pub fn end_of_interrupt(&mut self, vector: u8) {
+        if let Some(board) = &mut self.board {
+            board.ioapic.end_of_interrupt(vector);
+        }
+        self.settle();
+    }
+
+    /// What the I/O APIC sends next.
+    pub fn take_message(&mut self) -> Option<Message> {
+        self.board.as_mut()?.ioapic.take_message()
+    }
+
     /// Lets time pass.
     pub fn poll(&mut self, now_ns: u64) {
         self.advance(now_ns);
@@ -160,7 +221,9 @@ impl Platform {
     pub fn next_deadline_ns(&self) -> Option<u64> {
         // An edge of a masked timer need not wake anybody: it is caught up with when the mask is written, because every
         // access polls first. Guests that time with the local APIC leave the timer running behind its mask.
-        let timer = if self.pic.is_masked(IRQ_TIMER) { None } else { self.pit.next_edge_ns() };
+        let masked = self.pic.is_masked(IRQ_TIMER)
+            && self.board.as_ref().is_none_or(|board| board.ioapic.is_masked(TIMER_INPUT));
+        let timer = if masked { None } else { self.pit.next_edge_ns() };
         [timer, self.cmos.next_deadline_ns(), self.pm.next_deadline_ns()].into_iter().flatten().min()
     }
 
@@ -214,16 +277,43 @@ impl Platform {
         self.pm.poll(self.now_ns);
         self.cmos.poll(self.now_ns);
         if self.pit.take_edge(self.now_ns) {
-            self.pic.set_irq(IRQ_TIMER, false);
-            self.pic.set_irq(IRQ_TIMER, true);
+            self.set_line(IRQ_TIMER, false);
+            self.set_line(IRQ_TIMER, true);
+        }
+    }
+
+    /// A line takes a level, at both kinds of interrupt controller.
+    fn set_line(&mut self, line: u8, high: bool) {
+        if line < 16 {
+            self.pic.set_irq(line, high);
+        }
+        if let Some(board) = &mut self.board {
+            board.ioapic.set_line(if line == IRQ_TIMER { TIMER_INPUT } else { line }, high);
+        }
+    }
+
+    fn carry_out(&mut self, effect: BoardEffect) {
+        match effect {
+            BoardEffect::None => {}
+            BoardEffect::Line { line, high } => {
+                // Lines of a PC are shared by a wired OR; here the device that spoke last wins, as in QEMU.
+                self.set_line(line, high);
+            }
+            BoardEffect::Flush(gpa) => self.effects.flush = Some(gpa),
+            BoardEffect::PowerOff => self.end(GuestEnd::PowerOff),
         }
     }
 
     /// Carries every level along its wire.
     fn settle(&mut self) {
-        self.pic.set_irq(IRQ_COM1, self.uart.interrupt());
-        self.pic.set_irq(IRQ_CLOCK, self.cmos.interrupt());
-        self.pic.set_irq(IRQ_SCI, self.pm.sci());
+        let levels = [(IRQ_COM1, self.uart.interrupt()), (IRQ_CLOCK, self.cmos.interrupt()), (IRQ_SCI, self.pm.sci())];
+        for (wire, (line, high)) in levels.into_iter().enumerate() {
+            // Only a device's own change moves its line: the test device may be pulling at it.
+            if core::mem::replace(&mut self.wires[wire], high) != high {
+                self.set_line(line, high);
+            }
+        }
+        self.effects.messages |= self.board.as_ref().is_some_and(|board| board.ioapic.has_message());
         self.effects.console_output |= self.uart.has_output();
         let interrupt = self.pic.output();
         self.effects.interrupt_changed |= interrupt != self.interrupt;
@@ -299,7 +389,7 @@ impl Platform {
     /// Programming channel 0 takes back a request whose output has fallen, so that a stale tick doesn't outlive it.
     fn settle_timer(&mut self, channel: usize) {
         if channel == 0 && !self.pit.output(self.now_ns) {
-            self.pic.set_irq(IRQ_TIMER, false);
+            self.set_line(IRQ_TIMER, false);
         }
     }
 }
@@ -485,6 +575,72 @@ mod tests {
         let mut platform = platform();
         platform.poll(5_000_000_000);
         assert_eq!(platform.io_read(1, 0x608, Width::Dword), platform.io_read(5_000_000_000, 0x608, Width::Dword));
+    }
+
+    fn with_board() -> Platform {
+        let board = Some(BoardConfig { ram_bytes: 64 << 20, vcpus: 2 });
+        Platform::new(PlatformConfig { board, ..PlatformConfig::default() })
+    }
+
+    /// Sets the lower half of an I/O APIC entry.
+    fn redirect(platform: &mut Platform, input: u8, entry: u64) {
+        assert!(platform.memory_write(0, 0xfec0_0000, 4, u64::from(0x10 + 2 * input)));
+        assert!(platform.memory_write(0, 0xfec0_0010, 4, entry));
+    }
+
+    #[test]
+    fn lines_reach_both_kinds_of_controller() {
+        let mut platform = with_board();
+        redirect(&mut platform, 14, 0x71);
+        platform.io_write(0, 0x200e, Width::Byte, 1);
+        assert!(platform.take_effects().messages);
+        assert_eq!(platform.take_message().map(|message| message.vector), Some(0x71));
+        redirect(&mut platform, 2, 0x72);
+        platform.io_write(0, 0x43, Width::Byte, 0x34);
+        platform.io_write(0, 0x40, Width::Byte, 0xff);
+        platform.io_write(0, 0x40, Width::Byte, 0);
+        let due = platform.next_deadline_ns().expect("the timer's input is open");
+        platform.poll(due);
+        assert_eq!(platform.take_message().map(|message| message.vector), Some(0x72), "the timer is at input 2");
+        assert!(
+            platform.memory_write(due, 0xfec0_0000, 4, 0x14) && platform.memory_write(due, 0xfec0_0010, 4, 0x1_0000)
+        );
+        assert_eq!(platform.next_deadline_ns(), None);
+    }
+
+    #[test]
+    fn levels_stay_until_the_device_is_served() {
+        let mut platform = with_board();
+        redirect(&mut platform, 4, 0x8000 | 0x44);
+        platform.io_write(0, 0x3f9, Width::Byte, 2);
+        assert!(platform.take_message().is_some(), "the transmitter is empty");
+        platform.end_of_interrupt(0x44);
+        assert!(platform.take_message().is_some(), "and still is");
+        platform.io_write(0, 0x3f9, Width::Byte, 0);
+        platform.end_of_interrupt(0x44);
+        assert_eq!(platform.take_message(), None);
+    }
+
+    #[test]
+    fn the_boards_effects_are_passed_on() {
+        let mut platform = with_board();
+        platform.io_write(0, 0xe4, Width::Dword, 0x40_0000);
+        assert_eq!(platform.take_effects().flush, Some(0x40_0000));
+        for letter in b"Shutdown" {
+            platform.io_write(0, 0x8900, Width::Byte, u32::from(*letter));
+        }
+        assert_eq!(platform.take_effects().end, Some(GuestEnd::PowerOff));
+        platform.io_write(0, 0x510, Width::Word, 5);
+        assert_eq!(platform.io_read(0, 0x511, Width::Byte), 2);
+    }
+
+    #[test]
+    fn a_machine_without_a_board_has_no_memory() {
+        let mut platform = platform();
+        assert_eq!(platform.memory_read(0, 0xfec0_0000, 4), None);
+        assert!(!platform.memory_write(0, 0xff00_0000, 4, 0));
+        platform.io_write(0, 0xe4, Width::Dword, 0x40_0000);
+        assert_eq!(platform.take_effects().flush, None);
     }
 
     #[test]

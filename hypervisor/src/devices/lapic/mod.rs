@@ -1,4 +1,4 @@
-//! The local APIC of one vCPU, in x2APIC mode (AMD APM vol. 2, 16.3 to 16.16).
+//! The local APIC of one vCPU, in xAPIC and x2APIC mode (AMD APM vol. 2, 16.3 to 16.16).
 //!
 //! Two halves, after who may touch them:
 //!
@@ -16,16 +16,21 @@
 //! Delivering. [`Lapic::deliverable`] names the vector that the processor priority lets through;
 //! [`Lapic::acknowledge`] moves it from IRR to ISR and must be called exactly when the injection is committed.
 //!
-//! There is no MMIO window: the guest finds x2APIC mode on in APIC_BASE and can't go back to xAPIC mode except by way of
-//! disabling the APIC; in xAPIC mode it has no registers. Level-triggered vectors have no source without an I/O APIC, so
-//! TMR reads 0 and an EOI is nobody else's business.
+//! **Two modes.** x2APIC mode's MSRs are here; the memory window of xAPIC mode is in `window`, over the same state. How
+//! an APIC is addressed logically depends on its mode and, in xAPIC mode, on what its guest writes: [`Lapic::sync`] tells
+//! [`LapicShared`], where [`reached`] finds it. It may be a moment late for a sender on another CPU, as on a bus.
+//!
+//! **Level-triggered** vectors come from an I/O APIC ([`LapicShared::post_level`]) and are remembered in TMR. When one is
+//! ended, [`Lapic::take_ended`] names it, and whoever owns the I/O APIC tells it.
 
 mod ipi;
 mod shared;
 mod timer;
+mod window;
 
-pub use ipi::{Destination, IpiCommand, IpiKind, MAX_VCPUS, VcpuSet, logical_id, route};
+pub use ipi::{Addressing, Destination, IpiCommand, IpiKind, MAX_VCPUS, VcpuSet, logical_id, reached, route};
 pub use shared::{LapicShared, Pending};
+pub use window::APIC_WINDOW_BYTES;
 
 use super::{Gp, Now};
 use timer::{Timer, TimerMode};
@@ -34,9 +39,11 @@ use timer::{Timer, TimerMode};
 pub const X2APIC_FIRST: u32 = 0x800;
 /// Last MSR of the x2APIC range.
 pub const X2APIC_LAST: u32 = 0x8ff;
-/// Address that APIC_BASE holds, and the only one it may hold.
+/// Address of the window after reset.
 pub const APIC_DEFAULT_BASE: u64 = 0xfee0_0000;
 
+/// Bits of APIC_BASE that hold the window's address: what 40 physical address bits leave, which every SVM CPU has.
+const APIC_BASE_ADDRESS: u64 = 0xff_ffff_f000;
 const APIC_BASE_BSP: u64 = 1 << 8;
 const APIC_BASE_X2APIC: u64 = 1 << 10;
 const APIC_BASE_ENABLE: u64 = 1 << 11;
@@ -73,6 +80,7 @@ const LVT_MODE_EXTINT: u32 = 7 << 8;
 
 const ESR_SEND_ILLEGAL: u32 = 1 << 5;
 const ESR_RECEIVE_ILLEGAL: u32 = 1 << 6;
+const ESR_REGISTER_ILLEGAL: u32 = 1 << 7;
 
 /// Vectors below this are exceptions and can't be delivered as interrupts.
 const FIRST_VECTOR: u8 = 16;
@@ -124,6 +132,15 @@ pub struct Lapic {
     svr: u32,
     irr: Vectors,
     isr: Vectors,
+    /// Of the vectors requested or in service, those that are level-triggered.
+    tmr: Vectors,
+    /// A level-triggered vector that was ended.
+    ended: Option<u8>,
+    /// Logical destination and destination format, in xAPIC mode.
+    ldr: u32,
+    dfr: u32,
+    /// How the APIC is addressed has changed.
+    announce: bool,
     /// What the guest reads.
     esr: u32,
     /// What has gone wrong since the guest last wrote ESR.
@@ -148,6 +165,11 @@ impl Lapic {
             svr: 0,
             irr: Vectors::default(),
             isr: Vectors::default(),
+            tmr: Vectors::default(),
+            ended: None,
+            ldr: 0,
+            dfr: u32::MAX,
+            announce: true,
             esr: 0,
             errors: 0,
             icr: 0,
@@ -170,6 +192,9 @@ impl Lapic {
         self.svr = 0xff;
         self.irr = Vectors::default();
         self.isr = Vectors::default();
+        self.tmr = Vectors::default();
+        self.ended = None;
+        (self.ldr, self.dfr, self.announce) = (0, u32::MAX, true);
         self.esr = 0;
         self.errors = 0;
         self.icr = 0;
@@ -185,9 +210,16 @@ impl Lapic {
 
     /// Takes in what other CPUs have posted, and returns what is not a vector.
     pub fn sync(&mut self, shared: &LapicShared) -> Pending {
-        shared.drain(|vector| {
-            self.accept_enabled(vector);
-        })
+        if core::mem::take(&mut self.announce) {
+            shared.set_addressing(self.addressing());
+        }
+        shared.drain(|vector, level| self.accept_enabled(vector, level))
+    }
+
+    /// The level-triggered vector that the guest has ended since this was last asked.
+    #[inline]
+    pub fn take_ended(&mut self) -> Option<u8> {
+        self.ended.take()
     }
 
     /// Lets time pass: a timer that is due requests its vector.
@@ -250,10 +282,10 @@ impl Lapic {
     }
 
     /// Writes APIC_BASE. Legal are the transitions of APM vol. 2, 16.9: to x2APIC mode from xAPIC mode, away from it only
-    /// by disabling, and no enabling of both at once. The window can't be moved.
+    /// by disabling, and no enabling of both at once.
     pub fn set_apic_base(&mut self, value: u64) -> Result<LapicEffect, Gp> {
         let mode = APIC_BASE_ENABLE | APIC_BASE_X2APIC;
-        if value & !(mode | APIC_BASE_BSP) != APIC_DEFAULT_BASE {
+        if value & !(mode | APIC_BASE_BSP | APIC_BASE_ADDRESS) != 0 {
             return Err(Gp);
         }
         let (from, to) = (self.base & mode, value & mode);
@@ -268,6 +300,7 @@ impl Lapic {
             return Err(Gp);
         }
         self.base = value;
+        self.announce = true;
         if to == 0 && from != 0 {
             self.init();
         }
@@ -298,6 +331,10 @@ impl Lapic {
             return Err(Gp);
         }
         self.poll(now);
+        self.read_register(now, msr)
+    }
+
+    fn read_register(&mut self, now: Now, msr: u32) -> Result<u64, Gp> {
         Ok(match msr {
             ID => u64::from(self.id),
             VERSION => VERSION_VALUE,
@@ -306,7 +343,7 @@ impl Lapic {
             LDR => u64::from(logical_id(self.id)),
             SVR => u64::from(self.svr),
             ISR..TMR => u64::from(self.isr.0[(msr - ISR) as usize]),
-            TMR..IRR => 0,
+            TMR..IRR => u64::from(self.tmr.0[(msr - TMR) as usize]),
             IRR..ESR => u64::from(self.irr.0[(msr - IRR) as usize]),
             ESR => u64::from(self.esr),
             ICR => self.icr,
@@ -326,9 +363,12 @@ impl Lapic {
         }
         self.poll(now);
         if msr == ICR {
-            return self.write_icr(value);
+            return Ok(self.write_icr(value, ipi::decode(value)?));
         }
-        let value = u32::try_from(value).map_err(|_| Gp)?;
+        self.write_register(now, msr, u32::try_from(value).map_err(|_| Gp)?)
+    }
+
+    fn write_register(&mut self, now: Now, msr: u32, value: u32) -> Result<LapicEffect, Gp> {
         let fits = |valid: u32| if value & !valid == 0 { Ok(value) } else { Err(Gp) };
         match msr {
             TPR => self.tpr = fits(0xff)? as u8,
@@ -336,6 +376,9 @@ impl Lapic {
                 fits(0)?;
                 if let Some(vector) = self.isr.highest() {
                     self.isr.clear(vector);
+                    if self.tmr.contains(vector) {
+                        self.ended = Some(vector);
+                    }
                 }
             }
             SVR => {
@@ -381,16 +424,15 @@ impl Lapic {
                 self.timer.set_divide(now, fits(0x0b)?, self.timer_mode());
                 return Ok(LapicEffect::Timer);
             }
-            SELF_IPI => self.accept_enabled(fits(0xff)? as u8),
+            SELF_IPI => self.accept_enabled(fits(0xff)? as u8, false),
             _ => return Err(Gp),
         }
         Ok(LapicEffect::Interrupts)
     }
 
-    fn write_icr(&mut self, value: u64) -> Result<LapicEffect, Gp> {
-        let command = ipi::decode(value)?;
+    fn write_icr(&mut self, value: u64, command: Option<IpiCommand>) -> LapicEffect {
         self.icr = value;
-        Ok(match command {
+        match command {
             None => LapicEffect::None,
             Some(IpiCommand { kind: IpiKind::Fixed(vector) | IpiKind::LowestPriority(vector), .. })
                 if vector < FIRST_VECTOR =>
@@ -399,11 +441,16 @@ impl Lapic {
                 LapicEffect::Interrupts
             }
             Some(IpiCommand { kind: IpiKind::Fixed(vector), destination: Destination::Myself }) => {
-                self.accept_enabled(vector);
+                self.accept_enabled(vector, false);
                 LapicEffect::Interrupts
             }
             Some(command) => LapicEffect::Ipi(command),
-        })
+        }
+    }
+
+    /// Address of the window.
+    fn window(&self) -> u64 {
+        self.base & APIC_BASE_ADDRESS
     }
 
     fn x2apic(&self) -> bool {
@@ -421,24 +468,29 @@ impl Lapic {
     }
 
     /// A vector arrives from outside; while the APIC is disabled it is lost.
-    fn accept_enabled(&mut self, vector: u8) {
+    fn accept_enabled(&mut self, vector: u8, level: bool) {
         if self.accepts_vectors() {
-            self.accept(vector);
+            self.accept(vector, level);
         }
     }
 
-    fn accept(&mut self, vector: u8) {
+    fn accept(&mut self, vector: u8, level: bool) {
         if vector < FIRST_VECTOR {
             self.error(ESR_RECEIVE_ILLEGAL);
         } else {
             self.irr.set(vector);
+            if level {
+                self.tmr.set(vector);
+            } else {
+                self.tmr.clear(vector);
+            }
         }
     }
 
     fn raise_lvt(&mut self, register: u32) {
         let entry = self.lvt[lvt_index(register)];
         if entry & LVT_MASKED == 0 && self.accepts_vectors() {
-            self.accept(entry as u8);
+            self.accept(entry as u8, false);
         }
     }
 
@@ -468,6 +520,10 @@ impl Vectors {
 
     fn clear(&mut self, vector: u8) {
         self.0[usize::from(vector >> 5)] &= !(1 << (vector & 31));
+    }
+
+    fn contains(&self, vector: u8) -> bool {
+        self.0[usize::from(vector >> 5)] & 1 << (vector & 31) != 0
     }
 
     fn highest(&self) -> Option<u8> {

@@ -10,7 +10,7 @@
 
 use core::sync::atomic::{AtomicU32, Ordering};
 
-use super::ipi::IpiKind;
+use super::ipi::{Addressing, IpiKind};
 
 const EVENT_VECTORS: u32 = 1 << 0;
 const EVENT_NMI: u32 = 1 << 1;
@@ -35,6 +35,10 @@ pub struct Pending {
 #[repr(align(64))]
 pub struct LapicShared {
     vectors: [AtomicU32; 8],
+    /// Which of them are level-triggered: set before the vector, and taken only together with it.
+    levels: [AtomicU32; 8],
+    /// [`Addressing`], for senders.
+    addressing: AtomicU32,
     events: AtomicU32,
     id: u32,
 }
@@ -42,7 +46,9 @@ pub struct LapicShared {
 impl LapicShared {
     /// Nothing is posted.
     pub const fn new(apic_id: u32) -> Self {
-        Self { vectors: [const { AtomicU32::new(0) }; 8], events: AtomicU32::new(0), id: apic_id }
+        const NONE: [AtomicU32; 8] = [const { AtomicU32::new(0) }; 8];
+        let addressing = AtomicU32::new(Addressing::X2Apic.to_word());
+        Self { vectors: NONE, levels: NONE, addressing, events: AtomicU32::new(0), id: apic_id }
     }
 
     /// The APIC's ID, which never changes.
@@ -79,6 +85,21 @@ impl LapicShared {
         self.post_event(EVENT_VECTORS)
     }
 
+    /// Posts a level-triggered vector. Returns whether the vCPU must be kicked.
+    pub fn post_level(&self, vector: u8) -> bool {
+        self.levels[usize::from(vector >> 5)].fetch_or(1 << (vector & 31), Ordering::SeqCst);
+        self.post_vector(vector)
+    }
+
+    /// How logical destinations find this APIC.
+    pub fn addressing(&self) -> Addressing {
+        Addressing::from_word(self.addressing.load(Ordering::Relaxed))
+    }
+
+    pub(super) fn set_addressing(&self, addressing: Addressing) {
+        self.addressing.store(addressing.to_word(), Ordering::Relaxed);
+    }
+
     /// Whether there is anything for [`super::Lapic::sync`] to take in.
     pub fn has_pending(&self) -> bool {
         self.events.load(Ordering::SeqCst) != 0
@@ -88,8 +109,8 @@ impl LapicShared {
         self.events.fetch_or(event, Ordering::SeqCst) & event == 0
     }
 
-    /// Empties the shared half: each vector goes to `accept`, the rest is returned. For the vCPU's own thread.
-    pub(super) fn drain(&self, mut accept: impl FnMut(u8)) -> Pending {
+    /// Empties the shared half: each vector goes to `accept` with whether it is level-triggered, the rest is returned. For the vCPU's own thread.
+    pub(super) fn drain(&self, mut accept: impl FnMut(u8, bool)) -> Pending {
         // The common case, on each entry, is a load of a line that nobody is writing.
         if !self.has_pending() {
             return Pending::default();
@@ -98,8 +119,10 @@ impl LapicShared {
         if events & EVENT_VECTORS != 0 {
             for (index, word) in self.vectors.iter().enumerate() {
                 let mut bits = word.swap(0, Ordering::SeqCst);
+                let levels = if bits == 0 { 0 } else { self.levels[index].fetch_and(!bits, Ordering::SeqCst) };
                 while bits != 0 {
-                    accept((index as u8) << 5 | bits.trailing_zeros() as u8);
+                    let bit = bits.trailing_zeros();
+                    accept((index as u8) << 5 | bit as u8, levels & 1 << bit != 0);
                     bits &= bits - 1;
                 }
             }
