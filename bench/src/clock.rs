@@ -11,6 +11,7 @@ use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 
 use crate::arena::Claim;
 use crate::contenders::{Contender, Seat, backing};
+use crate::pipeline::drain;
 use crate::plan::{Plan, Share};
 
 /// What is measured, in the order of a repetition.
@@ -43,13 +44,24 @@ impl Operation {
 #[inline(always)]
 pub fn work<S: Seat>(operation: Operation, seat: &mut S, share: &Share) -> u64 {
     match (operation, share.range) {
-        (Operation::Fault, _) => share.gpas.iter().filter(|&&gpa| seat.fault(gpa)).count() as u64,
-        (Operation::LookUp, _) => {
-            share.gpas.iter().filter(|&&gpa| seat.look_up(gpa) == Some(backing(gpa))).count() as u64
-        }
-        (Operation::Zap, None) => share.gpas.iter().filter(|&&gpa| seat.zap(gpa)).count() as u64,
+        (Operation::Fault, _) => count(share, |gpa| seat.fault(gpa)),
+        (Operation::LookUp, _) => count(share, |gpa| seat.look_up(gpa) == Some(backing(gpa))),
+        (Operation::Zap, None) => count(share, |gpa| seat.zap(gpa)),
         (Operation::Zap, Some((first, pages))) => seat.zap_range(first, pages),
     }
+}
+
+#[inline(always)]
+fn count(share: &Share, mut operation: impl FnMut(u64) -> bool) -> u64 {
+    if !share.apart {
+        return share.gpas.iter().filter(|&&gpa| operation(gpa)).count() as u64;
+    }
+    let apart = |gpa: u64| {
+        let done = operation(gpa);
+        drain();
+        done
+    };
+    share.gpas.iter().copied().map(apart).filter(|&done| done).count() as u64
 }
 
 /// The CPUs that this process may use.

@@ -15,5 +15,6 @@ pub mod contenders;
 pub mod figures;
 pub mod floor;
 pub mod instructions;
+mod pipeline;
 pub mod plan;
 pub mod report;

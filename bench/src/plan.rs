@@ -16,17 +16,21 @@ pub enum Order {
     Sequential,
     /// In one fixed random order, the same for all contenders.
     Random,
+    /// The same random order, with the processor waiting after each operation until all of it is done. Real faults are
+    /// an exit and an entry apart; back to back, the processor would overlap the cache misses of several.
+    Apart,
 }
 
 impl Order {
-    /// Both.
-    pub const ALL: [Self; 2] = [Self::Sequential, Self::Random];
+    /// All.
+    pub const ALL: [Self; 3] = [Self::Sequential, Self::Random, Self::Apart];
 
     /// As it appears in names of figures.
     pub const fn name(self) -> &'static str {
         match self {
             Self::Sequential => "seq",
             Self::Random => "random",
+            Self::Apart => "apart",
         }
     }
 }
@@ -38,6 +42,8 @@ pub struct Share {
     pub gpas: Vec<u64>,
     /// The range it zaps in one call, as first address and pages; `None` if it zaps `gpas` one by one.
     pub range: Option<(u64, u64)>,
+    /// Whether the processor waits after each operation.
+    pub apart: bool,
 }
 
 /// The shares of all threads of a repetition.
@@ -54,7 +60,7 @@ impl Plan {
     pub fn new(order: Order, threads: usize, pages: u64) -> Self {
         assert!(pages <= PAGES && pages.is_multiple_of(2 * BLOCK), "{pages} pages can not be shared out");
         let mut gpas: Vec<u64> = pages_from(FIRST, pages).collect();
-        if order == Order::Random {
+        if order != Order::Sequential {
             shuffle(&mut gpas);
         }
         let each = pages / threads as u64;
@@ -65,7 +71,7 @@ impl Plan {
                 (turn % threads as u64 == thread as u64).then_some(*gpa)
             };
             let range = (order == Order::Sequential).then_some((FIRST + each * thread as u64 * PAGE, each));
-            Share { gpas: gpas.iter().enumerate().filter_map(mine).collect(), range }
+            Share { gpas: gpas.iter().enumerate().filter_map(mine).collect(), range, apart: order == Order::Apart }
         };
         Self { shares: (0..threads).map(share).collect(), pages }
     }
@@ -90,7 +96,7 @@ mod tests {
 
     #[test]
     fn shares_are_disjoint_and_complete() {
-        for (order, threads) in [(Order::Sequential, 1), (Order::Sequential, 2), (Order::Random, 1), (Order::Random, 2)]
+        for (order, threads) in [(Order::Sequential, 1), (Order::Sequential, 2), (Order::Random, 1), (Order::Apart, 2)]
         {
             let plan = Plan::new(order, threads, 8192);
             let mut all: Vec<u64> = plan.shares.iter().flat_map(|share| share.gpas.clone()).collect();
@@ -101,7 +107,7 @@ mod tests {
             let mut ranges: Vec<_> = plan.shares.iter().filter_map(|share| share.range).collect();
             ranges.sort_unstable();
             let zapped: Vec<u64> = ranges.iter().flat_map(|&(first, pages)| pages_from(first, pages)).collect();
-            assert!(order == Order::Random || zapped.into_iter().eq(pages_from(FIRST, 8192)));
+            assert!(order != Order::Sequential || zapped.into_iter().eq(pages_from(FIRST, 8192)));
         }
     }
 }
