@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use nestling::{Access, Config, Gfn, GfnRange, Level, Mmu, SlotFlags, SlotId, SlotZap, VcpuId};
+use nestling::{Access, Config, Gfn, GfnRange, Level, Mmu, Role, SlotFlags, SlotId, SlotZap, VcpuId};
 use nestling_checks::machine::check_tables;
 use nestling_checks::machine::guest::{Done, GuestCpu, Manners};
 use nestling_checks::scene::{Amd, add, assert_none, small, two_by_two};
@@ -116,4 +116,47 @@ fn a_vcpu_outside_guest_mode_is_not_waited_for() {
         assert!(cpu.vcpu.enter().expect("there is a root").take_flush());
         assert_eq!(check_tables(&mmu).iter().map(|tree| tree.leaves.len()).sum::<usize>(), 0);
     }
+}
+
+/// A zap that has done one root, when a zap of everything makes the other one obsolete and waits for the vCPU that
+/// runs on it: the other root is no longer among the valid ones, but the guest still has what it maps.
+#[test]
+fn a_zap_does_not_return_while_a_root_it_missed_is_in_use() {
+    let mmu = small(Config { root_level: Level::L5, largest: Level::K4, ..two_by_two() });
+    add(&mmu, 0, START, 512);
+    let mut first = GuestCpu::new(&mmu, VcpuId(0), 1, Manners::Right).with_patience(4);
+    let mut second = GuestCpu::new(&mmu, VcpuId(1), 2, Manners::Right).with_patience(4);
+    first.set_role(Role { level: Level::L4 });
+    assert_eq!(first.run_one(START, Access::Write), Done::Memory);
+    assert_eq!(second.run_one(START, Access::Write), Done::Memory);
+
+    let returned = AtomicUsize::new(0);
+    let (pause, paused) = std::sync::mpsc::channel();
+    let (go, gone) = std::sync::mpsc::channel();
+    mmu.host().on_next_free(Box::new(move || {
+        pause.send(()).expect("the test waits");
+        gone.recv().expect("the test goes on");
+    }));
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            take(&mmu, Taker::ZapBlock);
+            returned.fetch_add(1, Ordering::SeqCst);
+        });
+        paused.recv().expect("the zap frees a table of the first root");
+        // The second root still maps the block, and this vCPU may have read that.
+        let turn = second.vcpu.enter().expect("there is a root");
+        scope.spawn(|| take(&mmu, Taker::ZapAll));
+        while !mmu.host().is_kicked(VcpuId(1)) {
+            std::thread::yield_now();
+        }
+        go.send(()).expect("the zap waits");
+        let began = Instant::now();
+        while began.elapsed() < PATIENCE && returned.load(Ordering::SeqCst) == 0 {
+            std::thread::yield_now();
+        }
+        let early = returned.load(Ordering::SeqCst);
+        drop(turn);
+        assert_eq!(early, 0, "the zap returned while a vCPU could still use what it should have removed");
+    });
+    assert_none(&mmu.host().violations());
 }

@@ -80,7 +80,11 @@ impl<H: Host> Worker<H> {
     /// have made new ones.
     pub fn zap(&mut self, range: GfnRange) -> Zapped {
         let mut valid = Shared::enter(&self.mmu, &mut self.ticket).valid_roots();
-        zap_range(&self.mmu, &mut self.ticket, &mut self.batch, &mut valid, range, Reach::Live)
+        let zapped = zap_range(&self.mmu, &mut self.ticket, &mut self.batch, &mut valid, range, Reach::Live);
+        // A root that became obsolete before its turn was missed. Whoever made it so holds the exclusive lock until no
+        // vCPU runs on it any more: to enter is to wait for that.
+        drop(Shared::enter(&self.mmu, &mut self.ticket));
+        zapped
     }
 
     /// Removes everything, at a front cost that does not depend on how much is mapped: all roots become obsolete at

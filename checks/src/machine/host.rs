@@ -21,6 +21,10 @@ unsafe impl<F: Cpu> TableFrames for Machine<F> {
     }
 
     fn free_table(&self, frame: Hfn) {
+        let hook = held(&self.on_free).take();
+        if let Some(hook) = hook {
+            hook();
+        }
         self.arena.free(frame);
     }
 

@@ -28,6 +28,8 @@ use fence::Fences;
 /// What runs once, in the place of the next answer of the backing: outside the MMU lock, between a fault's look at
 /// the slots and its entry into the lock. It may use workers, and gives the answer.
 pub type OnResolve = Box<dyn FnOnce(&Slot, Gfn) -> Result<Extent, BackingError> + Send>;
+/// What runs once, when a table frame is given back: outside the MMU lock, in the middle of whatever frees it.
+pub type OnFree = Box<dyn FnOnce() + Send>;
 /// What sees trace events.
 pub type OnTrace = Box<dyn FnMut(Event) + Send>;
 
@@ -44,6 +46,7 @@ pub struct Machine<F> {
     rough: u64,
     questions: AtomicU64,
     on_resolve: Mutex<Option<OnResolve>>,
+    on_free: Mutex<Option<OnFree>>,
     on_trace: Mutex<Option<OnTrace>>,
     traced: AtomicBool,
     format: PhantomData<F>,
@@ -92,6 +95,7 @@ impl<F: Cpu> Machine<F> {
             rough: build.rough,
             questions: AtomicU64::new(0),
             on_resolve: Mutex::default(),
+            on_free: Mutex::default(),
             on_trace: Mutex::default(),
             traced: AtomicBool::new(false),
             format: PhantomData,
@@ -111,6 +115,11 @@ impl<F: Cpu> Machine<F> {
     /// Runs `what` in place of the backing's next answer.
     pub fn on_next_resolve(&self, what: OnResolve) {
         *held(&self.on_resolve) = Some(what);
+    }
+
+    /// Runs `what` before the next table frame is freed.
+    pub fn on_next_free(&self, what: OnFree) {
+        *held(&self.on_free) = Some(what);
     }
 
     /// Shows trace events to `what` from now on.
