@@ -38,7 +38,8 @@ fn op() -> impl Strategy<Value = Op> {
         1 => (any::<bool>(), any::<bool>()).prop_map(|(second, five)| Op::Turn { second, five }),
         2 => (start(), few()).prop_map(|(at, pages)| Op::Zap(at, pages)),
         2 => (spot(), 1u64..5, any::<bool>()).prop_map(|(at, pages, moved)| Op::Invalidate(at, pages, moved)),
-        1 => (spot(), 1u64..5, spot()).prop_map(|(at, pages, touch)| Op::TouchDuring(at, pages, touch)),
+        // In the same block, where a huge leaf would reach into the range.
+        2 => (spot(), 1u64..5, 0u16..512).prop_map(|(at, pages, page)| Op::TouchDuring(at, pages, Spot { page, ..at })),
         1 => (0u8..6).prop_map(Op::Starve),
     ]
 }

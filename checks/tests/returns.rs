@@ -160,3 +160,48 @@ fn a_zap_does_not_return_while_a_root_it_missed_is_in_use() {
     });
     assert_none(&mmu.host().violations());
 }
+
+/// Two zaps have found the same table, one unlinks it and waits for the vCPU: the other one loses, and has nothing left
+/// to remove, but the guest still has what it should have removed.
+#[test]
+fn a_zap_that_loses_a_table_to_another_waits_for_the_guest_too() {
+    let mmu = small(Config { largest: Level::K4, workers: 4, ..two_by_two() });
+    add(&mmu, 0, START, 512);
+    let mut cpu = GuestCpu::new(&mmu, VcpuId(0), 1, Manners::Right).with_patience(4);
+    assert_eq!(cpu.run_one(START, Access::Write), Done::Memory);
+    let walk = mmu.worker().expect("a worker is free").walk(mmu.role(), START).expect("there is a root");
+    let table = walk.last().expect("a walk has a first step").address.hfn();
+
+    let turn = cpu.vcpu.enter().expect("there is a root");
+    let returned = AtomicUsize::new(0);
+    let (pause, paused) = std::sync::mpsc::channel();
+    let (go, gone) = std::sync::mpsc::channel();
+    mmu.host().on_next_look_at(
+        table,
+        Box::new(move || {
+            pause.send(()).expect("the test waits");
+            gone.recv().expect("the test goes on");
+        }),
+    );
+    std::thread::scope(|scope| {
+        let zap = || {
+            take(&mmu, Taker::ZapBlock);
+            returned.fetch_add(1, Ordering::SeqCst);
+        };
+        scope.spawn(zap);
+        paused.recv().expect("the zap follows the entry");
+        scope.spawn(zap);
+        while !mmu.host().is_kicked(VcpuId(0)) {
+            std::thread::yield_now();
+        }
+        go.send(()).expect("the first zap waits");
+        let began = Instant::now();
+        while began.elapsed() < PATIENCE && returned.load(Ordering::SeqCst) == 0 {
+            std::thread::yield_now();
+        }
+        let early = returned.load(Ordering::SeqCst);
+        drop(turn);
+        assert_eq!(early, 0, "a zap returned while the vCPU could still use what it should have removed");
+    });
+    assert_none(&mmu.host().violations());
+}

@@ -30,6 +30,7 @@ unsafe impl<F: Cpu> TableFrames for Machine<F> {
 
     fn table(&self, frame: Hfn) -> NonNull<AtomicU64> {
         self.stumble();
+        self.followed(frame);
         NonNull::from(&self.arena.entries(frame)[0])
     }
 }

@@ -28,8 +28,9 @@ use fence::Fences;
 /// What runs once, in the place of the next answer of the backing: outside the MMU lock, between a fault's look at
 /// the slots and its entry into the lock. It may use workers, and gives the answer.
 pub type OnResolve = Box<dyn FnOnce(&Slot, Gfn) -> Result<Extent, BackingError> + Send>;
-/// What runs once, when a table frame is given back: outside the MMU lock, in the middle of whatever frees it.
-pub type OnFree = Box<dyn FnOnce() + Send>;
+/// What runs once in the middle of an operation: when it frees a table (outside the MMU lock), or when it follows an
+/// entry to one (inside).
+pub type OnStep = Box<dyn FnOnce() + Send>;
 /// What sees trace events.
 pub type OnTrace = Box<dyn FnMut(Event) + Send>;
 
@@ -46,7 +47,10 @@ pub struct Machine<F> {
     rough: u64,
     questions: AtomicU64,
     on_resolve: Mutex<Option<OnResolve>>,
-    on_free: Mutex<Option<OnFree>>,
+    on_free: Mutex<Option<OnStep>>,
+    on_table: Mutex<Option<(Hfn, OnStep)>>,
+    /// Whether `on_table` holds anything.
+    watched: AtomicBool,
     on_trace: Mutex<Option<OnTrace>>,
     traced: AtomicBool,
     format: PhantomData<F>,
@@ -96,6 +100,8 @@ impl<F: Cpu> Machine<F> {
             questions: AtomicU64::new(0),
             on_resolve: Mutex::default(),
             on_free: Mutex::default(),
+            on_table: Mutex::default(),
+            watched: AtomicBool::new(false),
             on_trace: Mutex::default(),
             traced: AtomicBool::new(false),
             format: PhantomData,
@@ -118,8 +124,24 @@ impl<F: Cpu> Machine<F> {
     }
 
     /// Runs `what` before the next table frame is freed.
-    pub fn on_next_free(&self, what: OnFree) {
+    pub fn on_next_free(&self, what: OnStep) {
         *held(&self.on_free) = Some(what);
+    }
+
+    /// Runs `what` when the library next follows an entry to the table `frame`.
+    pub fn on_next_look_at(&self, frame: Hfn, what: OnStep) {
+        *held(&self.on_table) = Some((frame, what));
+        self.watched.store(true, Ordering::Release);
+    }
+
+    fn followed(&self, frame: Hfn) {
+        if self.watched.load(Ordering::Acquire) {
+            let hook = held(&self.on_table).take_if(|(watched, _)| *watched == frame);
+            if let Some((_, hook)) = hook {
+                self.watched.store(false, Ordering::Release);
+                hook();
+            }
+        }
     }
 
     /// Shows trace events to `what` from now on.

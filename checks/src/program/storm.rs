@@ -299,7 +299,8 @@ impl<F: Cpu> World<'_, F> {
         let held = worker.invalidate(range);
         machine.ghost().zapped(range, called);
         let pages = machine.ghost().taken(range);
-        std::thread::yield_now();
+        // Long enough for guests to fault beside it.
+        (0..rng.below(16)).for_each(|_| std::thread::yield_now());
         machine.ghost().given(range, &pages, rng.once_in(2));
         drop(held);
         drop(together);
