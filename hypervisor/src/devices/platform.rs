@@ -612,6 +612,7 @@ mod tests {
     fn levels_stay_until_the_device_is_served() {
         let mut platform = with_board();
         redirect(&mut platform, 4, 0x8000 | 0x44);
+        platform.io_write(0, 0x3fc, Width::Byte, 8);
         platform.io_write(0, 0x3f9, Width::Byte, 2);
         assert!(platform.take_message().is_some(), "the transmitter is empty");
         platform.end_of_interrupt(0x44);

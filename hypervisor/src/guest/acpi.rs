@@ -1,14 +1,14 @@
-//! The guest's ACPI tables (ACPI 6.5): RSDP, XSDT, FADT, FACS, MADT and a DSDT whose only object is `\_S5`.
+//! The guest's ACPI tables (ACPI 6.5): RSDP, XSDT (and RSDT for old software), FADT, FACS, MADT and a DSDT whose only
+//! object is `\_S5`.
 //!
-//! The machine is described as what it is: PC hardware without PCI, without a keyboard controller and without an I/O
-//! APIC. MADT says PCAT_COMPAT, so a kernel knows about the pair of 8259s; the I/O APIC's entry has its place after the
-//! local APICs. FADT names the reset register, the ACPI registers of [`crate::devices::pm`], and no SMI command port,
+//! The machine is described as what it is: PC hardware without PCI devices, without a keyboard controller and with an I/O
+//! APIC or without one ([`Controllers`]). MADT says PCAT_COMPAT, so a kernel knows about the pair of 8259s. FADT names the reset register, the ACPI registers of [`crate::devices::pm`], and no SMI command port,
 //! which means that the machine is in ACPI mode for good.
 
 use alloc::vec::Vec;
 
-use crate::devices::platform::IRQ_SCI;
-use crate::devices::{cmos, lapic, pm, reset};
+use crate::devices::platform::{IRQ_SCI, TIMER_INPUT};
+use crate::devices::{cmos, ioapic, lapic, pm, reset};
 
 const OEM_ID: [u8; 6] = *b"NESTLG";
 const OEM_TABLE_ID: [u8; 8] = *b"NESTLING";
@@ -31,21 +31,32 @@ const MADT_PCAT_COMPAT: u32 = 1 << 0;
 /// The most processors that the tables can describe.
 pub const MAX_PROCESSORS: u32 = lapic::MAX_VCPUS as u32;
 
+/// The interrupt controllers of a machine, beside the local APICs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Controllers {
+    /// A pair of 8259s.
+    Pic,
+    /// In addition an I/O APIC.
+    IoApic,
+}
+
 /// The tables for a machine with `processors` (1..=[`MAX_PROCESSORS`]) processors, laid out to be written at guest
 /// address `base` (a multiple of 64, the result below 4 GiB). The RSDP comes first, at `base` itself.
-pub fn build(base: u64, processors: u32) -> Vec<u8> {
+pub fn build(base: u64, processors: u32, controllers: Controllers) -> Vec<u8> {
     let mut image = Image { base, bytes: Vec::new() };
     image.place(&[0; RSDP_BYTES as usize]);
     let facs = image.place(&facs());
     let dsdt = image.place(&dsdt());
     let fadt = image.place(&fadt(facs, dsdt));
-    let madt = image.place(&madt(processors));
-    let mut entries = Vec::new();
+    let madt = image.place(&madt(processors, controllers));
+    let (mut narrow, mut wide) = (Vec::new(), Vec::new());
     for table in [fadt, madt] {
-        entries.extend_from_slice(&table.to_le_bytes());
+        narrow.extend_from_slice(&(table as u32).to_le_bytes());
+        wide.extend_from_slice(&table.to_le_bytes());
     }
-    let xsdt = image.place(&table(*b"XSDT", 1, &entries));
-    image.bytes[..RSDP_BYTES as usize].copy_from_slice(&rsdp(xsdt));
+    let rsdt = image.place(&table(*b"RSDT", 1, &narrow));
+    let xsdt = image.place(&table(*b"XSDT", 1, &wide));
+    image.bytes[..RSDP_BYTES as usize].copy_from_slice(&rsdp(rsdt, xsdt));
     image.bytes
 }
 
@@ -85,11 +96,12 @@ fn table(signature: [u8; 4], revision: u8, body: &[u8]) -> Vec<u8> {
 }
 
 /// ACPI 5.2.5.3.
-fn rsdp(xsdt: u64) -> [u8; RSDP_BYTES as usize] {
+fn rsdp(rsdt: u64, xsdt: u64) -> [u8; RSDP_BYTES as usize] {
     let mut rsdp = [0; RSDP_BYTES as usize];
     rsdp[..8].copy_from_slice(b"RSD PTR ");
     rsdp[9..15].copy_from_slice(&OEM_ID);
     rsdp[15] = 2;
+    rsdp[16..20].copy_from_slice(&(rsdt as u32).to_le_bytes());
     rsdp[20..24].copy_from_slice(&(RSDP_BYTES as u32).to_le_bytes());
     rsdp[24..32].copy_from_slice(&xsdt.to_le_bytes());
     // The first checksum covers what version 1 had, the second everything.
@@ -155,7 +167,7 @@ fn io_address(port: u16, bits: u8, access: Access) -> [u8; 12] {
 }
 
 /// ACPI 5.2.12.
-fn madt(processors: u32) -> Vec<u8> {
+fn madt(processors: u32, controllers: Controllers) -> Vec<u8> {
     let mut body = Vec::new();
     body.extend_from_slice(&(lapic::APIC_DEFAULT_BASE as u32).to_le_bytes());
     body.extend_from_slice(&MADT_PCAT_COMPAT.to_le_bytes());
@@ -163,6 +175,16 @@ fn madt(processors: u32) -> Vec<u8> {
         // Processor local APIC: UID, APIC ID, enabled.
         body.extend_from_slice(&[0, 8, id, id]);
         body.extend_from_slice(&1u32.to_le_bytes());
+    }
+    if controllers == Controllers::IoApic {
+        // I/O APIC: ID, reserved, address, first input. Source override: the timer's line of bus 0 (ISA) is at another
+        // input, with the bus's polarity and trigger mode.
+        body.extend_from_slice(&[1, 12, 0, 0]);
+        body.extend_from_slice(&(ioapic::IOAPIC_BASE as u32).to_le_bytes());
+        body.extend_from_slice(&0u32.to_le_bytes());
+        body.extend_from_slice(&[2, 10, 0, 0]);
+        body.extend_from_slice(&u32::from(TIMER_INPUT).to_le_bytes());
+        body.extend_from_slice(&[0, 0]);
     }
     // Local APIC NMI: LINT1 of all processors.
     body.extend_from_slice(&[4, 6, 0xff, 0, 0, 1]);
@@ -222,7 +244,7 @@ mod tests {
 
     #[test]
     fn root_pointer_has_both_checksums() {
-        let image = build(BASE, 1);
+        let image = build(BASE, 1, Controllers::Pic);
         assert_eq!(&image[..8], b"RSD PTR ");
         assert_eq!((sum(&image[..20]), sum(&image[..36])), (0, 0));
         assert_eq!((image[15], u32_at(&image, 20)), (2, 36));
@@ -230,7 +252,7 @@ mod tests {
 
     #[test]
     fn fixed_description_names_the_registers_that_exist() {
-        let image = build(BASE, 1);
+        let image = build(BASE, 1, Controllers::Pic);
         let fadt = listed(&image, b"FACP");
         assert_eq!(fadt.len(), 276);
         assert_eq!((u32_at(&fadt, 56), u32_at(&fadt, 64), u32_at(&fadt, 76)), (0x600, 0x604, 0x608));
@@ -245,7 +267,7 @@ mod tests {
 
     #[test]
     fn soft_off_is_described() {
-        let image = build(BASE, 1);
+        let image = build(BASE, 1, Controllers::Pic);
         let fadt = listed(&image, b"FACP");
         let dsdt = table_at(&image, u64_at(&fadt, 140));
         assert_eq!(&dsdt[..4], b"DSDT");
@@ -255,7 +277,7 @@ mod tests {
     #[test]
     fn every_processor_is_listed_once() {
         for processors in [1, 4, 64, MAX_PROCESSORS] {
-            let image = build(BASE, processors);
+            let image = build(BASE, processors, Controllers::IoApic);
             assert!(image.len() as u64 <= crate::guest::layout::ACPI_ROOM);
             let madt = listed(&image, b"APIC");
             assert_eq!((u32_at(&madt, 36), u32_at(&madt, 40)), (0xfee0_0000, 1));

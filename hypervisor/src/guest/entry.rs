@@ -1,6 +1,6 @@
 //! The states in which vCPUs start, as plain data.
 //!
-//! Two of them: where the 64-bit boot protocol puts the first vCPU, and where a start-up IPI puts any other (real mode,
+//! Three of them: where the 64-bit boot protocol and Multiboot put the first vCPU, and where a start-up IPI puts any other (real mode,
 //! AMD APM vol. 2, 14.1.3). Registers that are not named are 0. Segment attributes are in the packed form that a VMCB
 //! holds (APM vol. 2, appendix B): type and S in 4:0, DPL in 6:5, P in 7, AVL, L, D/B and G in 11:8.
 
@@ -28,7 +28,12 @@ const BOOT_DS: u16 = 0x18;
 /// Null, unused, flat 64-bit code, flat data.
 const GDT_ENTRIES: [u64; 4] = [0, 0, 0x00af_9b00_0000_ffff, 0x00cf_9300_0000_ffff];
 
+/// Selectors of the flat segments that Multiboot asks for without saying which.
+const MULTIBOOT_CS: u16 = 0x08;
+const MULTIBOOT_DS: u16 = 0x10;
+
 const ATTR_CODE_64: u16 = 0xa9b;
+const ATTR_CODE_32: u16 = 0xc9b;
 const ATTR_DATA_FLAT: u16 = 0xc93;
 const ATTR_CODE_REAL: u16 = 0x09b;
 const ATTR_DATA_REAL: u16 = 0x093;
@@ -69,6 +74,10 @@ pub struct VcpuInit {
     pub rip: u64,
     /// Stack pointer.
     pub rsp: u64,
+    /// The magic number, for Multiboot.
+    pub rax: u64,
+    /// The information structure, for Multiboot.
+    pub rbx: u64,
     /// The boot parameters, for the boot protocol.
     pub rsi: u64,
     /// Flags.
@@ -108,6 +117,8 @@ impl VcpuInit {
         Self {
             rip: entry,
             rsp: STACK_TOP,
+            rax: 0,
+            rbx: 0,
             rsi: boot_params,
             rflags: RFLAGS_FIXED,
             cr0: CR0_PE | CR0_ET | CR0_NE | CR0_PG,
@@ -126,6 +137,34 @@ impl VcpuInit {
         }
     }
 
+    /// The state of Multiboot (specification 0.6.96, 3.2): 32-bit protected mode with flat segments, no paging, and no
+    /// descriptor table that could be relied on.
+    pub const fn multiboot(entry: u32, magic: u32, info: u32) -> Self {
+        let flat = Segment { selector: MULTIBOOT_DS, attributes: ATTR_DATA_FLAT, limit: u32::MAX, base: 0 };
+        let none = TableRegister { limit: 0, base: 0 };
+        Self {
+            rip: entry as u64,
+            rsp: 0,
+            rax: magic as u64,
+            rbx: info as u64,
+            rsi: 0,
+            rflags: RFLAGS_FIXED,
+            cr0: CR0_PE | CR0_ET,
+            cr3: 0,
+            cr4: 0,
+            efer: 0,
+            dr6: DR6_RESET,
+            dr7: DR7_RESET,
+            pat: PAT_RESET,
+            cs: Segment { selector: MULTIBOOT_CS, attributes: ATTR_CODE_32, limit: u32::MAX, base: 0 },
+            data: flat,
+            tr: Segment { selector: 0, attributes: ATTR_TSS_BUSY, limit: 0xffff, base: 0 },
+            ldtr: Segment { selector: 0, attributes: ATTR_LDT, limit: 0xffff, base: 0 },
+            gdtr: none,
+            idtr: none,
+        }
+    }
+
     /// The state after INIT and a start-up IPI with `vector`: real mode, at `vector << 12`. CR0 has the caches on, as
     /// firmware left them; INIT doesn't change CD and NW.
     pub const fn startup(vector: u8) -> Self {
@@ -133,6 +172,8 @@ impl VcpuInit {
         Self {
             rip: 0,
             rsp: 0,
+            rax: 0,
+            rbx: 0,
             rsi: 0,
             rflags: RFLAGS_FIXED,
             cr0: CR0_ET,

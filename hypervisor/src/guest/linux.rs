@@ -127,7 +127,7 @@ pub fn load_linux(
     }
     memory.write(COMMAND_LINE, command_line.as_bytes())?;
     memory.write(COMMAND_LINE + command_line.len() as u64, &[0])?;
-    memory.write(ACPI, &acpi::build(ACPI, config.vcpus))?;
+    memory.write(ACPI, &acpi::build(ACPI, config.vcpus, acpi::Controllers::Pic))?;
     let info = BootInfo { ram: &ram, initrd: initrd_at, command_line: COMMAND_LINE, rsdp: ACPI };
     memory.write(BOOT_PARAMS, &boot_params::build(&kernel, &info))?;
     entry::write_tables(memory)?;

@@ -11,12 +11,14 @@ pub mod bzimage;
 pub mod entry;
 pub mod layout;
 pub mod linux;
+pub mod multiboot;
 
 #[cfg(test)]
 pub(crate) mod testing;
 
 pub use entry::VcpuInit;
 pub use linux::{LinuxConfig, LoadError, load_linux};
+pub use multiboot::{MultibootConfig, MultibootError, load_multiboot};
 
 use core::fmt;
 

@@ -15,12 +15,20 @@ const PAGE: u64 = 4096;
 /// Pages appear when they are written, within the RAM of a layout.
 pub(crate) struct TestMemory {
     ram: RamLayout,
+    /// What is between the first two pieces is RAM too, as in a VM.
+    whole: bool,
     pages: RefCell<BTreeMap<u64, Box<[u8; PAGE as usize]>>>,
 }
 
 impl TestMemory {
     pub(crate) fn new(bytes: u64) -> Self {
-        Self { ram: RamLayout::new(bytes).expect("a legal size"), pages: RefCell::new(BTreeMap::new()) }
+        let ram = RamLayout::new(bytes).expect("a legal size");
+        Self { ram, whole: false, pages: RefCell::new(BTreeMap::new()) }
+    }
+
+    /// Memory with RAM from 0 on without a hole.
+    pub(crate) fn whole(bytes: u64) -> Self {
+        Self { whole: true, ..Self::new(bytes) }
     }
 
     pub(crate) fn bytes(&self, gpa: u64, length: usize) -> Vec<u8> {
@@ -42,7 +50,8 @@ impl TestMemory {
         let inside = |range: &super::layout::RamRange| {
             gpa >= range.gpa && gpa.checked_add(bytes).is_some_and(|end| end <= range.gpa + range.bytes)
         };
-        if self.ram.ranges().iter().any(inside) { Ok(()) } else { Err(GuestMemoryError::NotRam { gpa, bytes }) }
+        let low = self.whole && gpa.checked_add(bytes).is_some_and(|end| end <= self.ram.low_end());
+        if low || self.ram.ranges().iter().any(inside) { Ok(()) } else { Err(GuestMemoryError::NotRam { gpa, bytes }) }
     }
 }
 

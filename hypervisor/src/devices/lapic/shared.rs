@@ -46,9 +46,9 @@ pub struct LapicShared {
 impl LapicShared {
     /// Nothing is posted.
     pub const fn new(apic_id: u32) -> Self {
-        const NONE: [AtomicU32; 8] = [const { AtomicU32::new(0) }; 8];
         let addressing = AtomicU32::new(Addressing::X2Apic.to_word());
-        Self { vectors: NONE, levels: NONE, addressing, events: AtomicU32::new(0), id: apic_id }
+        let (vectors, levels) = ([const { AtomicU32::new(0) }; 8], [const { AtomicU32::new(0) }; 8]);
+        Self { vectors, levels, addressing, events: AtomicU32::new(0), id: apic_id }
     }
 
     /// The APIC's ID, which never changes.
