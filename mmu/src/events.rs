@@ -9,7 +9,8 @@
 //! Trace events go to the embedder's [`crate::host::Host::trace`] and cost nothing unless its `TRACE` is true.
 
 use crate::addr::{Gfn, GfnRange, Level};
-use crate::sync::{AtomicU64, Ordering};
+use crate::sync::Ordering;
+use crate::sync::plain::AtomicU64;
 use crate::vcpu::Outcome;
 
 macro_rules! counters {

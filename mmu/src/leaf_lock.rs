@@ -22,7 +22,7 @@ pub(crate) struct LeafLock<T> {
 unsafe impl<T: Send> Sync for LeafLock<T> {}
 
 impl<T> LeafLock<T> {
-    pub(crate) const fn new(value: T) -> Self {
+    pub(crate) fn new(value: T) -> Self {
         Self { held: AtomicBool::new(false), value: UnsafeCell::new(value) }
     }
 

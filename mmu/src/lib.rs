@@ -15,7 +15,7 @@
 #![deny(unsafe_code)]
 
 extern crate alloc;
-#[cfg(test)]
+#[cfg(any(test, feature = "loom"))]
 extern crate std;
 
 pub mod addr;

@@ -65,7 +65,7 @@ impl MmuLock {
     /// Claims a seat of `range` for a new participant.
     pub(crate) fn claim(&self, range: core::ops::Range<usize>) -> Option<Ticket> {
         let free = self.seats[range].iter().find(|seat| !seat.taken.swap(true, Ordering::AcqRel));
-        free.map(|seat| Ticket { seat: Arc::clone(seat) })
+        free.map(|seat| Ticket { seat: Arc::clone(seat), mark: seat.mark.load(Ordering::Relaxed) })
     }
 
     /// The marks that are odd now, as (seat, mark): what a grace period that starts now has to outlive. The caller
@@ -89,6 +89,8 @@ impl MmuLock {
 #[derive(Debug)]
 pub(crate) struct Ticket {
     seat: Arc<Padded<Seat>>,
+    /// The seat's mark, which only the holder changes: even while outside.
+    mark: u64,
 }
 
 impl Ticket {
@@ -101,7 +103,6 @@ impl Ticket {
 
 impl Drop for Ticket {
     fn drop(&mut self) {
-        debug_assert!(!is_inside(self.seat.mark.load(Ordering::Relaxed)));
         self.seat.taken.store(false, Ordering::Release);
     }
 }
@@ -112,32 +113,34 @@ impl Drop for Ticket {
 pub(crate) struct Shared<'a, H: Host> {
     pub(crate) mmu: &'a Mmu<H>,
     seat: &'a Seat,
+    /// What the mark becomes when this is dropped.
+    left: u64,
     not_send: PhantomData<*mut ()>,
 }
 
 impl<'a, H: Host> Shared<'a, H> {
     #[inline]
     pub(crate) fn enter(mmu: &'a Mmu<H>, ticket: &'a mut Ticket) -> Self {
-        let seat = &ticket.seat.0;
-        let mark = seat.mark.load(Ordering::Relaxed) + 1;
-        seat.mark.store(mark, Ordering::Relaxed);
+        let Ticket { seat, mark: left } = ticket;
+        *left += 2;
+        seat.mark.store(*left - 1, Ordering::Relaxed);
         mmu.host.light_fence();
         // Acquire pairs with the writer's withdrawal: its changes are seen.
         if mmu.lock.writer.load(Ordering::Acquire) != 0 {
-            Self::step_back(mmu, seat);
+            Self::step_back(mmu, seat, left);
         }
-        Self { mmu, seat, not_send: PhantomData }
+        Self { mmu, seat, left: *left, not_send: PhantomData }
     }
 
     #[cold]
-    fn step_back(mmu: &Mmu<H>, seat: &Seat) {
+    fn step_back(mmu: &Mmu<H>, seat: &Seat, left: &mut u64) {
         loop {
-            let mark = seat.mark.load(Ordering::Relaxed);
-            seat.mark.store(mark + 1, Ordering::Release);
+            seat.mark.store(*left, Ordering::Release);
             while mmu.lock.is_announced() {
                 mmu.host.relax();
             }
-            seat.mark.store(mark + 2, Ordering::Relaxed);
+            *left += 2;
+            seat.mark.store(*left - 1, Ordering::Relaxed);
             mmu.host.light_fence();
             if mmu.lock.writer.load(Ordering::Acquire) == 0 {
                 return;
@@ -159,8 +162,7 @@ impl<'a, H: Host> Shared<'a, H> {
 impl<H: Host> Drop for Shared<'_, H> {
     #[inline]
     fn drop(&mut self) {
-        let mark = self.seat.mark.load(Ordering::Relaxed);
-        self.seat.mark.store(mark + 1, Ordering::Release);
+        self.seat.mark.store(self.left, Ordering::Release);
     }
 }
 

@@ -133,12 +133,13 @@ impl<H: Host> Mmu<H> {
             Config { largest, .. } if largest > Level::G1 => return Err(ConfigError::Largest),
             _ => {}
         }
+        let (slots, updates) = Slots::new(config.slots, config.root_level.root_limit());
         Ok(Arc::new(Self {
             host,
             lock: MmuLock::new(usize::from(config.vcpus) + usize::from(config.workers)),
             tlb: Tlb::new(usize::from(config.vcpus)),
-            slots: Slots::new(),
-            updates: LeafLock::new(Updates::new(config.slots, config.root_level.root_limit())),
+            slots,
+            updates: LeafLock::new(updates),
             roots: Roots::new(),
             notify: Notify::new(),
             reclaim: Reclaim::new(),

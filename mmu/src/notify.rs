@@ -40,7 +40,7 @@ pub(crate) struct Notify {
 pub(crate) struct Snapshot(u64);
 
 impl Notify {
-    pub(crate) const fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self { sequence: AtomicU64::new(0), start: AtomicU64::new(0), end: AtomicU64::new(0) }
     }
 
@@ -83,19 +83,18 @@ impl Notify {
     }
 
     pub(crate) fn begin<H: Host>(&self, range: GfnRange, _alone: &Exclusive<'_, H>) {
-        let now = self.sequence.load(Ordering::Relaxed);
         let mut union = range;
-        if now & IN_PROGRESS != 0 {
+        // Read by an addition of nothing, for the reason of `load_for_update`.
+        if self.sequence.fetch_add(0, Ordering::Relaxed) & IN_PROGRESS != 0 {
             let start = Gfn(self.start.load(Ordering::Relaxed));
             union = range.union(GfnRange { start, end: Gfn(self.end.load(Ordering::Relaxed)) });
         }
         self.start.store(union.start.0, Ordering::Relaxed);
         self.end.store(union.end.0, Ordering::Relaxed);
-        self.sequence.store(now + BEGUN, Ordering::Release);
+        self.sequence.fetch_add(BEGUN, Ordering::Release);
     }
 
     pub(crate) fn end<H: Host>(&self, _alone: &Exclusive<'_, H>) {
-        let now = self.sequence.load(Ordering::Relaxed);
-        self.sequence.store(now + ENDED - BEGUN, Ordering::Release);
+        self.sequence.fetch_add(ENDED - BEGUN, Ordering::Release);
     }
 }

@@ -27,8 +27,10 @@ pub(crate) struct RcuCell<T> {
 pub(crate) struct Replaced<T>(*mut T);
 
 impl<T> RcuCell<T> {
-    pub(crate) fn new(value: Box<T>) -> Self {
-        Self { pointer: AtomicPtr::new(Box::into_raw(value)), owns: PhantomData }
+    /// A cell, and the right to replace its value.
+    pub(crate) fn new(value: Box<T>) -> (Self, UpdateRight<T>) {
+        let value = Box::into_raw(value);
+        (Self { pointer: AtomicPtr::new(value), owns: PhantomData }, UpdateRight(value))
     }
 
     /// The value that is published now; it lives as long as the guard.
@@ -41,15 +43,17 @@ impl<T> RcuCell<T> {
     }
 
     /// The value, for the one updater, who has the right to replace it and so knows that it stays.
-    pub(crate) fn read_exclusive<'u>(&'u self, _updater: &'u mut UpdateRight) -> &'u T {
-        // SAFETY: only the holder of the `UpdateRight` of this cell replaces the value, and it is borrowed for as long
-        // as the reference lives.
-        unsafe { &*self.pointer.load(Ordering::Relaxed) }
+    pub(crate) fn read_exclusive<'u>(&'u self, updater: &'u mut UpdateRight<T>) -> &'u T {
+        // SAFETY: the right holds the pointer that is published, because only its holder replaces it and `replace`
+        // keeps it; both cell and right are borrowed for as long as the reference lives.
+        unsafe { &*updater.0 }
     }
 
     /// Publishes `value`.
-    pub(crate) fn replace(&self, value: Box<T>, _updater: &mut UpdateRight) -> Replaced<T> {
-        Replaced(self.pointer.swap(Box::into_raw(value), Ordering::AcqRel))
+    pub(crate) fn replace(&self, value: Box<T>, updater: &mut UpdateRight<T>) -> Replaced<T> {
+        let value = Box::into_raw(value);
+        self.pointer.store(value, Ordering::Release);
+        Replaced(core::mem::replace(&mut updater.0, value))
     }
 }
 
@@ -67,20 +71,17 @@ impl<T> Drop for RcuCell<T> {
     fn drop(&mut self) {
         // SAFETY: the cell is going away, so no reader can hold a reference (their lifetimes end before the cell's),
         // and the pointer came from a Box.
-        drop(unsafe { Box::from_raw(*self.pointer.get_mut()) });
+        drop(unsafe { Box::from_raw(self.pointer.load(Ordering::Acquire)) });
     }
 }
 
-/// The right to replace a cell's value. Kept under the update lock that serialises updaters; one a cell.
+/// The right to replace a cell's value, and the updater's own note of which that is. Kept under the update lock that
+/// serialises updaters; one a cell.
 #[derive(Debug)]
-pub(crate) struct UpdateRight(());
+pub(crate) struct UpdateRight<T>(*mut T);
 
-impl UpdateRight {
-    /// The one right for a new cell.
-    pub(crate) const fn new() -> Self {
-        Self(())
-    }
-}
+// SAFETY: the pointer is followed only together with the cell, which owns the value, and by the one updater.
+unsafe impl<T: Send + Sync> Send for UpdateRight<T> {}
 
 // SAFETY: the cell owns a `T` and hands out `&T` to other threads: the usual conditions of a shared, owned value.
 unsafe impl<T: Send + Sync> Sync for RcuCell<T> {}

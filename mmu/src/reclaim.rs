@@ -169,7 +169,7 @@ pub(crate) struct Reclaim {
 }
 
 impl Reclaim {
-    pub(crate) const fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self { pending: LeafLock::new(Vec::new()) }
     }
 

@@ -1,7 +1,47 @@
 //! The atomics layer: every atomic, fence and cell of the library comes from here, so that a model checker can put
 //! its own in their place without a change to the code that is checked.
 
+#[cfg(not(feature = "loom"))]
 pub use core::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicU64, Ordering, fence};
+#[cfg(feature = "loom")]
+pub use loom::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicU64, Ordering, fence};
+
+/// Atomics that no protocol rests on (counters): always the processor's, so that a model checker does not spend its
+/// time on their interleavings.
+pub(crate) mod plain {
+    pub(crate) use core::sync::atomic::AtomicU64;
+}
+
+/// After a sequentially consistent read-modify-write that announces something, and before the sequentially consistent
+/// load that looks for the other side's announcement: nothing, for the model that the processor and the language have.
+/// loom takes sequentially consistent accesses for acquire and release ones, and orders the two by a fence only.
+#[inline]
+pub(crate) fn announced() {
+    #[cfg(feature = "loom")]
+    fence(Ordering::SeqCst);
+}
+
+/// Reads a word of requests that the caller may go on to take; a name of its own for the reason of [`load_for_update`].
+#[inline]
+pub(crate) fn peek(word: &AtomicU32) -> u32 {
+    #[cfg(feature = "loom")]
+    return word.fetch_or(0, Ordering::SeqCst);
+    #[cfg(not(feature = "loom"))]
+    word.load(Ordering::SeqCst)
+}
+
+/// Reads an entry that the caller goes on to change by compare-and-swap.
+///
+/// A name of its own because of the model checker: loom takes a load that the same thread follows up with a store to
+/// the same atomic for settled, and skips the interleavings in between; there the load is a read-modify-write that
+/// changes nothing.
+#[inline]
+pub fn load_for_update(cell: &AtomicU64) -> u64 {
+    #[cfg(feature = "loom")]
+    return cell.fetch_or(0, Ordering::AcqRel);
+    #[cfg(not(feature = "loom"))]
+    cell.load(Ordering::Acquire)
+}
 
 /// Pads to two cache lines: adjacent-line prefetchers pull lines in pairs, so one line of distance is not enough to
 /// keep two writers apart.

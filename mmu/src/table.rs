@@ -11,7 +11,7 @@ use crate::format::Format;
 use crate::host::Host;
 use crate::lock::Shared;
 use crate::root::RootRef;
-use crate::sync::{AtomicU64, Ordering};
+use crate::sync::{AtomicU64, Ordering, load_for_update};
 
 /// One table page of `level`, borrowed from the guard of lifetime `'g`.
 pub(crate) struct Table<'g, H: Host> {
@@ -43,13 +43,13 @@ impl<'g, H: Host> Table<'g, H> {
     pub(crate) fn leaves(inside: &'g Shared<'_, H>, root: &RootRef, gfn: Gfn) -> Option<Self> {
         let mut table = Self::root(inside, root);
         if table.level == Level::L5 {
-            table = table.next(table.entry(gfn).load(Ordering::Acquire))?;
+            table = table.next(load_for_update(table.entry(gfn)))?;
         }
         for level in [Level::L4, Level::G1, Level::M2] {
             // A root's level is 4 or 5: `Config` is checked for that.
             debug_assert_eq!(table.level, level);
             table.level = level;
-            table = table.next(table.entry(gfn).load(Ordering::Acquire))?;
+            table = table.next(load_for_update(table.entry(gfn)))?;
         }
         Some(table)
     }

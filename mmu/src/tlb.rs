@@ -26,7 +26,7 @@ use alloc::boxed::Box;
 
 use crate::events::{Counter, Event, SeatCounters};
 use crate::host::{Host, VcpuId};
-use crate::sync::{AtomicU32, AtomicU64, Ordering, Padded};
+use crate::sync::{AtomicU32, AtomicU64, Ordering, Padded, announced, peek};
 
 const OUTSIDE: u32 = 0;
 const IN_GUEST: u32 = 1;
@@ -74,6 +74,7 @@ impl Tlb {
     /// May be called inside the MMU lock: it waits for vCPUs to leave guest mode and for nothing else.
     pub(crate) fn flush<H: Host>(&self, host: &H, counters: &SeatCounters) -> Flushed {
         let generation = self.generation.fetch_add(1, Ordering::SeqCst) + 1;
+        announced();
         let behind = |vcpu: &VcpuTlb| {
             vcpu.mode.load(Ordering::SeqCst) == IN_GUEST && vcpu.flushed.load(Ordering::SeqCst) < generation
         };
@@ -96,15 +97,18 @@ impl Tlb {
         Flushed(())
     }
 
-    /// The vCPU is about to run guest code. Returns whether it must flush first.
+    /// The vCPU is about to run guest code. Returns whether it must flush first. `flushed` is the vCPU's own copy of the
+    /// generation that it last flushed for; 0 at first.
     #[inline]
-    pub(crate) fn enter(&self, id: VcpuId) -> bool {
+    pub(crate) fn enter(&self, id: VcpuId, flushed: &mut u64) -> bool {
         let vcpu = &self.vcpus[usize::from(id.0)];
         vcpu.mode.swap(IN_GUEST, Ordering::SeqCst);
+        announced();
         let generation = self.generation.load(Ordering::SeqCst);
-        if vcpu.flushed.load(Ordering::Relaxed) == generation {
+        if *flushed == generation {
             return false;
         }
+        *flushed = generation;
         // Said before it is done: between here and the flush no guest instruction runs.
         vcpu.flushed.store(generation, Ordering::SeqCst);
         true
@@ -113,7 +117,7 @@ impl Tlb {
     /// Whether the vCPU is asked for anything. To be looked at after [`Tlb::enter`].
     #[inline]
     pub(crate) fn has_requests(&self, id: VcpuId) -> bool {
-        self.vcpus[usize::from(id.0)].requests.load(Ordering::SeqCst) != 0
+        peek(&self.vcpus[usize::from(id.0)].requests) != 0
     }
 
     /// Takes what the vCPU is asked for, to serve it. By the vCPU itself, outside guest mode.

@@ -140,6 +140,8 @@ pub struct Vcpu<H: Host> {
     roots: Loaded,
     cache: TableCache,
     hint: Hint,
+    /// The TLB generation of the last flush.
+    flushed: u64,
     /// The TLB must be flushed before the guest runs.
     flush_owed: bool,
 }
@@ -192,7 +194,7 @@ impl<H: Host> Vcpu<H> {
         let (mmu, cache) = (Arc::clone(mmu), TableCache::default());
         // Owed from the start: this number may have been another vCPU's, which was told to flush and did not any more.
         let flush_owed = true;
-        Some(Self { mmu, ticket, id, role, roots: Loaded::default(), cache, hint: Hint::NONE, flush_owed })
+        Some(Self { mmu, ticket, id, role, roots: Loaded::default(), cache, hint: Hint::NONE, flushed: 0, flush_owed })
     }
 
     /// The vCPU's number.
@@ -213,7 +215,7 @@ impl<H: Host> Vcpu<H> {
             if self.roots.current().is_none() {
                 self.load_root()?;
             }
-            if self.mmu.tlb.enter(self.id) {
+            if self.mmu.tlb.enter(self.id, &mut self.flushed) {
                 self.ticket.counters().add(Counter::Flush, 1);
                 self.flush_owed = true;
             }

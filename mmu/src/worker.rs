@@ -40,6 +40,11 @@ impl<H: Host> Worker<H> {
         Ok(Self { mmu: Arc::clone(mmu), ticket, batch })
     }
 
+    /// The MMU that it works on.
+    pub fn mmu(&self) -> &Arc<Mmu<H>> {
+        &self.mmu
+    }
+
     /// Adds a slot. Its frames have memory from the return on; an access that raced with it may still end as MMIO.
     pub fn add_slot(&mut self, config: SlotConfig) -> Result<(), SlotError> {
         let mmu = Arc::clone(&self.mmu);

@@ -120,7 +120,7 @@ pub(crate) struct Roots {
 }
 
 impl Roots {
-    pub(crate) const fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self { lists: LeafLock::new(Lists { valid: Vec::new(), defunct: Vec::new(), next_serial: 1, generation: 0 }) }
     }
 

@@ -192,7 +192,7 @@ pub(crate) struct Slots {
 #[derive(Debug)]
 pub(crate) struct Updates {
     by_id: BTreeMap<SlotId, Arc<Slot>>,
-    right: UpdateRight,
+    right: UpdateRight<SlotSet>,
     limit: usize,
     /// First frame that no root can translate.
     end: Gfn,
@@ -222,9 +222,12 @@ impl Published {
 }
 
 impl Slots {
-    pub(crate) fn new() -> Self {
+    /// No slots, and what updates of them work on: `limit` slots at most, none of which reaches `end`.
+    pub(crate) fn new(limit: usize, end: Gfn) -> (Self, Updates) {
         let set = SlotSet::empty();
-        Self { generation: Padded(AtomicU64::new(set.generation())), set: RcuCell::new(Box::new(set)) }
+        let generation = Padded(AtomicU64::new(set.generation()));
+        let (set, right) = RcuCell::new(Box::new(set));
+        (Self { generation, set }, Updates { by_id: BTreeMap::new(), right, limit, end })
     }
 
     /// The generation now. A fault compares it, inside the lock, with that of the set it looked its slot up in.
@@ -251,10 +254,6 @@ impl Slots {
 }
 
 impl Updates {
-    pub(crate) fn new(limit: usize, end: Gfn) -> Self {
-        Self { by_id: BTreeMap::new(), right: UpdateRight::new(), limit, end }
-    }
-
     fn get(&self, id: SlotId) -> Result<Arc<Slot>, SlotError> {
         self.by_id.get(&id).cloned().ok_or(SlotError::NotFound)
     }

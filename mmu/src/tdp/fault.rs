@@ -22,7 +22,7 @@ use crate::host::{Access, Extent, Host};
 use crate::lock::Shared;
 use crate::notify::Snapshot;
 use crate::root::RootRef;
-use crate::sync::{AtomicU64, Ordering};
+use crate::sync::{AtomicU64, load_for_update};
 use crate::table::Table;
 use crate::vcpu::{FaultError, Outcome};
 
@@ -185,7 +185,7 @@ impl<'w, H: Host> Walk<'w, '_, H> {
         let mut table = Table::root(self.inside, root);
         loop {
             let cell = table.entry(self.want.gfn);
-            let raw = cell.load(Ordering::Acquire);
+            let raw = load_for_update(cell);
             let step = if let Some(next) = table.next(raw) {
                 Step::Into(next)
             } else if table.level > level {
@@ -280,7 +280,7 @@ pub(crate) fn map_mmio<H: Host>(
     let mut table = Table::root(inside, root);
     loop {
         let cell = table.entry(gfn);
-        let raw = cell.load(Ordering::Acquire);
+        let raw = load_for_update(cell);
         if let Some(next) = table.next(raw) {
             table = next;
             continue;

@@ -24,7 +24,7 @@ use crate::host::Host;
 use crate::lock::{Shared, Ticket};
 use crate::reclaim::{Batch, Debts, Reach, Zapping};
 use crate::root::{RootRef, RootSet};
-use crate::sync::{AtomicU64, Ordering};
+use crate::sync::{AtomicU64, Ordering, load_for_update};
 use crate::table::Table;
 
 /// What a zap removed.
@@ -91,7 +91,7 @@ impl<H: Host> Step<'_, '_, H> {
         let after = loop {
             path[usize::from(table.level.number()) - 1] = Some(table);
             let cell = table.entry(gfn);
-            let raw = cell.load(Ordering::Acquire);
+            let raw = load_for_update(cell);
             let Some(next) = table.next(raw) else {
                 self.zap_entry(&table, gfn, raw);
                 break table.level.next_block(gfn);
@@ -104,7 +104,7 @@ impl<H: Host> Step<'_, '_, H> {
                 }
                 let mut at = gfn;
                 while at < block.end && at < self.range.end {
-                    self.zap_entry(&next, at, next.entry(at).load(Ordering::Acquire));
+                    self.zap_entry(&next, at, load_for_update(next.entry(at)));
                     at = Gfn(at.0 + 1);
                 }
                 break at;
@@ -167,7 +167,7 @@ impl<H: Host> Step<'_, '_, H> {
                 return;
             }
             let Some(table) = path[usize::from(level.number()) - 1] else { continue };
-            let raw = table.entry(gfn).load(Ordering::Acquire);
+            let raw = load_for_update(table.entry(gfn));
             if table.next(raw).is_some_and(|next| next.entries().iter().all(|cell| is_empty::<H>(cell, next.level))) {
                 self.unlink(&table, gfn, raw);
             }
