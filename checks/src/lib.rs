@@ -6,6 +6,7 @@
 //! - [`ghost`] is what must be true, kept beside the library in plain maps: which host frame stands behind a guest
 //!   frame, who may write, what was taken away and when. Every guest access and every table is held against it.
 //! - [`program`] makes both do things: random sequences in one thread, storms in many.
+//! - [`model`] runs the library's own source under a model checker, in tiny scenarios and in every order.
 //!
 //! [`scene`] has what tests begin with. Set `NESTLING_DEEP=n` for runs that are much longer than those of every day.
 //!
@@ -16,6 +17,7 @@
 
 pub mod ghost;
 pub mod machine;
+pub mod model;
 pub mod program;
 pub mod rng;
 pub mod scene;
