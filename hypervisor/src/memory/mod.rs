@@ -6,4 +6,7 @@
 pub mod embedder;
 pub mod frames;
 pub mod guest;
+pub mod kept;
 pub mod map;
+mod pins;
+pub mod relocate;
