@@ -140,16 +140,13 @@ impl<H: Host> Worker<H> {
         let (begun, published) = updates.begin(&mmu.slots, id, change)?;
         self.settle(&mmu, published);
         // Every fault that had checked an older generation has left: the old slot maps nothing more from here on.
-        match mmu.config.slot_zap {
-            SlotZap::Slot => {
-                // Obsolete roots too: when this update ends, nothing leads to the old slot's memory any more.
-                let mut all = Exclusive::enter(&mmu, &mut self.ticket).all_roots();
-                zap_range(&mmu, &mut self.ticket, &mut self.batch, &mut all, begun.range(), Reach::Live);
-            }
-            SlotZap::Everything => {
-                self.zap_all();
-            }
+        if mmu.config.slot_zap == SlotZap::Everything {
+            self.zap_all();
         }
+        // Obsolete roots too, also those that another zap of everything has not emptied yet: when this update ends,
+        // nothing leads to the old slot's memory any more.
+        let mut all = Exclusive::enter(&mmu, &mut self.ticket).all_roots();
+        zap_range(&mmu, &mut self.ticket, &mut self.batch, &mut all, begun.range(), Reach::Live);
         let published = updates.finish(&mmu.slots, begun);
         self.settle(&mmu, published);
         Ok(())
