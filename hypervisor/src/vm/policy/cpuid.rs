@@ -66,9 +66,25 @@ const APIC_BUS_KHZ: u32 = 1_000_000;
 
 /// "KVMKVMKVM\0\0\0" in EBX, ECX, EDX.
 const SIGNATURE: [u32; 3] = [0x4b4d_564b, 0x564b_4d56, 0x0000_004d];
-/// Bit 1: no delay needed after port accesses. Bit 3: clock by MSRs 0x4b564d00 and 01. Bit 24: that clock is the same on
-/// all vCPUs.
-const FEATURES: u32 = 1 << 1 | 1 << 3 | 1 << 24;
+/// Bit 1: no delay needed after port accesses. Bit 3: clock by MSRs 0x4b564d00 and 01.
+const FEATURES: u32 = 1 << 1 | 1 << 3;
+/// That clock is the same on all vCPUs.
+const STABLE_CLOCK: u32 = 1 << 24;
+/// "TCGTCGTCGTCG" in EBX, ECX, EDX: what QEMU's emulation says of itself.
+const EMULATED: [u32; 3] = [0x5447_4354, 0x4354_4743, 0x4743_5447];
+
+/// The features of the paravirtual interface.
+///
+/// Under QEMU's emulation the clock is not called stable, although it is: a Linux that is told so patches its clock's code
+/// while its other CPUs run it, and the emulation (multi-threaded, 7.2) now and then goes on with a translation of the
+/// half-patched instruction, whose INT3 then hits nobody's handler. Plain QEMU guests with eight CPUs die of it as well. A
+/// Linux that is not told so never uses that code.
+fn features(host: &impl HostCpuid) -> u32 {
+    // Only a hypervisor (leaf 1, ECX bit 31) has these leaves.
+    let hosted = host.leaf(0, 0).eax >= 1 && host.leaf(1, 0).ecx & 1 << 31 != 0;
+    let name = if hosted { host.leaf(HYPERVISOR, 0) } else { CpuidRegs::default() };
+    if [name.ebx, name.ecx, name.edx] == EMULATED { FEATURES } else { FEATURES | STABLE_CLOCK }
+}
 
 /// A set of bits.
 const fn bits(list: &[u32]) -> u32 {
@@ -163,7 +179,7 @@ impl CpuidPolicy {
         };
         policy.add_basic(&ask, basic, config);
         policy.add_extended(&ask, CpuidRegs { eax: last_extended, ..extended }, config);
-        policy.add_hypervisor(config);
+        policy.add_hypervisor(config, features(host));
         policy
     }
 
@@ -311,10 +327,10 @@ impl CpuidPolicy {
         self.add(0x8000_0021, None, CpuidRegs { eax: ask(0x8000_0021, 0).eax & E21_EAX, ..CpuidRegs::default() });
     }
 
-    fn add_hypervisor(&mut self, config: CpuidConfig) {
+    fn add_hypervisor(&mut self, config: CpuidConfig, features: u32) {
         let [ebx, ecx, edx] = SIGNATURE;
         self.add(HYPERVISOR, None, CpuidRegs { eax: HYPERVISOR_TIMING, ebx, ecx, edx });
-        self.add(HYPERVISOR_FEATURES, None, CpuidRegs { eax: FEATURES, ..CpuidRegs::default() });
+        self.add(HYPERVISOR_FEATURES, None, CpuidRegs { eax: features, ..CpuidRegs::default() });
         let eax = u32::try_from(config.tsc_khz).unwrap_or(u32::MAX);
         self.add(HYPERVISOR_TIMING, None, CpuidRegs { eax, ebx: APIC_BUS_KHZ, ecx: 0, edx: 0 });
     }
@@ -444,6 +460,24 @@ mod tests {
         let features = policy.query(0x4000_0001, 0, context(0)).eax;
         assert_eq!(features, 0x0100_000a);
         assert_eq!(policy.query(base.eax, 0, context(0)).eax, 2_400_000);
+    }
+
+    #[test]
+    fn an_emulated_host_offers_no_stable_clock() {
+        struct Emulated;
+        impl HostCpuid for Emulated {
+            fn leaf(&self, leaf: u32, subleaf: u32) -> CpuidRegs {
+                match leaf {
+                    HYPERVISOR => {
+                        let word = |at: usize| u32::from_le_bytes(*b"TCGTCGTCGTCG"[at..].first_chunk().unwrap());
+                        CpuidRegs { eax: 0x4000_0001, ebx: word(0), ecx: word(4), edx: word(8) }
+                    }
+                    _ => Everything.leaf(leaf, subleaf),
+                }
+            }
+        }
+        let policy = CpuidPolicy::new(&Emulated, config(1, false));
+        assert_eq!(policy.query(0x4000_0001, 0, context(0)).eax, 0xa);
     }
 
     #[test]
