@@ -41,10 +41,13 @@ pub struct RunArgs {
     /// Guest kernel, a Linux bzImage [default: Debian's cloud kernel, fetched once by package name]
     #[arg(long, value_name = "FILE")]
     pub kernel: Option<PathBuf>,
+    /// Instead of Linux, a Multiboot image on a machine as test kernels expect it; --initrd is its module
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["kernel", "mode"])]
+    pub multiboot: Option<PathBuf>,
     /// Guest initial RAM disk [default: busybox and a self-check, put together here]
     #[arg(long, value_name = "FILE")]
     pub initrd: Option<PathBuf>,
-    /// Words added to the guest kernel's command line; where two contradict, the kernel takes the later
+    /// Words added to the guest's command line; where two contradict, Linux takes the later
     #[arg(long, value_name = "TEXT", default_value = "", allow_hyphen_values = true)]
     pub append: String,
     /// Guest memory: a number and M or G

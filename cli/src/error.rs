@@ -82,6 +82,12 @@ pub enum Error {
         /// Why not.
         cause: KernelError,
     },
+    /// The file has no Multiboot header.
+    #[error("--multiboot {}: not a Multiboot image", path.display())]
+    Multiboot {
+        /// The file.
+        path: PathBuf,
+    },
     /// The file given as hypervisor is not one.
     #[error("--hypervisor {}: not a 64-bit x86 ELF executable", path.display())]
     Hypervisor {
@@ -156,6 +162,7 @@ impl Error {
             | Self::File { .. }
             | Self::EmptyFile { .. }
             | Self::Kernel { .. }
+            | Self::Multiboot { .. }
             | Self::Hypervisor { .. }
             | Self::NoKvm(_) => Status::Usage,
             Self::HostMemory { .. } | Self::Missing { .. } | Self::Fetch { .. } => Status::Missing,

@@ -27,7 +27,10 @@ impl Outcome {
         match &self.record.ending {
             Ending::Guest(GuestExit::PowerOff | GuestExit::Reset) => self.judged() as u8,
             // As QEMU's isa-debug-exit gives it; the low bit keeps it from ever being 0.
-            Ending::Guest(GuestExit::DebugExit { value }) => (*value as u8) << 1 | 1,
+            Ending::Guest(GuestExit::DebugExit { value }) => match &self.record.report {
+                Some(report) if frames_left(report) > 0 => Status::HypervisorFailed as u8,
+                _ => (*value as u8) << 1 | 1,
+            },
             Ending::Guest(GuestExit::Died) => Status::GuestDied as u8,
             Ending::Guest(GuestExit::Error { .. }) | Ending::Hypervisor(_) => Status::HypervisorFailed as u8,
             Ending::Guest(GuestExit::Stopped) | Ending::Left => match self.mode {

@@ -6,7 +6,7 @@ use std::{
     time::Duration,
 };
 
-use nestling_control::config::RunConfig;
+use nestling_control::config::{GuestKind, RunConfig};
 
 use crate::{
     accel::{self, Acceleration},
@@ -18,7 +18,7 @@ use crate::{
 
 /// In check mode the guest prints all the time: a minute of silence is a dead guest, also on a loaded emulator.
 const SILENCE: Duration = Duration::from_secs(60);
-/// The default of `--timeout` in check mode.
+/// The default of `--timeout` in check mode and for Multiboot images.
 const CHECK_TIMEOUT: Duration = Duration::from_secs(300);
 
 /// What the hypervisor itself needs beside the guest's memory, in bytes: its image, heap, stacks, and page tables for
@@ -45,7 +45,7 @@ pub struct Plan {
     pub acceleration: Acceleration,
     /// When to give up.
     pub timeout: Option<Duration>,
-    /// The kernel that was given.
+    /// The kernel or Multiboot image that was given.
     pub kernel: Option<Vec<u8>>,
     /// The initrd that was given.
     pub initrd: Option<Vec<u8>>,
@@ -61,20 +61,31 @@ impl Plan {
     /// # Errors
     /// The first thing that cannot be done, by the option that asked for it.
     pub fn new(args: &RunArgs, seat: Seat) -> Result<Self, Error> {
+        let kind = if args.multiboot.is_some() { GuestKind::Multiboot } else { GuestKind::Linux };
         let mode = args.mode.unwrap_or(match (seat, &args.initrd) {
-            (Seat::Pipe, None) => Mode::Check,
+            (Seat::Pipe, None) if kind == GuestKind::Linux => Mode::Check,
             _ => Mode::Shell,
         });
         let config = RunConfig {
+            kind,
             vcpus: args.vcpus,
             memory_bytes: args.memory,
             huge_pages: args.huge_pages.into(),
             silence_timeout_ms: (mode == Mode::Check).then_some(SILENCE.as_millis() as u64),
-            command_line: command_line(args, mode, seat),
-            ready_marker: READY_MARKER.into(),
+            command_line: match &args.multiboot {
+                Some(path) => multiboot_command_line(path, &args.append),
+                None => command_line(args, mode, seat),
+            },
+            ready_marker: if kind == GuestKind::Linux { READY_MARKER.into() } else { String::new() },
         };
         config.validate()?;
 
+        let image = args.multiboot.as_deref().map(|path| read("--multiboot", path)).transpose()?;
+        if let (Some(file), Some(path)) = (&image, &args.multiboot)
+            && !has_multiboot_header(file)
+        {
+            return Err(Error::Multiboot { path: path.clone() });
+        }
         let kernel = args.kernel.as_deref().map(|path| read("--kernel", path)).transpose()?;
         if let (Some(file), Some(path)) = (&kernel, &args.kernel) {
             KernelImage::parse(file).map_err(|cause| Error::Kernel { path: path.clone(), cause })?;
@@ -96,8 +107,8 @@ impl Plan {
             config,
             mode,
             acceleration,
-            timeout: args.timeout.or((mode == Mode::Check).then_some(CHECK_TIMEOUT)),
-            kernel,
+            timeout: args.timeout.or((mode == Mode::Check || kind == GuestKind::Multiboot).then_some(CHECK_TIMEOUT)),
+            kernel: image.or(kernel),
             initrd,
             hypervisor: args.hypervisor.clone(),
             verbose: args.verbose,
@@ -140,6 +151,18 @@ fn command_line(args: &RunArgs, mode: Mode, seat: Seat) -> String {
         words.push(args.append.clone());
     }
     words.join(" ")
+}
+
+/// The image's name, which test kernels take for their own, and the words for it.
+fn multiboot_command_line(image: &Path, words: &str) -> String {
+    let name = image.file_name().unwrap_or_default().to_string_lossy();
+    [&name, words].join(" ").trim_end().to_owned()
+}
+
+/// Whether the header is where it must be (Multiboot 0.6.96, 3.1); what it says, the hypervisor judges.
+fn has_multiboot_header(file: &[u8]) -> bool {
+    let header = &file[..file.len().min(8192)];
+    header.chunks_exact(4).any(|word| word == 0x1bad_b002_u32.to_le_bytes())
 }
 
 fn read(option: &'static str, path: &Path) -> Result<Vec<u8>, Error> {

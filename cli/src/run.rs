@@ -7,7 +7,7 @@ use std::{
     time::Instant,
 };
 
-use nestling_control::bundle::Bundle;
+use nestling_control::{bundle::Bundle, config::GuestKind, message::GuestExit};
 
 use crate::{
     args::RunArgs,
@@ -48,6 +48,9 @@ pub fn prepare(args: &RunArgs, seat: Seat, progress: Progress) -> Result<Prepare
         File::create(path).map_err(|cause| Error::File { option: "--report", path: path.clone(), cause })?;
     }
     let qemu = setup::qemu(progress)?;
+    if plan.config.kind == GuestKind::Multiboot {
+        return prepare_multiboot(plan, args, qemu, progress);
+    }
     let (kernel, kernel_path) = match plan.kernel.take() {
         Some(kernel) => (kernel, args.kernel.clone().unwrap_or_default()),
         None => {
@@ -73,6 +76,18 @@ pub fn prepare(args: &RunArgs, seat: Seat, progress: Progress) -> Result<Prepare
         None => artifacts::hypervisor(progress)?,
     };
     let bundle = Bundle { config: plan.config.clone(), kernel: &kernel, initrd: Some(&initrd) }.to_bytes()?;
+    Ok(Prepared { plan, report: args.report.clone(), qemu, hypervisor, bundle, progress })
+}
+
+/// A Multiboot image needs nothing but itself, its module, and the hypervisor.
+fn prepare_multiboot(mut plan: Plan, args: &RunArgs, qemu: PathBuf, progress: Progress) -> Result<Prepared, Error> {
+    let image = plan.kernel.take().unwrap_or_default();
+    let module = plan.initrd.take();
+    let hypervisor = match plan.hypervisor.take() {
+        Some(path) => path,
+        None => artifacts::hypervisor(progress)?,
+    };
+    let bundle = Bundle { config: plan.config.clone(), kernel: &image, initrd: module.as_deref() }.to_bytes()?;
     Ok(Prepared { plan, report: args.report.clone(), qemu, hypervisor, bundle, progress })
 }
 
@@ -128,7 +143,8 @@ impl Prepared {
             eprintln!("{}", death::Shown(death));
         }
         let lines = record.console.last_lines(EXPLAINING_LINES);
-        if !outcome.passed() && !matches!(record.ending, Ending::Signal(_)) && !lines.is_empty() {
+        let by_itself = matches!(record.ending, Ending::Signal(_) | Ending::Guest(GuestExit::DebugExit { .. }));
+        if !outcome.passed() && !by_itself && !lines.is_empty() {
             eprintln!("nestling: the last lines of the console:");
             for line in lines {
                 eprintln!("  | {line}");

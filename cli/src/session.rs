@@ -412,6 +412,7 @@ mod tests {
     fn plan(timeout: Option<Duration>) -> Plan {
         Plan {
             config: RunConfig {
+                kind: nestling_control::config::GuestKind::Linux,
                 vcpus: 1,
                 memory_bytes: 64 << 20,
                 huge_pages: HugePages::M2,

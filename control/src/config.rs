@@ -31,9 +31,21 @@ pub enum HugePages {
     G1,
 }
 
+/// How a guest is loaded, and on which machine it finds itself.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum GuestKind {
+    /// A Linux kernel, by the 64-bit boot protocol.
+    #[default]
+    Linux,
+    /// A Multiboot version 1 image, on a machine as test kernels expect it: with an I/O APIC, fw_cfg and a test device.
+    Multiboot,
+}
+
 /// One run of one guest.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RunConfig {
+    /// What the guest is.
+    pub kind: GuestKind,
     /// vCPUs, 1 to [`MAX_VCPUS`].
     pub vcpus: u32,
     /// Guest RAM in bytes: [`MIN_MEMORY_BYTES`] to [`MAX_MEMORY_BYTES`], a multiple of [`MEMORY_GRANULE_BYTES`].

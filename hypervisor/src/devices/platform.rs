@@ -179,6 +179,11 @@ impl Platform {
         self.settle();
     }
 
+    /// Whether this is a machine for test kernels.
+    pub fn has_board(&self) -> bool {
+        self.board.is_some()
+    }
+
     /// The guest reads device memory; `None` where no device is. `bytes` is 1, 2, 4 or 8.
     pub fn memory_read(&mut self, now_ns: u64, gpa: u64, bytes: usize) -> Option<u64> {
         self.advance(now_ns);

@@ -39,6 +39,7 @@ use crate::vm::policy::msr::VmcbMsrs;
 use crate::vm::policy::msr_list::VmcbField;
 
 const RFLAGS_IF: u64 = 1 << 9;
+const RFLAGS_TF: u64 = 1 << 8;
 const RFLAGS_FIXED: u64 = 1 << 1;
 const CR0_RESET: u64 = 0x6000_0010;
 const PAT_RESET: u64 = 0x0007_0406_0007_0406;
@@ -46,7 +47,10 @@ const PAT_RESET: u64 = 0x0007_0406_0007_0406;
 const ASID: u32 = 1;
 /// #DB and #AC, so that their delivery can't loop ([`Intercepted`]), and #MC, which is the host's.
 const EXCEPTIONS: u32 = 1 << 1 | 1 << 17 | 1 << 18;
+const RBX: usize = 3;
 const RSI: usize = 6;
+/// DR6: the exception is that of a single step.
+const DR6_BS: u64 = 1 << 14;
 
 /// EVENTINJ and EXITINTINFO (15.20).
 mod event {
@@ -208,6 +212,10 @@ impl Vcpu {
 }
 
 impl GuestCpu for Vcpu {
+    fn was_delivering(&self) -> bool {
+        self.vmcb().control.exit_event & event::VALID != 0
+    }
+
     fn register(&self, index: usize) -> u64 {
         match index {
             0 => self.save().rax,
@@ -241,6 +249,12 @@ impl GuestCpu for Vcpu {
         let vmcb = self.vmcb_mut();
         vmcb.save.rip = rip;
         vmcb.control.shadow = 0;
+        // The trap behind an instruction that a debugger steps over (APM vol. 2, 13.1.4) is ours to raise: the CPU has not
+        // executed it.
+        if vmcb.save.rflags & RFLAGS_TF != 0 {
+            vmcb.save.dr6 |= DR6_BS;
+            self.raise(Raised::Again(Intercepted::Debug));
+        }
     }
 
     fn bind(&mut self) {
@@ -372,6 +386,7 @@ impl GuestCpu for Vcpu {
 
     fn load(&mut self, init: &VcpuInit) {
         self.reset();
+        self.set_register(RBX, init.rbx);
         self.set_register(RSI, init.rsi);
         let save = self.save_mut();
         let data = segment_in(&init.data);
@@ -383,6 +398,7 @@ impl GuestCpu for Vcpu {
         (save.cr0, save.cr3, save.cr4) = (init.cr0, init.cr3, init.cr4);
         save.efer = init.efer | EFER_SVME;
         (save.dr6, save.dr7, save.pat) = (init.dr6, init.dr7, init.pat);
+        save.rax = init.rax;
     }
 
     fn registers(&self) -> Registers {

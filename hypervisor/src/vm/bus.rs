@@ -1,7 +1,9 @@
-//! Instructions that are executed in software, and what they reach: guest RAM and the port devices.
+//! Instructions that are executed in software, and what they reach: this vCPU's local APIC, guest RAM, the memory of
+//! devices, and ports.
 //!
-//! Today these are INS and OUTS. Memory that is neither RAM nor a device's ends the guest, as it does when the CPU meets
-//! it: an access that nothing answers is noted here and reported, with the value of all ones that a bus would float at.
+//! The local APIC's window comes first: a guest may move it over RAM. Memory that is nobody's reads all ones and swallows
+//! writes on a machine whose bus floats, and is told of once; on others it ends the guest, as it is noted here and
+//! reported.
 
 use alloc::string::ToString;
 use core::mem::size_of;
@@ -15,7 +17,9 @@ use super::guest_cpu::GuestCpu;
 use super::handle::Next;
 use super::shared::Shared;
 use super::vcpu::Vcpu;
-use crate::devices::Width;
+use crate::devices::lapic::{Lapic, LapicEffect};
+use crate::devices::platform::Platform;
+use crate::devices::{Now, Width};
 use crate::emulate::{self, Bus, End, Exception, HostFailure};
 use crate::memory::guest::GuestRam;
 
@@ -23,6 +27,12 @@ use crate::memory::guest::GuestRam;
 struct GuestBus<'a> {
     vm: &'a Shared,
     vcpu: usize,
+    lapic: &'a mut Lapic,
+    now: Now,
+    /// What can be delivered may have changed.
+    attend: bool,
+    /// The next deadline may have changed.
+    timer_changed: bool,
     /// The first access that nothing answered: where, and whether it was a write.
     lost: Option<(u64, bool)>,
 }
@@ -32,15 +42,26 @@ impl GuestBus<'_> {
         self.vm.mmu.host().ram()
     }
 
-    fn settle(&mut self, result: Result<(), BackingError>, gpa: u64, write: bool) -> Result<(), HostFailure> {
-        match result {
-            Err(BackingError::OutOfMemory) => Err(HostFailure),
-            Err(BackingError::NotBacked | BackingError::Poisoned) => {
-                self.lost.get_or_insert((gpa, write));
-                Ok(())
-            }
-            Ok(()) => Ok(()),
+    /// Where nothing answered.
+    fn float(&mut self, gpa: u64, write: bool) {
+        if self.vm.floating {
+            let what = if write { "wrote" } else { "read" };
+            self.vm.surprise(format_args!("the guest {what} {gpa:#x}, where nothing is"));
+        } else {
+            self.lost.get_or_insert((gpa, write));
         }
+    }
+
+    /// Writes to the local APIC, if it is there.
+    fn write_lapic(&mut self, gpa: u64, bytes: usize, value: u64) -> bool {
+        let Some(offset) = self.lapic.window_offset(gpa) else { return false };
+        match self.lapic.window_write(self.now, offset, bytes, value) {
+            LapicEffect::None => {}
+            LapicEffect::Interrupts => self.attend = true,
+            LapicEffect::Timer => (self.attend, self.timer_changed) = (true, true),
+            LapicEffect::Ipi(command) => self.vm.send(self.lapic.id(), &command),
+        }
+        true
     }
 }
 
@@ -50,23 +71,51 @@ impl Bus for GuestBus<'_> {
     }
 
     fn read(&mut self, gpa: u64, bytes: usize) -> Result<u64, HostFailure> {
-        let mut value = [0xff; size_of::<u64>()];
-        let result = self.ram().read(Gpa(gpa), &mut value[..bytes]);
-        self.settle(result, gpa, false)?;
-        value[bytes..].fill(0);
-        Ok(u64::from_le_bytes(value))
+        if let Some(offset) = self.lapic.window_offset(gpa) {
+            return Ok(self.lapic.window_read(self.now, offset, bytes));
+        }
+        let mut value = [0; size_of::<u64>()];
+        match self.ram().read(Gpa(gpa), &mut value[..bytes]) {
+            Ok(()) => return Ok(u64::from_le_bytes(value)),
+            Err(BackingError::OutOfMemory) => return Err(HostFailure),
+            Err(BackingError::NotBacked | BackingError::Poisoned) => {}
+        }
+        let answer = self.vm.with_ports(Some(self.vcpu), |platform, now| platform.memory_read(now, gpa, bytes));
+        if answer.is_none() {
+            self.float(gpa, false);
+        }
+        Ok(answer.unwrap_or(u64::MAX) & u64::MAX >> (64 - 8 * bytes))
     }
 
     fn write(&mut self, gpa: u64, bytes: usize, value: u64) -> Result<(), HostFailure> {
-        let result = self.ram().write(Gpa(gpa), &value.to_le_bytes()[..bytes]);
-        self.settle(result, gpa, true)
+        if self.write_lapic(gpa, bytes, value) {
+            return Ok(());
+        }
+        match self.ram().write(Gpa(gpa), &value.to_le_bytes()[..bytes]) {
+            Ok(()) => return Ok(()),
+            Err(BackingError::OutOfMemory) => return Err(HostFailure),
+            Err(BackingError::NotBacked | BackingError::Poisoned) => {}
+        }
+        let write = |platform: &mut Platform, now| platform.memory_write(now, gpa, bytes, value);
+        if !self.vm.with_ports(Some(self.vcpu), write) {
+            self.float(gpa, true);
+        }
+        Ok(())
     }
 
     fn compare_exchange(&mut self, gpa: u64, bytes: usize, old: u64, new: u64) -> Result<bool, HostFailure> {
-        match self.ram().compare_exchange(Gpa(gpa), bytes, old, new) {
-            Ok(done) => Ok(done),
-            Err(error) => self.settle(Err(error), gpa, true).map(|()| true),
+        if self.lapic.window_offset(gpa).is_none() {
+            match self.ram().compare_exchange(Gpa(gpa), bytes, old, new) {
+                Ok(done) => return Ok(done),
+                Err(BackingError::OutOfMemory) => return Err(HostFailure),
+                Err(BackingError::NotBacked | BackingError::Poisoned) => {}
+            }
+            let exchange = |platform: &mut Platform, _| platform.memory_exchange(gpa, bytes, old, new);
+            if let Some(done) = self.vm.with_ports(Some(self.vcpu), exchange) {
+                return Ok(done);
+            }
         }
+        self.write(gpa, bytes, new).map(|()| true)
     }
 
     fn input(&mut self, port: u16, bytes: usize) -> u32 {
@@ -86,9 +135,15 @@ impl<C: GuestCpu> Vcpu<C> {
     #[cold]
     pub(super) fn emulate(&mut self) -> Next {
         let state = self.cpu.emulated(self.policy.physical_bits);
-        let mut bus = GuestBus { vm: &self.vm, vcpu: self.number, lost: None };
+        let now = self.now();
+        let (vm, lapic) = (&*self.vm, &mut self.lapic);
+        let mut bus = GuestBus { vm, vcpu: self.number, lapic, now, attend: false, timer_changed: false, lost: None };
         let outcome = emulate::step(&state, &mut bus);
-        if let Some((gpa, write)) = bus.lost {
+        let GuestBus { attend, timer_changed, lost, .. } = bus;
+        self.attend |= attend;
+        self.timer_changed |= timer_changed;
+        self.settle_lapic();
+        if let Some((gpa, write)) = lost {
             return Next::Die(DeathReason::MmioWithoutDevice { gpa, write });
         }
         self.cpu.take_over(&outcome.registers);

@@ -25,6 +25,9 @@ pub trait GuestCpu: VmcbMsrs + Debug + Send + 'static {
     /// The last exit in the CPU's own numbers.
     fn raw_exit(&self) -> RawExit;
 
+    /// Whether the last exit came while an event was being delivered, and not from the instruction at RIP.
+    fn was_delivering(&self) -> bool;
+
     /// Puts the vCPU in a starting state. Everything that `init` does not name is as after reset, events are forgotten.
     fn load(&mut self, init: &VcpuInit);
 

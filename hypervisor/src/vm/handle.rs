@@ -29,6 +29,9 @@ const NO_SUCH_CALL: u64 = 1000u64.wrapping_neg();
 
 pub(super) const MSR_TSC_AUX: u32 = 0xc000_0103;
 
+/// CPUID 1, EDX: there is a local APIC, and it is enabled.
+const CPUID_APIC: u32 = 1 << 9;
+
 const RAX: usize = 0;
 const RCX: usize = 1;
 const RDX: usize = 2;
@@ -105,6 +108,8 @@ impl<C: GuestCpu> Vcpu<C> {
     fn second_stage_fault(&mut self, fault: Fault) -> Result<Next, FaultError> {
         Ok(match self.memory.fault(fault)? {
             Outcome::Fixed { .. } | Outcome::Spurious | Outcome::Retry => Next::Continue,
+            // The instruction at RIP is not what met the device if an event was on its way in: its tables did.
+            Outcome::Mmio | Outcome::ReadOnly if !self.cpu.was_delivering() => self.emulate(),
             Outcome::Mmio | Outcome::ReadOnly => {
                 let write = fault.access == Access::Write;
                 Next::Die(DeathReason::MmioWithoutDevice { gpa: fault.gpa.0, write })
@@ -141,7 +146,10 @@ impl<C: GuestCpu> Vcpu<C> {
         let (leaf, subleaf) = (self.cpu.register(RAX) as u32, self.cpu.register(RCX) as u32);
         // XSAVE is not offered, so XCR0 is what it is after reset: x87 only.
         let context = CpuidContext { apic_id: self.lapic.id(), cr4: self.cpu.cr4(), xcr0: 1 };
-        let regs = self.policy.cpuid.query(leaf, subleaf, context);
+        let mut regs = self.policy.cpuid.query(leaf, subleaf, context);
+        if leaf == 1 && !self.lapic.is_enabled() {
+            regs.edx &= !CPUID_APIC;
+        }
         for (register, value) in [(RAX, regs.eax), (RBX, regs.ebx), (RCX, regs.ecx), (RDX, regs.edx)] {
             self.cpu.set_register(register, u64::from(value));
         }
@@ -169,8 +177,18 @@ impl<C: GuestCpu> Vcpu<C> {
             Ok(effect) => {
                 self.cpu.advance(length::MSR);
                 self.msr_effect(effect);
+                self.settle_lapic();
             }
             Err(Gp) => self.refuse_msr(),
+        }
+    }
+
+    /// After a write to a register of the local APIC: who else must know.
+    #[inline]
+    pub(super) fn settle_lapic(&mut self) {
+        self.lapic.publish(&self.vm.vcpus[self.number].lapic);
+        if let Some(vector) = self.lapic.take_ended() {
+            self.vm.with_ports(Some(self.number), |platform, _| platform.end_of_interrupt(vector));
         }
     }
 

@@ -18,7 +18,7 @@ use core::sync::atomic::{AtomicUsize, Ordering};
 
 use nestling::{Config, Counters, GfnRange, Gpa, Hpa, Level, Mmu, SlotConfig, SlotFlags, SlotId};
 use nestling_control::bundle::Bundle;
-use nestling_control::config::{HugePages, RunConfig};
+use nestling_control::config::{GuestKind, HugePages, RunConfig};
 use nestling_control::message::{
     BytesByPageSize, DeathReason, DeathReport, GuestExit, Report, TableFrames, ToCommand, ToHypervisor,
 };
@@ -35,9 +35,10 @@ use super::walk;
 use crate::boot::ap;
 use crate::control;
 use crate::cpu::{apic, clock, instructions, local, rtc};
+use crate::devices::board::BoardConfig;
 use crate::devices::platform::{Platform, PlatformConfig};
 use crate::guest::layout::RamLayout;
-use crate::guest::{LinuxConfig, VcpuInit, load_linux};
+use crate::guest::{LinuxConfig, MultibootConfig, VcpuInit, load_linux, load_multiboot};
 use crate::memory::embedder::{self, Machine};
 use crate::memory::frames;
 use crate::memory::guest::{self, ChunkSize, GuestRam};
@@ -79,9 +80,18 @@ fn start(bundle: &[u8], cpus: usize) -> Result<GuestExit, String> {
         return Err(format!("the guest needs {asked} MiB with what belongs to it, this machine has {free} MiB free"));
     }
     let mmu = memory(config)?;
-    let linux = LinuxConfig { memory_bytes: config.memory_bytes, vcpus: config.vcpus };
-    let initrd = bundle.initrd.unwrap_or_default();
-    let init = load_linux(mmu.host().ram(), bundle.kernel, initrd, &config.command_line, &linux).map_err(text)?;
+    let (ram, initrd) = (mmu.host().ram(), bundle.initrd.unwrap_or_default());
+    let (memory_bytes, vcpus) = (config.memory_bytes, config.vcpus);
+    let init = match config.kind {
+        GuestKind::Linux => {
+            let machine = LinuxConfig { memory_bytes, vcpus };
+            load_linux(ram, bundle.kernel, initrd, &config.command_line, &machine).map_err(text)?
+        }
+        GuestKind::Multiboot => {
+            let machine = MultibootConfig { memory_bytes, vcpus };
+            load_multiboot(ram, bundle.kernel, initrd, &config.command_line, &machine).map_err(text)?
+        }
+    };
     let maps = Maps::new().ok_or("no memory for the permission maps")?;
     Vm { config, features, maps, mmu }.run(&init)
 }
@@ -156,10 +166,14 @@ impl Vm<'_> {
     fn run(self, init: &VcpuInit) -> Result<GuestExit, String> {
         let count = self.config.vcpus as usize;
         let wall_clock_s = rtc::unix_seconds();
-        let console = PlatformConfig { wall_clock_s, console_output: CONSOLE_PIECE, ..PlatformConfig::default() };
-        let platform = Platform::new(console);
+        let board = (self.config.kind == GuestKind::Multiboot)
+            .then_some(BoardConfig { ram_bytes: self.config.memory_bytes, vcpus: self.config.vcpus });
+        let devices =
+            PlatformConfig { wall_clock_s, console_output: CONSOLE_PIECE, board, ..PlatformConfig::default() };
+        let platform = Platform::new(devices);
+        let worker = self.mmu.worker().map_err(text)?;
         let clock = VmClock::start();
-        let shared = Shared::new(Arc::clone(&self.mmu), clock, count, platform, &self.config.ready_marker);
+        let shared = Shared::new(Arc::clone(&self.mmu), worker, clock, count, platform, &self.config.ready_marker);
         let shared = Arc::new(shared);
         let tsc_khz = clock::tsc_khz();
         let extended = __cpuid(0x8000_0001).edx;

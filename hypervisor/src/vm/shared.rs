@@ -17,13 +17,14 @@ use alloc::sync::Arc;
 use alloc::vec::Vec;
 use core::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, AtomicUsize, Ordering};
 
-use nestling::Mmu;
+use nestling::{GfnRange, Gpa, Mmu, Worker};
 use nestling_control::message::{DeathReason, GuestExit, ToCommand};
 use spin::Mutex;
 
 use super::marker::Marker;
 use super::time::VmClock;
 use crate::control::{self, log};
+use crate::devices::ioapic::Message;
 use crate::devices::lapic::{IpiCommand, LapicShared, route};
 use crate::devices::platform::{GuestEnd, Platform};
 use crate::memory::embedder::{self, Machine};
@@ -93,7 +94,10 @@ pub struct Shared {
     pub clock: VmClock,
     /// Its vCPUs, by number.
     pub vcpus: Box<[Reach]>,
-    apic_ids: Box<[u32]>,
+    /// Where nothing answers, the bus floats; else such an access ends the guest.
+    pub floating: bool,
+    /// Forgets mappings on the guest's demand.
+    forgetter: Mutex<Worker<Machine>>,
     ports: Mutex<Ports>,
     /// The level of LINT0 of vCPU 0.
     line: AtomicBool,
@@ -111,14 +115,21 @@ pub struct Shared {
 impl Shared {
     /// A VM about to start.
     #[must_use]
-    pub fn new(mmu: Arc<Mmu<Machine>>, clock: VmClock, vcpus: usize, platform: Platform, marker: &str) -> Self {
-        let apic_ids: Box<[u32]> = (0..vcpus as u32).collect();
-        let reach = |&id: &u32| Reach { place: AtomicU8::new(Place::Host as u8), lapic: LapicShared::new(id) };
+    pub fn new(
+        mmu: Arc<Mmu<Machine>>,
+        forgetter: Worker<Machine>,
+        clock: VmClock,
+        vcpus: usize,
+        platform: Platform,
+        marker: &str,
+    ) -> Self {
+        let reach = |id: u32| Reach { place: AtomicU8::new(Place::Host as u8), lapic: LapicShared::new(id) };
         Self {
             mmu,
             clock,
-            vcpus: apic_ids.iter().map(reach).collect(),
-            apic_ids,
+            vcpus: (0..vcpus as u32).map(reach).collect(),
+            floating: platform.has_board(),
+            forgetter: Mutex::new(forgetter),
             ports: Mutex::new(Ports { platform, output: Vec::new(), marker: Marker::new(marker) }),
             line: AtomicBool::new(false),
             ports_due: AtomicU64::new(u64::MAX),
@@ -140,11 +151,31 @@ impl Shared {
 
     /// Sends an interprocessor interrupt.
     pub fn send(&self, sender: u32, command: &IpiCommand) {
-        for vcpu in route(command, sender, &self.apic_ids).iter() {
+        for vcpu in route(command, sender, self.vcpus.iter().map(|reach| &reach.lapic)).iter() {
             if self.vcpus[vcpu].lapic.post(command.kind) {
                 self.wake(vcpu);
             }
         }
+    }
+
+    /// Sends what the I/O APIC has sent.
+    fn deliver(&self, message: &Message) {
+        // No sender has this ID, so no destination leaves anybody out.
+        const NOBODY: u32 = u32::MAX;
+        let Some(command) = message.command() else { return };
+        for vcpu in route(&command, NOBODY, self.vcpus.iter().map(|reach| &reach.lapic)).iter() {
+            let lapic = &self.vcpus[vcpu].lapic;
+            let must_wake = if message.level { lapic.post_level(message.vector) } else { lapic.post(command.kind) };
+            if must_wake {
+                self.wake(vcpu);
+            }
+        }
+    }
+
+    /// Forgets the mapping of the page at `gpa`: the guest's next access faults.
+    fn forget(&self, gpa: u64) {
+        let start = Gpa(gpa).gfn();
+        let _ = self.forgetter.lock().zap(GfnRange { start, end: nestling::Gfn(start.0 + 1) });
     }
 
     /// Uses the port devices, then carries what they did to where it belongs. `vcpu` is who asks, if a vCPU does.
@@ -153,7 +184,12 @@ impl Shared {
         let now = self.clock.now().ns;
         let mut ports = self.ports.lock();
         let result = work(&mut ports.platform, now);
-        self.settle(&mut ports, vcpu, now);
+        let forget = self.settle(&mut ports, vcpu, now);
+        // A zap waits for vCPUs to leave the guest, and must not do so while they may wait for the ports.
+        drop(ports);
+        if let Some(gpa) = forget {
+            self.forget(gpa);
+        }
         result
     }
 
@@ -162,13 +198,19 @@ impl Shared {
         let now = self.clock.now().ns;
         let Some(mut ports) = self.ports.try_lock() else { return false };
         work(&mut ports.platform, now);
-        self.settle(&mut ports, None, now);
+        // Only a vCPU's access can ask for a page to be forgotten.
+        let _ = self.settle(&mut ports, None, now);
         true
     }
 
     #[inline]
-    fn settle(&self, ports: &mut Ports, vcpu: Option<usize>, now: u64) {
+    fn settle(&self, ports: &mut Ports, vcpu: Option<usize>, now: u64) -> Option<u64> {
         let effects = ports.platform.take_effects();
+        if effects.messages {
+            while let Some(message) = ports.platform.take_message() {
+                self.deliver(&message);
+            }
+        }
         let due = ports.platform.next_deadline_ns().unwrap_or(u64::MAX);
         let mut wake_first = false;
         if effects.interrupt_changed {
@@ -199,6 +241,7 @@ impl Shared {
                 GuestEnd::Exit { status } => GuestExit::DebugExit { value: status >> 1 },
             }));
         }
+        effects.flush
     }
 
     fn settle_output(&self, ports: &mut Ports, now: u64) {

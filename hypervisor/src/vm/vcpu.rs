@@ -85,12 +85,18 @@ impl<C: GuestCpu> Vcpu<C> {
         let memory = vm.mmu.vcpu(VcpuId(number as u16))?;
         cpu.set_tsc_offset(policy.msrs.tsc_offset());
         let config = LapicConfig { apic_id: number as u32, bootstrap: number == 0, tsc_khz: clock::tsc_khz() };
+        let mut lapic = Lapic::new(config);
+        if vm.floating {
+            // As firmware leaves a machine without x2APIC interrupts.
+            lapic = lapic.in_xapic_mode();
+        }
+        lapic.publish(&vm.vcpus[number].lapic);
         Some(Self {
             number,
             vm: Arc::clone(vm),
             cpu,
             memory,
-            lapic: Lapic::new(config),
+            lapic,
             policy,
             activity: Activity::WaitingForStartup,
             attend: true,

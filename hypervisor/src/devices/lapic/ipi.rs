@@ -195,22 +195,12 @@ impl Destination {
     }
 }
 
-/// Which vCPUs a command reaches, as indices into `apic_ids`, all in x2APIC mode.
-pub fn route(command: &IpiCommand, sender: u32, apic_ids: &[u32]) -> VcpuSet {
-    select(command, sender, apic_ids.iter().map(|id| (*id, Addressing::X2Apic)))
-}
-
-/// Which vCPUs a command reaches, by their place in `all`.
-pub fn reached<'a>(command: &IpiCommand, sender: u32, all: impl Iterator<Item = &'a LapicShared>) -> VcpuSet {
-    select(command, sender, all.map(|shared| (shared.id(), shared.addressing())))
-}
-
-/// At most [`MAX_VCPUS`] are looked at. Lowest-priority delivery goes to the first that matches: there is no arbitration,
-/// and any choice is legal.
-fn select(command: &IpiCommand, sender: u32, all: impl Iterator<Item = (u32, Addressing)>) -> VcpuSet {
+/// Which vCPUs a command reaches, by their place in `all`. At most [`MAX_VCPUS`] are looked at. Lowest-priority delivery
+/// goes to the first that matches: there is no arbitration, and any choice is legal.
+pub fn route<'a>(command: &IpiCommand, sender: u32, all: impl Iterator<Item = &'a LapicShared>) -> VcpuSet {
     let mut set = VcpuSet::default();
-    for (index, (id, addressing)) in all.enumerate().take(MAX_VCPUS) {
-        if command.destination.matches(sender, id, addressing) {
+    for (index, shared) in all.enumerate().take(MAX_VCPUS) {
+        if command.destination.matches(sender, shared.id(), shared.addressing()) {
             set.insert(index);
             if matches!(command.kind, IpiKind::LowestPriority(_)) {
                 break;

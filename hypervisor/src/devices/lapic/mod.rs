@@ -17,8 +17,8 @@
 //! [`Lapic::acknowledge`] moves it from IRR to ISR and must be called exactly when the injection is committed.
 //!
 //! **Two modes.** x2APIC mode's MSRs are here; the memory window of xAPIC mode is in `window`, over the same state. How
-//! an APIC is addressed logically depends on its mode and, in xAPIC mode, on what its guest writes: [`Lapic::sync`] tells
-//! [`LapicShared`], where [`reached`] finds it. It may be a moment late for a sender on another CPU, as on a bus.
+//! an APIC is addressed logically depends on its mode and, in xAPIC mode, on what its guest writes: [`Lapic::publish`] tells
+//! [`LapicShared`], where [`route`] finds it. It may be a moment late for a sender on another CPU, as on a bus.
 //!
 //! **Level-triggered** vectors come from an I/O APIC ([`LapicShared::post_level`]) and are remembered in TMR. When one is
 //! ended, [`Lapic::take_ended`] names it, and whoever owns the I/O APIC tells it.
@@ -28,7 +28,7 @@ mod shared;
 mod timer;
 mod window;
 
-pub use ipi::{Addressing, Destination, IpiCommand, IpiKind, MAX_VCPUS, VcpuSet, logical_id, reached, route};
+pub use ipi::{Addressing, Destination, IpiCommand, IpiKind, MAX_VCPUS, VcpuSet, logical_id, route};
 pub use shared::{LapicShared, Pending};
 pub use window::APIC_WINDOW_BYTES;
 
@@ -210,10 +210,21 @@ impl Lapic {
 
     /// Takes in what other CPUs have posted, and returns what is not a vector.
     pub fn sync(&mut self, shared: &LapicShared) -> Pending {
+        self.publish(shared);
+        shared.drain(|vector, level| self.accept_enabled(vector, level))
+    }
+
+    /// Tells senders how this APIC is addressed, if that has changed. After each write to its registers.
+    #[inline]
+    pub fn publish(&mut self, shared: &LapicShared) {
         if core::mem::take(&mut self.announce) {
             shared.set_addressing(self.addressing());
         }
-        shared.drain(|vector, level| self.accept_enabled(vector, level))
+    }
+
+    /// Whether it is enabled in APIC_BASE: CPUID says so too.
+    pub fn is_enabled(&self) -> bool {
+        self.base & APIC_BASE_ENABLE != 0
     }
 
     /// The level-triggered vector that the guest has ended since this was last asked.

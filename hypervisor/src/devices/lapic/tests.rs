@@ -316,9 +316,9 @@ fn apic_base_transitions() {
 /// The vCPUs of a machine with IDs 0..40 that a write to ICR reaches, sent by vCPU 3.
 fn reach(icr: u64) -> std::vec::Vec<usize> {
     let mut lapic = lapic(3);
-    let ids: std::vec::Vec<u32> = (0..40).collect();
+    let all: std::vec::Vec<_> = (0..40).map(LapicShared::new).collect();
     match write(&mut lapic, 0, ICR, icr) {
-        LapicEffect::Ipi(command) => route(&command, 3, &ids).iter().collect(),
+        LapicEffect::Ipi(command) => route(&command, 3, all.iter()).iter().collect(),
         _ => std::vec::Vec::new(),
     }
 }
@@ -489,7 +489,7 @@ fn xapic_destinations() {
     let mut reach = |high: u32, low: u32| {
         poke(&mut sender, 0x310, high);
         match poke(&mut sender, 0x300, low) {
-            LapicEffect::Ipi(command) => reached(&command, 1, all.iter()).iter().collect(),
+            LapicEffect::Ipi(command) => route(&command, 1, all.iter()).iter().collect(),
             _ => std::vec::Vec::new(),
         }
     };
