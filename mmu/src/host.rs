@@ -93,7 +93,7 @@ pub trait Backing {
     /// The host frames behind `gfn` of `slot`, and how far they are contiguous.
     ///
     /// Called outside the MMU lock, from several vCPUs at once, also for one frame. The answer must stay true until
-    /// the embedder says otherwise with [`crate::Mmu::invalidate_begin`]; the library retries a fault whose answer
+    /// the embedder says otherwise with [`crate::Worker::invalidate`]; the library retries a fault whose answer
     /// was overtaken by an invalidation.
     fn resolve(&self, slot: &Slot, gfn: Gfn, access: Access) -> Result<Extent, BackingError>;
 }

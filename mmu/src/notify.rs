@@ -82,6 +82,16 @@ impl Notify {
         now & !IN_PROGRESS != snapshot.0 || (now & IN_PROGRESS != 0 && range.overlaps(block))
     }
 
+    /// Whether any invalidation is in progress. None begins or ends while the exclusive side is held.
+    pub(crate) fn is_busy<H: Host>(&self, _alone: &Exclusive<'_, H>) -> bool {
+        self.seems_busy()
+    }
+
+    /// As [`Notify::is_busy`] for whoever is not in the lock, and may learn it late.
+    pub(crate) fn seems_busy(&self) -> bool {
+        self.sequence.load(Ordering::Relaxed) & IN_PROGRESS != 0
+    }
+
     pub(crate) fn begin<H: Host>(&self, range: GfnRange, _alone: &Exclusive<'_, H>) {
         let mut union = range;
         // Read by an addition of nothing, for the reason of `load_for_update`.

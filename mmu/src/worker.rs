@@ -14,7 +14,7 @@ use crate::host::Host;
 use crate::lock::{Exclusive, Shared, Ticket};
 use crate::reclaim::{Batch, Reach};
 use crate::root::Role;
-use crate::slots::{Change, Published, Slot, SlotConfig, SlotError, SlotFlags, SlotId};
+use crate::slots::{Change, Prepared, Published, Slot, SlotConfig, SlotError, SlotFlags, SlotId, Updates};
 use crate::tdp::inspect::{Walk, walk};
 use crate::tdp::zap::{Zapped, zap_range};
 use crate::{Level, Mmu, OutOfMemory, SlotZap};
@@ -46,11 +46,13 @@ impl<H: Host> Worker<H> {
     }
 
     /// Adds a slot. Its frames have memory from the return on; an access that raced with it may still end as MMIO.
+    ///
+    /// Waits for invalidations in progress, as all slot updates do: none may be held by a thread that waits for this.
     pub fn add_slot(&mut self, config: SlotConfig) -> Result<(), SlotError> {
         let mmu = Arc::clone(&self.mmu);
         let mut updates = mmu.updates.lock(|| mmu.host.relax());
-        let published = updates.add(&mmu.slots, config)?;
-        self.settle(&mmu, published);
+        let prepared = updates.add(&mmu.slots, config)?;
+        self.publish_between_invalidations(&mmu, &mut updates, prepared);
         Ok(())
     }
 
@@ -137,7 +139,9 @@ impl<H: Host> Worker<H> {
         let mmu = Arc::clone(&self.mmu);
         // Held to the end: one update at a time, and the set in between is nobody else's to build on.
         let mut updates = mmu.updates.lock(|| mmu.host.relax());
-        let (begun, published) = updates.begin(&mmu.slots, id, change)?;
+        let (begun, prepared) = updates.begin(&mmu.slots, id, change)?;
+        // At once, whatever is in progress: it only holds faults back.
+        let published = mmu.slots.publish(&mut updates, prepared);
         self.settle(&mmu, published);
         // Every fault that had checked an older generation has left: the old slot maps nothing more from here on.
         if mmu.config.slot_zap == SlotZap::Everything {
@@ -147,9 +151,25 @@ impl<H: Host> Worker<H> {
         // nothing leads to the old slot's memory any more.
         let mut all = Exclusive::enter(&mmu, &mut self.ticket).all_roots();
         zap_range(&mmu, &mut self.ticket, &mut self.batch, &mut all, begun.range(), Reach::Live);
-        let published = updates.finish(&mmu.slots, begun);
-        self.settle(&mmu, published);
+        let prepared = updates.finish(&mmu.slots, begun);
+        self.publish_between_invalidations(&mmu, &mut updates, prepared);
         Ok(())
+    }
+
+    /// Publishes a set in which memory may turn up where it was not, when no invalidation is in progress.
+    fn publish_between_invalidations(&mut self, mmu: &Mmu<H>, updates: &mut Updates, prepared: Prepared) {
+        loop {
+            // Waited for outside the lock, which the invalidation needs for its end.
+            while mmu.notify.seems_busy() {
+                mmu.host.yield_now();
+            }
+            let alone = Exclusive::enter(mmu, &mut self.ticket);
+            if !mmu.notify.is_busy(&alone) {
+                let published = mmu.slots.publish(updates, prepared);
+                drop(alone);
+                return self.settle(mmu, published);
+            }
+        }
     }
 
     /// After a publication: a grace period, then the old set is freed, and MMIO entries that would become valid again

@@ -10,6 +10,7 @@ use std::ptr::NonNull;
 use std::sync::atomic::{AtomicBool as Plain, AtomicU64 as PlainU64, Ordering};
 use std::sync::{Arc, Mutex};
 
+use loom::sync::Mutex as Lock;
 use loom::thread::yield_now;
 use nestling_loom::addr::ENTRIES;
 use nestling_loom::format::{Format, Leaf, MemoryType, Npt, State};
@@ -45,6 +46,9 @@ pub(super) struct Machine {
     kicks: [AtomicBool; 2],
     /// Host frame of each page, as the backing tells it.
     place: [PlainU64; PAGES as usize],
+    /// Where the slot is. Held while the slot moves, and while an invalidation finds its frames and begins: an embedder
+    /// has to know what it invalidates.
+    base: Lock<Gfn>,
     /// Host frames that were taken from the guest and given to somebody else.
     gone: Mutex<Vec<u64>>,
 }
@@ -57,6 +61,7 @@ impl Machine {
             free: Mutex::new((0..TABLES).collect()),
             kicks: [AtomicBool::new(false), AtomicBool::new(false)],
             place: core::array::from_fn(|page| PlainU64::new(HOME + page as u64)),
+            base: Lock::new(Gfn(0)),
             gone: Mutex::new(Vec::new()),
         }
     }
@@ -102,8 +107,9 @@ unsafe impl TableFrames for Machine {
 }
 
 impl Backing for Machine {
-    fn resolve(&self, _slot: &Slot, gfn: Gfn, _access: Access) -> Result<Extent, BackingError> {
-        let hfn = Hfn(self.place[gfn.0 as usize].load(Ordering::Relaxed));
+    fn resolve(&self, slot: &Slot, gfn: Gfn, _access: Access) -> Result<Extent, BackingError> {
+        let page = gfn.0 - slot.range().start.0;
+        let hfn = Hfn(self.place[page as usize].load(Ordering::Relaxed));
         let gfns = GfnRange::new(gfn, 1).unwrap();
         Ok(Extent { gfns, hfn, writable: true, memory: MemoryType::WriteBack })
     }
@@ -216,6 +222,8 @@ pub enum Work {
     Delete,
     /// Move page 0 to another host frame under an invalidation; the old one goes to somebody else.
     MovePage,
+    /// Move the slot to the frames behind it.
+    MoveSlot,
 }
 
 pub(super) fn work(worker: &mut Worker<Machine>, work: Work) {
@@ -233,11 +241,18 @@ pub(super) fn work(worker: &mut Worker<Machine>, work: Work) {
             machine.place.iter().for_each(|page| machine.give_away(page.load(Ordering::Relaxed)));
         }
         Work::MovePage => {
-            let held = worker.invalidate(GfnRange::new(Gfn(0), 1).unwrap());
+            let base = machine.base.lock().unwrap();
+            let held = worker.invalidate(GfnRange::new(*base, 1).unwrap());
+            drop(base);
             let old = machine.place[0].load(Ordering::Relaxed);
             machine.give_away(old);
             machine.place[0].store(old + AWAY, Ordering::Relaxed);
             drop(held);
+        }
+        Work::MoveSlot => {
+            let mut base = machine.base.lock().unwrap();
+            worker.move_slot(SlotId(0), Gfn(PAGES).gpa()).unwrap();
+            *base = Gfn(PAGES);
         }
     }
 }

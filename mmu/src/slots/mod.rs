@@ -16,6 +16,10 @@
 //! one set, and installs a mapping only after it has found, inside the lock, that the generation is still that of the
 //! set.
 //!
+//! A set in which memory turns up somewhere (a slot that is new, or has moved) is published only while no host
+//! invalidation is in progress: an invalidation names frames where the embedder found the memory, and would not hold
+//! back a fault on a new place of the same memory (invariant I20).
+//!
 //! MMIO entries carry the low bits of the generation and are stale in any other. Before these bits come round again,
 //! all of them are zapped, or one of long ago would be valid again.
 
@@ -242,8 +246,8 @@ impl Slots {
         self.set.read(inside)
     }
 
-    fn publish(&self, updates: &mut Updates, remove: Option<&Slot>, insert: Option<Arc<Slot>>) -> Published {
-        let set = Box::new(self.set.read_exclusive(&mut updates.right).changed(remove, insert));
+    /// Publishes a set.
+    pub(crate) fn publish(&self, updates: &mut Updates, Prepared(set): Prepared) -> Published {
         let generation = set.generation();
         let old = self.set.replace(set, &mut updates.right);
         // Release: who sees the new generation sees the new set. A fault that still sees the old one is inside the
@@ -253,7 +257,15 @@ impl Slots {
     }
 }
 
+/// The next set, not published yet: memory for it was needed outside the lock.
+#[must_use = "what the update decided is not seen by faults before it is published"]
+pub(crate) struct Prepared(Box<SlotSet>);
+
 impl Updates {
+    fn prepare(&mut self, slots: &Slots, remove: Option<&Slot>, insert: Option<Arc<Slot>>) -> Prepared {
+        Prepared(Box::new(slots.set.read_exclusive(&mut self.right).changed(remove, insert)))
+    }
+
     fn get(&self, id: SlotId) -> Result<Arc<Slot>, SlotError> {
         self.by_id.get(&id).cloned().ok_or(SlotError::NotFound)
     }
@@ -270,8 +282,8 @@ impl Updates {
         }
     }
 
-    /// Publishes a new slot.
-    pub(crate) fn add(&mut self, slots: &Slots, config: SlotConfig) -> Result<Published, SlotError> {
+    /// Prepares a new slot.
+    pub(crate) fn add(&mut self, slots: &Slots, config: SlotConfig) -> Result<Prepared, SlotError> {
         let slot = Arc::new(Slot::new(config)?);
         if self.by_id.contains_key(&slot.id) {
             return Err(SlotError::InUse);
@@ -281,11 +293,11 @@ impl Updates {
         }
         self.check(slots, &slot, None)?;
         self.by_id.insert(slot.id, Arc::clone(&slot));
-        Ok(slots.publish(self, None, Some(slot)))
+        Ok(self.prepare(slots, None, Some(slot)))
     }
 
-    /// First step of a change of `id`: checks what it is to become and publishes it as changing.
-    pub(crate) fn begin(&mut self, slots: &Slots, id: SlotId, change: Change) -> Result<(Begun, Published), SlotError> {
+    /// First step of a change of `id`: checks what it is to become and prepares it as changing.
+    pub(crate) fn begin(&mut self, slots: &Slots, id: SlotId, change: Change) -> Result<(Begun, Prepared), SlotError> {
         let old = self.get(id)?;
         let new = match change {
             Change::Delete => None,
@@ -296,17 +308,17 @@ impl Updates {
             self.check(slots, new, Some(id))?;
         }
         let changing = Arc::new(Slot { state: SlotState::Changing, ..*old });
-        let published = slots.publish(self, Some(&old), Some(Arc::clone(&changing)));
-        Ok((Begun { changing, new: new.map(Arc::new) }, published))
+        let prepared = self.prepare(slots, Some(&old), Some(Arc::clone(&changing)));
+        Ok((Begun { changing, new: new.map(Arc::new) }, prepared))
     }
 
-    /// Last step: publishes what the slot has become.
-    pub(crate) fn finish(&mut self, slots: &Slots, begun: Begun) -> Published {
+    /// Last step: prepares what the slot has become.
+    pub(crate) fn finish(&mut self, slots: &Slots, begun: Begun) -> Prepared {
         match &begun.new {
             Some(new) => self.by_id.insert(new.id, Arc::clone(new)),
             None => self.by_id.remove(&begun.changing.id),
         };
-        slots.publish(self, Some(&begun.changing), begun.new)
+        self.prepare(slots, Some(&begun.changing), begun.new)
     }
 }
 
