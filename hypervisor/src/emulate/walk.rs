@@ -123,12 +123,12 @@ impl Paging {
             // PSE-36: bits 20:13 are address bits 39:32 (5.2.2); bit 21 is none.
             Format::Legacy if leaf && level == 2 => 1 << 21,
             Format::Legacy => 0,
+            // The four entries at the top are checked when CR3 is loaded (5.2.3), and hold no rights.
+            Format::Pae if level == 3 => 0,
             Format::Pae | Format::Long => {
                 let no_execute = if self.no_execute() { 0 } else { NO_EXECUTE };
                 let offset = if leaf && level > 1 { (1 << (12 + 9 * (level - 1))) - (1 << 13) } else { 0 };
                 let top = match format {
-                    // The four entries at the top hold no rights.
-                    Format::Pae if level == 3 => 0x1e6 | NO_EXECUTE | 0x7ff << 52,
                     Format::Pae => 0x7ff << 52,
                     _ if level > 3 => LARGE,
                     _ => 0,
