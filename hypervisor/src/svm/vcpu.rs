@@ -64,6 +64,22 @@ mod event {
     pub(super) const CODE_SHIFT: u32 = 32;
 }
 
+/// Whether the guest takes NMIs.
+///
+/// They are masked from one NMI to the completion of the next IRET. The intercept comes before the IRET, whose stack a
+/// second NMI would overwrite if it used the same one; so the IRET is stepped over, and the trap behind it ends the mask.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum NmiState {
+    Open,
+    /// IRET is intercepted.
+    Masked,
+    /// IRET is being executed with the trap flag set.
+    Returning {
+        /// The guest had set the flag itself.
+        stepped: bool,
+    },
+}
+
 /// One virtual CPU.
 #[derive(Debug)]
 pub struct Vcpu {
@@ -74,8 +90,7 @@ pub struct Vcpu {
     latched: Option<u8>,
     /// The next entry's EVENTINJ.
     event: u64,
-    /// An NMI was delivered and IRET has not been seen since.
-    nmi_masked: bool,
+    nmi: NmiState,
     flush: bool,
 }
 
@@ -98,7 +113,7 @@ impl Vcpu {
         }
         let switch = Box::new(Switch { fx: [0; 512], registers: [0; 16], guest, host });
         let vmcb = ptr::with_exposed_provenance_mut(guest as usize);
-        let mut vcpu = Self { switch, vmcb, features, latched: None, event: 0, nmi_masked: false, flush: true };
+        let mut vcpu = Self { switch, vmcb, features, latched: None, event: 0, nmi: NmiState::Open, flush: true };
         let control = &mut vcpu.vmcb_mut().control;
         control.intercepts_1 = (Intercepts1::INTR
             | Intercepts1::NMI
@@ -136,7 +151,7 @@ impl Vcpu {
 
     /// The state after INIT (14.1.3), with the reset vector.
     fn reset(&mut self) {
-        (self.latched, self.event, self.nmi_masked) = (None, 0, false);
+        (self.latched, self.event, self.nmi) = (None, 0, NmiState::Open);
         self.switch.registers = [0; 16];
         self.switch.fx = [0; 512];
         self.switch.fx[..2].copy_from_slice(&0x37fu16.to_le_bytes());
@@ -297,7 +312,10 @@ impl GuestCpu for Vcpu {
         unsafe { entry::enter(&mut self.switch) };
         self.settle_events();
         let RawExit { code, info1, info2 } = self.raw_exit();
-        exit::decode(code, info1, info2)
+        match exit::decode(code, info1, info2) {
+            Exit::Exception(Intercepted::Debug) if matches!(self.nmi, NmiState::Returning { .. }) => Exit::Iret,
+            exit => exit,
+        }
     }
 
     #[inline]
@@ -333,18 +351,33 @@ impl GuestCpu for Vcpu {
     }
 
     fn can_take_nmi(&self) -> bool {
-        self.event == 0 && !self.nmi_masked && self.vmcb().control.shadow & 1 == 0
+        self.event == 0 && self.nmi == NmiState::Open && self.vmcb().control.shadow & 1 == 0
     }
 
     fn nmi(&mut self) {
         self.event = event::VALID | event::NMI | 2;
-        self.nmi_masked = true;
+        self.nmi = NmiState::Masked;
         self.vmcb_mut().control.intercepts_1 |= Intercepts1::IRET.bits();
     }
 
     fn nmi_done(&mut self) {
-        self.nmi_masked = false;
-        self.vmcb_mut().control.intercepts_1 &= !Intercepts1::IRET.bits();
+        let vmcb = self.vmcb_mut();
+        vmcb.control.intercepts_1 &= !Intercepts1::IRET.bits();
+        match self.nmi {
+            NmiState::Masked => {
+                let stepped = self.save().rflags & RFLAGS_TF != 0;
+                self.save_mut().rflags |= RFLAGS_TF;
+                self.nmi = NmiState::Returning { stepped };
+            }
+            NmiState::Returning { stepped: true } => {
+                self.nmi = NmiState::Open;
+                self.raise(Raised::Again(Intercepted::Debug));
+            }
+            NmiState::Returning { stepped: false } | NmiState::Open => {
+                self.nmi = NmiState::Open;
+                self.save_mut().dr6 &= !DR6_BS;
+            }
+        }
     }
 
     fn raise(&mut self, raised: Raised) {
@@ -635,7 +668,10 @@ mod tests {
         exit(&mut vcpu, false, 0);
         assert!(!vcpu.can_take_nmi() && vcpu.can_take_interrupt(), "an NMI is masked until IRET, interrupts are not");
         vcpu.nmi_done();
-        assert!(vcpu.can_take_nmi());
+        assert!(!vcpu.can_take_nmi(), "the IRET is still to be executed");
+        assert!(vcpu.save().rflags & RFLAGS_TF != 0);
+        vcpu.nmi_done();
+        assert!(vcpu.can_take_nmi(), "and now it was");
     }
 
     #[test]

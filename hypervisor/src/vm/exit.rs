@@ -67,7 +67,7 @@ pub enum Exit {
     Nmi,
     /// The guest can take an interrupt now; it was asked to say so.
     InterruptWindow,
-    /// The guest is about to execute IRET; it was asked to say so.
+    /// The guest is about to execute IRET, or just has; it was asked to say so.
     Iret,
     /// CPUID.
     Cpuid,

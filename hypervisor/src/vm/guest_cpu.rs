@@ -91,7 +91,7 @@ pub trait GuestCpu: VmcbMsrs + Debug + Send + 'static {
     /// Gives an NMI. Only when [`GuestCpu::can_take_nmi`]. No other can be taken before the guest's IRET.
     fn nmi(&mut self);
 
-    /// The guest's IRET was reached ([`Exit::Iret`]).
+    /// The guest's IRET was reached, or was executed after that: what [`Exit::Iret`] says.
     fn nmi_done(&mut self);
 
     /// Raises an exception at the current instruction.
