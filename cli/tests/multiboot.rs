@@ -1,0 +1,131 @@
+//! Multiboot guests: the test kernel's checks with one and with four vCPUs, and what is refused.
+
+mod common;
+
+use std::{
+    env,
+    fs::{self, File},
+    path::{Path, PathBuf},
+    process::Command,
+    sync::OnceLock,
+};
+
+use common::{Finished, kernel, run};
+
+/// Seconds. A check takes a hundredth of it on an idle machine.
+const LIMIT: &str = "240";
+const TARGET: &str = "x86_64-unknown-linux-gnu";
+
+fn path(name: &str) -> PathBuf {
+    PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join(name)
+}
+
+/// The test kernel, built once.
+fn test_kernel() -> &'static Path {
+    static BUILT: OnceLock<PathBuf> = OnceLock::new();
+    BUILT.get_or_init(|| {
+        let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the command is in a source tree");
+        let target = path("test-kernel");
+        let output = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
+            .current_dir(root)
+            .env_remove("RUSTFLAGS")
+            .env_remove("CARGO_ENCODED_RUSTFLAGS")
+            .args(["build", "--release", "--package", "nestling-testkernel", "--bin", "nestling-testkernel"])
+            .args(["--features", "bare-metal", "--target", TARGET, "--target-dir"])
+            .arg(&target)
+            .output()
+            .expect("cargo can be started");
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        target.join(TARGET).join("release/nestling-testkernel")
+    })
+}
+
+/// Runs an image on its own: other tests' machines wait.
+fn boot(image: &Path, arguments: &[&str]) -> Finished {
+    let lock = path("machine.lock");
+    let lock = File::create(&lock).unwrap_or_else(|cause| panic!("{}: {cause}", lock.display()));
+    lock.lock().expect("a lock");
+    let image = image.to_str().expect("a path in text");
+    run([&["--multiboot", image, "--memory", "64M", "--timeout", LIMIT], arguments].concat())
+}
+
+/// The check passes with one vCPU and with four.
+fn passes(check: &str) {
+    for vcpus in ["1", "4"] {
+        let finished = boot(test_kernel(), &["--append", check, "--vcpus", vcpus]);
+        finished.expect_status(1);
+        let lines: Vec<_> = finished.stdout.lines().collect();
+        assert!(lines.contains(&format!("{check}: {vcpus} processors").as_str()), "{finished}");
+        assert!(lines.contains(&format!("PASS: {check}").as_str()), "{finished}");
+        assert!(!finished.stderr.contains("LEAK"), "{finished}");
+    }
+}
+
+#[test]
+fn device_memory() {
+    passes("mmio");
+}
+
+#[test]
+fn local_apics_in_both_modes() {
+    passes("apic");
+}
+
+#[test]
+fn io_apic() {
+    passes("ioapic");
+}
+
+#[test]
+fn timers() {
+    passes("timers");
+}
+
+#[test]
+fn the_machine_that_test_kernels_expect() {
+    passes("platform");
+}
+
+#[test]
+fn pages_that_the_host_forgets() {
+    passes("flush");
+}
+
+#[test]
+fn exceptions_and_nmis() {
+    passes("events");
+}
+
+#[test]
+fn a_module_arrives_whole() {
+    let module = path("module.env");
+    fs::write(&module, "NR_CPUS=4\nTEST_DEVICE=1\n").expect("a file");
+    let module = module.to_str().expect("a path in text");
+    boot(test_kernel(), &["--append", "platform module", "--initrd", module, "--vcpus", "1"]).expect_status(1);
+}
+
+#[test]
+fn no_other_end_looks_like_a_pass() {
+    let status = |words: &str| boot(test_kernel(), &["--append", words, "--vcpus", "2"]);
+    status("fail").expect_status(3);
+    status("no-such-check").expect_status(5);
+    status("shutdown").expect_status(0);
+    status("triple").expect_status(70).expect_stderr("triple fault");
+}
+
+#[test]
+fn images_that_cannot_be_loaded_are_refused() {
+    let file = |name: &str, content: &[u8]| {
+        let path = path(name);
+        fs::write(&path, content).expect("a file");
+        path
+    };
+    boot(&file("linux.flat", &kernel(&[0xf4])), &[]).expect_status(2).expect_stderr("not a Multiboot image");
+    boot(&file("empty.flat", b""), &[]).expect_status(2);
+    boot(&path("none.flat"), &[]).expect_status(2);
+    let video: Vec<u8> =
+        [0x1bad_b002_u32, 4, 0u32.wrapping_sub(0x1bad_b002 + 4)].iter().flat_map(|word| word.to_le_bytes()).collect();
+    boot(&file("video.flat", &video), &[]).expect_status(72).expect_stderr("demands what is not there");
+    boot(test_kernel(), &["--kernel", "x"]).expect_status(2);
+    boot(test_kernel(), &["--mode", "check"]).expect_status(2);
+}

@@ -1,0 +1,53 @@
+//! A Multiboot kernel that checks the machine it runs on.
+//!
+//! Its command line's second word (the first is its name) says what to check: see [`tests::run`]. It starts all processors
+//! that fw_cfg tells of, runs the check on them, prints what it found on the serial port, and ends the machine through
+//! port 0xf4: with 0 if all was right, 1 if not, 2 if it was asked for something that it does not know.
+//!
+//! Memory is mapped to itself. Interrupt and exception handlers have stacks of their own (IST): compiled code keeps data
+//! below the stack pointer.
+#![no_std]
+#![no_main]
+
+mod apic;
+mod boot;
+mod cpu;
+mod machine;
+mod runtime;
+mod serial;
+mod smp;
+mod tests;
+mod traps;
+
+/// Fails the check with a text, unless the condition holds.
+#[macro_export]
+macro_rules! check {
+    ($condition:expr, $($text:tt)+) => {
+        if !$condition {
+            $crate::serial::print(format_args!("FAIL: {}\n", format_args!($($text)+)));
+            $crate::machine::exit(1);
+        }
+    };
+}
+
+/// Entered by the boot code on the first processor, in 64-bit mode.
+#[unsafe(no_mangle)]
+extern "C" fn rust_start() -> ! {
+    traps::set_up(0);
+    let words = machine::command_line();
+    let name = words.split(' ').nth(1).unwrap_or("");
+    apic::enable();
+    smp::start_all();
+    serial::print(format_args!("{name}: {} processors\n", smp::count()));
+    tests::run(name);
+    serial::print(format_args!("PASS: {name}\n"));
+    machine::exit(0)
+}
+
+/// Entered by the start code on any other processor, in 64-bit mode, on a stack of its own.
+#[unsafe(no_mangle)]
+extern "C" fn rust_start_other(number: usize) -> ! {
+    traps::set_up(number);
+    apic::enable();
+    smp::work(number)
+}

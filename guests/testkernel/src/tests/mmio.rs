@@ -1,0 +1,196 @@
+//! Instructions on device memory, on all processors at once: each has a part of the test device's memory for itself, and
+//! one word is everybody's.
+
+use core::arch::asm;
+
+use super::memory::{self, PAGE, PRESENT, WRITABLE};
+use super::provoke;
+use crate::check;
+use crate::machine::{TEST_RAM, set_word, word};
+use crate::smp;
+use crate::traps::{self, GENERAL_PROTECTION, PAGE_FAULT};
+
+const SHARED: u64 = TEST_RAM + 0x8000;
+const ROUNDS: u32 = 200;
+
+pub(super) fn run() {
+    set_word(SHARED, 0);
+    set_word(SHARED + 4, 0);
+    smp::everywhere(|number| {
+        let base = TEST_RAM + number as u64 * PAGE;
+        moves(base);
+        arithmetic(base);
+        strings(base, number);
+        straddle(base);
+        faults(base, number);
+        for _ in 0..ROUNDS {
+            // SAFETY: the word is the device's.
+            unsafe {
+                asm!("lock inc dword ptr [{0}]", "lock xadd dword ptr [{0} + 4], {1:e}", in(reg) SHARED, inout(reg) 3 => _);
+            }
+        }
+    });
+    let total = smp::count() as u32 * ROUNDS;
+    check!(word(SHARED) == total, "{} of {total} locked increments", word(SHARED));
+    check!(word(SHARED + 4) == 3 * total, "{} of {total} locked additions", word(SHARED + 4));
+}
+
+fn moves(base: u64) {
+    let value = 0x8182_8384_8586_8788_u64;
+    let (mut byte, mut word, mut dword, mut quad, mut high): (u64, u64, u64, u64, u64);
+    // SAFETY: the memory is the device's, and this processor's part of it.
+    unsafe {
+        asm!("mov [{b}], {v}", b = in(reg) base, v = in(reg) value);
+        asm!(
+            "mov rax, -1", "mov al, [{b}]", "mov {byte}, rax",
+            "mov rax, -1", "mov ax, [{b}]", "mov {word}, rax",
+            "mov rax, -1", "mov eax, [{b}]", "mov {dword}, rax",
+            "mov rax, [{b}]", "mov {quad}, rax",
+            "xor eax, eax", "mov ah, [{b} + 1]", "mov {high}, rax",
+            b = in(reg) base, byte = out(reg) byte, word = out(reg) word, dword = out(reg) dword, quad = out(reg) quad,
+            high = out(reg) high, out("rax") _,
+        );
+    }
+    check!(byte == !0xff | 0x88 && word == !0xffff | 0x8788, "MOV of 1 and 2 bytes: {byte:#x}, {word:#x}");
+    check!(dword == 0x8586_8788 && quad == value, "MOV of 4 and 8 bytes: {dword:#x}, {quad:#x}");
+    check!(high == 0x8700, "MOV to AH: {high:#x}");
+    // SAFETY: as above.
+    unsafe {
+        asm!(
+            "movzx {byte:e}, byte ptr [{b}]", "movzx {word}, word ptr [{b}]", "movsx {dword}, word ptr [{b}]",
+            "movsxd {quad}, dword ptr [{b}]", "mov rax, -1", "movsx ax, byte ptr [{b}]", "mov {high}, rax",
+            b = in(reg) base, byte = out(reg) byte, word = out(reg) word, dword = out(reg) dword, quad = out(reg) quad,
+            high = out(reg) high, out("rax") _,
+        );
+    }
+    check!(byte == 0x88 && word == 0x8788, "MOVZX: {byte:#x}, {word:#x}");
+    check!(dword == 0xffff_ffff_ffff_8788 && quad == 0xffff_ffff_8586_8788, "MOVSX: {dword:#x}, {quad:#x}");
+    check!(high == !0xffff | 0xff88, "MOVSX to 16 bits: {high:#x}");
+    // SAFETY: as above.
+    unsafe {
+        asm!(
+            "mov byte ptr [{b}], 0x11", "mov word ptr [{b} + 2], 0x3322", "mov dword ptr [{b} + 4], 0x77665544",
+            "mov qword ptr [{b} + 8], -2", "mov {quad}, [{b}]", "mov {dword}, [{b} + 8]",
+            b = in(reg) base, quad = out(reg) quad, dword = out(reg) dword,
+        );
+    }
+    check!(quad == 0x7766_5544_3322_8711 && dword == !1, "MOV of immediates: {quad:#x}, {dword:#x}");
+}
+
+fn arithmetic(base: u64) {
+    let (flags, old): (u64, u32);
+    // SAFETY: as in `moves`; the flags are put on the stack and taken off.
+    unsafe {
+        asm!(
+            "mov dword ptr [{b}], 0xf0", "or dword ptr [{b}], 0x0f", "and dword ptr [{b}], 0x7e", "xor dword ptr [{b}], {m:e}",
+            "add dword ptr [{b}], {m:e}", "sub word ptr [{b}], 2", "not byte ptr [{b} + 1]", "bts dword ptr [{b}], 31",
+            "xchg {x:e}, [{b}]",
+            "cmp dword ptr [{b}], 0x1234", "pushfq", "pop {f}",
+            b = in(reg) base, m = in(reg) 3, x = inout(reg) 0x1234 => old, f = out(reg) flags,
+        );
+    }
+    // ((0xf0 | 0x0f) & 0x7e ^ 3) + 3 - 2, then the second byte inverted and the top bit set.
+    check!(old == 0x8000_ff7e, "read, modify, write: {old:#x}");
+    check!(flags & 0x8d5 == 0x44, "CMP of equal values: flags {flags:#x}");
+    let (failed, found): (u8, u32);
+    // SAFETY: as above.
+    unsafe {
+        asm!(
+            "lock cmpxchg [{b}], {n:e}", "setnz {z}", "lock cmpxchg [{b}], {n:e}",
+            b = in(reg) base, n = in(reg) 0x55, z = out(reg_byte) failed, inout("eax") 0u32 => found,
+        );
+    }
+    check!((failed, found, word(base)) == (1, 0x1234, 0x55), "CMPXCHG: {failed}, {found:#x}, {:#x}", word(base));
+}
+
+#[repr(align(4096))]
+struct Buffers(#[expect(dead_code, reason = "reached by address")] [[u8; 4096]; smp::MOST]);
+
+static mut BUFFERS: Buffers = Buffers([[0; 4096]; smp::MOST]);
+
+/// Address of a page of RAM that is this processor's.
+fn buffer(number: usize) -> u64 {
+    (&raw mut BUFFERS).expose_provenance() as u64 + number as u64 * PAGE
+}
+
+fn strings(base: u64, number: usize) {
+    let ram = buffer(number);
+    let (left, end): (u64, u64);
+    // SAFETY: both pages are this processor's.
+    unsafe {
+        asm!("rep stosq", inout("rcx") 512u64 => left, inout("rdi") base => end, in("rax") 0x0123_4567_89ab_cdef_u64);
+        asm!("rep movsb", inout("rcx") 4096u64 => _, inout("rsi") base => _, inout("rdi") ram => _);
+    }
+    check!((left, end) == (0, base + PAGE), "REP STOS: {left} left at {end:#x}");
+    for at in [0, 2048, 4092] {
+        check!(
+            word(ram + at) == [0x89ab_cdef, 0x0123_4567][(at as usize / 4) % 2],
+            "REP MOVS: {at}: {:#x}",
+            word(ram + at)
+        );
+    }
+    set_word(ram, 0x4433_2211);
+    set_word(ram + 4, 0x8877_6655);
+    let (from, to): (u64, u64);
+    // SAFETY: as above; the direction flag is put back.
+    unsafe {
+        asm!("std", "rep movsw", "cld", inout("rcx") 4u64 => _, inout("rsi") ram + 6 => from, inout("rdi") base + 6 => to);
+    }
+    check!((from, to) == (ram - 2, base - 2), "backwards: {from:#x}, {to:#x}");
+    check!((word(base), word(base + 4)) == (0x4433_2211, 0x8877_6655), "backwards: {:#x}", word(base));
+    let loaded: u64;
+    // SAFETY: as above.
+    unsafe { asm!("lodsd", in("rsi") base, out("rax") loaded, lateout("rsi") _) };
+    check!(loaded == 0x4433_2211, "LODS: {loaded:#x}");
+}
+
+/// An operand of which half is a device's and half is RAM.
+fn straddle(base: u64) {
+    let number = ((base - TEST_RAM) / PAGE) as usize;
+    let ram = buffer(number);
+    let first = memory::map(4 * number, base, PRESENT | WRITABLE);
+    memory::map(4 * number + 1, ram, PRESENT | WRITABLE);
+    let at = first + PAGE - 3;
+    let back: u64;
+    // SAFETY: both pages are this processor's.
+    unsafe {
+        asm!("mov [{a}], {v}", "mov {r}, [{a}]", a = in(reg) at, v = in(reg) 0x1122_3344_5566_7788_u64, r = out(reg) back)
+    };
+    check!(back == 0x1122_3344_5566_7788, "across pages: {back:#x}");
+    check!(word(ram) == 0x2233_4455, "the second page: {:#x}", word(ram));
+    check!(word(base + PAGE - 4) >> 8 == 0x0066_7788, "the first page: {:#x}", word(base + PAGE - 4));
+}
+
+/// Exceptions that come up inside an emulated instruction.
+fn faults(base: u64, number: usize) {
+    let page = 4 * number;
+    let linear = memory::map(page, buffer(number), PRESENT | WRITABLE);
+    memory::map(page + 1, 0, 0);
+    let before = traps::count(PAGE_FAULT);
+    let (left, to): (u64, u64);
+    // From the device to a page of which the last 16 bytes are there.
+    // SAFETY: the fault is expected.
+    unsafe {
+        provoke!(["rep movsb"] inout("rcx") 100u64 => left, inout("rsi") base => _, inout("rdi") linear + PAGE - 16 => to,);
+    }
+    let (code, cr2, _) = traps::last();
+    check!(traps::count(PAGE_FAULT) == before + 1, "no page fault");
+    check!((code, cr2) == (2, linear + PAGE), "page fault: code {code:#x}, CR2 {cr2:#x}");
+    check!((left, to) == (84, linear + PAGE), "stopped at {to:#x} with {left} left");
+    // To a page that must not be written.
+    memory::map(page, buffer(number), PRESENT);
+    // SAFETY: the fault is expected.
+    unsafe { provoke!(["movsb"] inout("rsi") base => _, inout("rdi") linear => _,) };
+    let (code, cr2, _) = traps::last();
+    check!((code, cr2) == (3, linear), "write protection: code {code:#x}, CR2 {cr2:#x}");
+    // To an address that is none.
+    let before = traps::count(GENERAL_PROTECTION);
+    // SAFETY: the fault is expected.
+    unsafe { provoke!(["movsb"] inout("rsi") base => _, inout("rdi") 1u64 << 62 => _,) };
+    check!(traps::count(GENERAL_PROTECTION) == before + 1, "no #GP");
+    // What an emulated instruction reaches is marked as by the processor.
+    memory::map(page, buffer(number), PRESENT | WRITABLE);
+    // SAFETY: the page is this processor's.
+    unsafe { asm!("movsb", inout("rsi") base => _, inout("rdi") linear => _) };
+    check!(memory::entry(page) & 0x60 == 0x60, "accessed and dirty: {:#x}", memory::entry(page));
+}
