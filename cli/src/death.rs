@@ -42,6 +42,10 @@ fn reason(f: &mut fmt::Formatter<'_>, reason: &DeathReason) -> fmt::Result {
             let access = if *write { "write to" } else { "read of" };
             write!(f, "{access} guest physical {gpa:#x}, where there is neither memory nor a device")
         }
+        DeathReason::NotEmulated { instruction } => {
+            f.write_str("an instruction on device memory that is not emulated:")?;
+            instruction.iter().try_for_each(|byte| write!(f, " {byte:02x}"))
+        }
         DeathReason::SilentConsole { silent_ms } => {
             write!(f, "nothing on its console for {:.1} s", *silent_ms as f64 / 1e3)
         }

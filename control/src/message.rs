@@ -131,6 +131,11 @@ pub enum DeathReason {
         /// Whether it was a write.
         write: bool,
     },
+    /// An instruction on device memory that is not emulated, or one whose code or page tables are in device memory.
+    NotEmulated {
+        /// The bytes at RIP, as far as they could be read; zeros if not at all.
+        instruction: [u8; MAX_INSTRUCTION_BYTES],
+    },
     /// The console printed nothing for as long as the configuration allows.
     SilentConsole {
         /// For how long, in milliseconds.

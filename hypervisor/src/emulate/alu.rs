@@ -1,5 +1,7 @@
 //! Arithmetic with its flags (AMD APM vol. 3, 3.1.4), for operands of 1, 2, 4 and 8 bytes.
 
+use iced_x86::ConditionCode;
+
 use super::operand::mask;
 
 pub(super) const CF: u64 = 1 << 0;
@@ -62,6 +64,31 @@ pub(super) const fn binary(operation: Binary, a: u64, b: u64, bytes: usize, rfla
         Binary::Xor => (a ^ b, 0),
     };
     (result, rflags & !ARITHMETIC | special | of_result(result, bytes))
+}
+
+/// Whether a condition holds.
+pub(super) fn holds(condition: ConditionCode, rflags: u64) -> bool {
+    let set = |flag: u64| rflags & flag != 0;
+    let less = set(SF) != set(OF);
+    match condition {
+        ConditionCode::None => true,
+        ConditionCode::o => set(OF),
+        ConditionCode::no => !set(OF),
+        ConditionCode::b => set(CF),
+        ConditionCode::ae => !set(CF),
+        ConditionCode::e => set(ZF),
+        ConditionCode::ne => !set(ZF),
+        ConditionCode::be => set(CF) || set(ZF),
+        ConditionCode::a => !set(CF) && !set(ZF),
+        ConditionCode::s => set(SF),
+        ConditionCode::ns => !set(SF),
+        ConditionCode::p => set(PF),
+        ConditionCode::np => !set(PF),
+        ConditionCode::l => less,
+        ConditionCode::ge => !less,
+        ConditionCode::le => less || set(ZF),
+        ConditionCode::g => !less && !set(ZF),
+    }
 }
 
 /// INC or DEC: as adding or subtracting 1, but CF stays.
@@ -134,6 +161,38 @@ mod tests {
         by_size!("and", Binary::And, true);
         by_size!("or", Binary::Or, true);
         by_size!("xor", Binary::Xor, true);
+    }
+
+    #[test]
+    fn conditions_are_those_of_a_cpu() {
+        macro_rules! native_condition {
+            ($name:literal, $flags:expr) => {{
+                let yes: u8;
+                // SAFETY: as in `native`.
+                unsafe {
+                    asm!(
+                        "lea rsp, [rsp - 128]",
+                        "push {f}",
+                        "popfq",
+                        "lea rsp, [rsp + 128]",
+                        concat!("set", $name, " {y}"),
+                        f = in(reg) $flags,
+                        y = out(reg_byte) yes,
+                    );
+                }
+                yes != 0
+            }};
+        }
+        for bits in 0..64u64 {
+            let bit = |n: u64, flag: u64| if bits & 1 << n != 0 { flag } else { 0 };
+            let flags = 0x202 | bit(0, CF) | bit(1, PF) | bit(2, AF) | bit(3, ZF) | bit(4, SF) | bit(5, OF);
+            macro_rules! same {
+                ($($code:ident $name:literal)*) => {
+                    $(assert_eq!(holds(ConditionCode::$code, flags), native_condition!($name, flags), $name);)*
+                };
+            }
+            same!(o "o" no "no" b "b" ae "ae" e "e" ne "ne" be "be" a "a" s "s" ns "ns" p "p" np "np" l "l" ge "ge" le "le" g "g");
+        }
     }
 
     #[test]

@@ -4,14 +4,15 @@
 //! here or not at all. Order within an instruction: read what is read, translate for what is written, write, and only
 //! then change registers. So whatever stops it stops it whole.
 
-use iced_x86::{Instruction, Mnemonic, OpKind, Register};
+use iced_x86::{ConditionCode, Instruction, Mnemonic, OpKind, Register};
 
 use super::alu::{self, Binary};
 use super::operand::{Place, Space, mask};
 use super::walk::Access;
-use super::{Bus, CodeSize, Registers, Stop, segment};
+use super::{Bus, CodeSize, Registers, SEGMENT_BIG, Stop, segment};
 
 const RAX: usize = 0;
+const RSP: usize = 4;
 
 /// One instruction under way.
 pub(super) struct Machine<'a, 'b, B> {
@@ -59,6 +60,15 @@ impl<B: Bus> Machine<'_, '_, B> {
             M::Lodsb | M::Lodsw | M::Lodsd | M::Lodsq => return self.lods(instruction),
             M::Insb | M::Insw | M::Insd => return self.ins(instruction),
             M::Outsb | M::Outsw | M::Outsd => return self.outs(instruction),
+            M::Cmpsb | M::Cmpsw | M::Cmpsd | M::Cmpsq => return self.cmps(instruction),
+            M::Scasb | M::Scasw | M::Scasd | M::Scasq => return self.scas(instruction),
+            M::Push => self.push(instruction)?,
+            M::Pop => self.pop(instruction)?,
+            // With a condition there are jumps beside these two, which have no operand of either kind.
+            _ if instruction.condition_code() != ConditionCode::None => match instruction.op_count() {
+                2 => self.copy_if(instruction)?,
+                _ => self.set_byte(instruction)?,
+            },
             _ => return Err(Stop::Unsupported),
         }
         self.finish(instruction);
@@ -215,6 +225,78 @@ impl<B: Bus> Machine<'_, '_, B> {
             self.set_register(accumulator(bytes), old);
         }
         Ok(())
+    }
+
+    fn set_byte(&mut self, instruction: &Instruction) -> Result<(), Stop> {
+        let value = u64::from(alu::holds(instruction.condition_code(), self.registers.rflags));
+        match self.operand(instruction, 0, Access::Write)? {
+            Operand::Register(register) => self.set_register(register, value),
+            Operand::Memory(place) => self.space.store(place, value)?,
+        }
+        Ok(())
+    }
+
+    /// CMOVcc reads its source whether it moves or not, and clears the upper half of a 32-bit register in either case.
+    fn copy_if(&mut self, instruction: &Instruction) -> Result<(), Stop> {
+        let bytes = Self::bytes(instruction, 0)?;
+        let source = self.source(instruction, 1, bytes)?;
+        let register = instruction.op_register(0);
+        let moved = alu::holds(instruction.condition_code(), self.registers.rflags);
+        let value = if moved { source } else { self.register(register) };
+        self.set_register(register, value);
+        Ok(())
+    }
+
+    /// PUSH of a memory operand, or of a register or immediate onto a stack in device memory.
+    fn push(&mut self, instruction: &Instruction) -> Result<(), Stop> {
+        let bytes = instruction.stack_pointer_increment().unsigned_abs() as usize;
+        if instruction.op_kind(0) == OpKind::Register && !instruction.op_register(0).is_gpr() {
+            return Err(Stop::Unsupported);
+        }
+        let value = self.source(instruction, 0, bytes)?;
+        let top = self.registers.general[RSP].wrapping_sub(bytes as u64);
+        let place = self.space.place(segment::SS, top & self.stack_mask(), bytes, Access::Write)?;
+        self.space.store(place, value)?;
+        self.set_stack(top);
+        Ok(())
+    }
+
+    /// POP. A destination that is addressed by the stack pointer is addressed by it as it is afterwards.
+    fn pop(&mut self, instruction: &Instruction) -> Result<(), Stop> {
+        let bytes = instruction.stack_pointer_increment().unsigned_abs() as usize;
+        let top = self.registers.general[RSP];
+        let place = self.space.place(segment::SS, top & self.stack_mask(), bytes, Access::Read)?;
+        let value = self.space.load(place)?;
+        let before = *self.registers;
+        self.set_stack(top.wrapping_add(bytes as u64));
+        let moved = match self.operand(instruction, 0, Access::Write) {
+            Ok(Operand::Register(register)) => {
+                self.set_register(register, value);
+                Ok(())
+            }
+            Ok(Operand::Memory(place)) => self.space.store(place, value),
+            Err(stop) => Err(stop),
+        };
+        if moved.is_err() {
+            *self.registers = before;
+        }
+        moved
+    }
+
+    /// The part of the stack pointer that counts: the stack segment's size says (APM vol. 2, 4.5.3).
+    fn stack_mask(&self) -> u64 {
+        let big = self.space.cpu.segments[segment::SS].attributes & SEGMENT_BIG != 0;
+        match self.space.cpu.code_size() {
+            CodeSize::Bits64 => u64::MAX,
+            _ if big && self.space.cpu.protected() => mask(4),
+            _ => mask(2),
+        }
+    }
+
+    fn set_stack(&mut self, value: u64) {
+        let mask = self.stack_mask();
+        let slot = &mut self.registers.general[RSP];
+        *slot = if mask == 0xffff { *slot & !mask | value & mask } else { value & mask };
     }
 
     /// BT and its relatives. With a register for the number the memory operand is a bit string of any length.

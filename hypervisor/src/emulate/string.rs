@@ -1,11 +1,12 @@
-//! String instructions: MOVS, STOS, LODS, INS, OUTS, with and without REP.
+//! String instructions: MOVS, STOS, LODS, CMPS, SCAS, INS, OUTS, with and without REP.
 //!
 //! Registers are brought up to date after each element, as the CPU does, so a fault in the middle leaves the instruction
 //! to go on where it was. No more than [`MOST_ELEMENTS`] elements are moved at a time: then the vCPU gets its interrupts,
 //! and comes back, because RIP has not moved.
 
-use iced_x86::{Instruction, OpKind};
+use iced_x86::{Instruction, Mnemonic, OpKind};
 
+use super::alu::{self, Binary};
 use super::execute::{Machine, accumulator, segment_index};
 use super::operand::{Place, mask};
 use super::walk::Access;
@@ -80,6 +81,30 @@ impl<B: Bus> Machine<'_, '_, B> {
         })
     }
 
+    pub(super) fn cmps(self, instruction: &Instruction) -> Result<(), Stop> {
+        let bytes = Self::bytes(instruction, 0)?;
+        self.repeat(instruction, |machine, instruction, size| {
+            let first = machine.source_place(instruction, bytes, size)?;
+            let second = machine.compared_place(bytes, size)?;
+            let (a, b) = (machine.space.load(first)?, machine.space.load(second)?);
+            machine.registers.rflags = alu::binary(Binary::Sub, a, b, bytes, machine.registers.rflags).1;
+            machine.advance(RSI, bytes, size);
+            machine.advance(RDI, bytes, size);
+            Ok(())
+        })
+    }
+
+    pub(super) fn scas(self, instruction: &Instruction) -> Result<(), Stop> {
+        let bytes = Self::bytes(instruction, 1)?;
+        self.repeat(instruction, |machine, _, size| {
+            let place = machine.compared_place(bytes, size)?;
+            let (a, b) = (machine.register(accumulator(bytes)), machine.space.load(place)?);
+            machine.registers.rflags = alu::binary(Binary::Sub, a, b, bytes, machine.registers.rflags).1;
+            machine.advance(RDI, bytes, size);
+            Ok(())
+        })
+    }
+
     /// Runs `element` as often as the prefix says; `element` gets the address size in bytes.
     fn repeat(
         mut self,
@@ -87,7 +112,19 @@ impl<B: Bus> Machine<'_, '_, B> {
         element: impl Fn(&mut Self, &Instruction, usize) -> Result<(), Stop>,
     ) -> Result<(), Stop> {
         let size = address_bytes(instruction).ok_or(Stop::Unsupported)?;
-        // These instructions don't look at flags: REPNE counts as REP.
+        // CMPS and SCAS stop when ZF is not as the prefix says; for the others REPNE counts as REP.
+        let compares = matches!(
+            instruction.mnemonic(),
+            Mnemonic::Cmpsb
+                | Mnemonic::Cmpsw
+                | Mnemonic::Cmpsd
+                | Mnemonic::Cmpsq
+                | Mnemonic::Scasb
+                | Mnemonic::Scasw
+                | Mnemonic::Scasd
+                | Mnemonic::Scasq
+        );
+        let wanted = if instruction.has_repne_prefix() { 0 } else { alu::ZF };
         if !instruction.has_rep_prefix() && !instruction.has_repne_prefix() {
             element(&mut self, instruction, size)?;
             self.finish(instruction);
@@ -101,6 +138,10 @@ impl<B: Bus> Machine<'_, '_, B> {
             }
             element(&mut self, instruction, size)?;
             self.set_address(RCX, left - 1, size);
+            if compares && self.registers.rflags & alu::ZF != wanted {
+                self.finish(instruction);
+                return Ok(());
+            }
         }
         if self.registers.general[RCX] & mask(size) == 0 {
             self.finish(instruction);
@@ -119,6 +160,12 @@ impl<B: Bus> Machine<'_, '_, B> {
     fn destination_place(&mut self, bytes: usize, size: usize) -> Result<Place, Stop> {
         let offset = self.registers.general[RDI] & mask(size);
         self.space.place(segment::ES, offset, bytes, Access::Write)
+    }
+
+    /// As [`Self::destination_place`], to read.
+    fn compared_place(&mut self, bytes: usize, size: usize) -> Result<Place, Stop> {
+        let offset = self.registers.general[RDI] & mask(size);
+        self.space.place(segment::ES, offset, bytes, Access::Read)
     }
 
     fn advance(&mut self, register: usize, bytes: usize, size: usize) {

@@ -278,6 +278,44 @@ fn strings_repeat_and_stop_for_interrupts() {
 }
 
 #[test]
+fn strings_are_compared_as_far_as_they_agree() {
+    let (mut cpu, mut machine) = wide();
+    machine.ram[0x5000..0x5008].copy_from_slice(b"abcdefgh");
+    machine.device[0x80..0x88].copy_from_slice(b"abcdEfgh");
+    cpu.registers.general[1] = 8;
+    let outcome = run(&cpu, &mut machine, &[0xf3, 0xa6]); // repe cmpsb
+    let Registers { general, rip, rflags } = outcome.registers;
+    assert_eq!((general[1], general[6], general[7], rip), (3, 0x5005, DEVICE + 0x85, CODE + 2));
+    assert_eq!(rflags & (alu::ZF | alu::CF), 0, "e is above E");
+    cpu.registers.general[0] = u64::from(b'g');
+    let outcome = run(&cpu, &mut machine, &[0xf2, 0xae]); // repne scasb
+    assert_eq!((outcome.registers.general[1], outcome.registers.general[7]), (1, DEVICE + 0x87));
+    assert_eq!(outcome.registers.rflags & alu::ZF, alu::ZF);
+}
+
+#[test]
+fn stack_and_conditions() {
+    let (mut cpu, mut machine) = wide();
+    cpu.registers.general[4] = 0x6008;
+    machine.put(DEVICE + 0x80, 8, 0x1122_3344_5566_7788);
+    let outcome = run(&cpu, &mut machine, &[0xff, 0x37]); // push qword [rdi]
+    assert_eq!((outcome.registers.general[4], machine.value(0x6000, 8)), (0x6000, 0x1122_3344_5566_7788));
+    machine.put(0x6008, 8, 0x55);
+    let outcome = run(&cpu, &mut machine, &[0x8f, 0x07]); // pop qword [rdi]
+    assert_eq!((outcome.registers.general[4], machine.value(DEVICE + 0x80, 8)), (0x6010, 0x55));
+    cpu.registers.rflags |= alu::ZF;
+    assert_eq!(run(&cpu, &mut machine, &[0x0f, 0x94, 0x07]).end, End::Done); // sete
+    assert_eq!(machine.value(DEVICE + 0x80, 1), 1);
+    cpu.registers.general[0] = u64::MAX;
+    assert_eq!(run(&cpu, &mut machine, &[0x0f, 0x44, 0x07]).registers.general[0], 1); // cmove eax
+    assert_eq!(run(&cpu, &mut machine, &[0x0f, 0x45, 0x07]).registers.general[0], 0xffff_ffff); // cmovne eax
+    machine.put(0x8_3000 + 6 * 8, 8, 0);
+    let outcome = run(&cpu, &mut machine, &[0x8f, 0x07]);
+    assert!(matches!(outcome.end, End::Raise(Exception::PageFault { code: 0, .. })));
+    assert_eq!(outcome.registers, cpu.registers);
+}
+
+#[test]
 fn ports_by_the_string() {
     let (mut cpu, mut machine) = wide();
     cpu.registers.general[2] = 0x3f8;

@@ -159,7 +159,7 @@ impl<C: GuestCpu> Vcpu<C> {
                 });
                 Next::Continue
             }
-            End::Unsupported => self.unexpected(),
+            End::Unsupported => Next::Die(DeathReason::NotEmulated { instruction: outcome.instruction }),
             End::Host(HostFailure) => Next::Die(DeathReason::Internal { text: BackingError::OutOfMemory.to_string() }),
         }
     }
