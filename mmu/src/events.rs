@@ -122,6 +122,15 @@ impl SeatCounters {
     }
 }
 
+/// A side of the MMU lock, as others feel it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Side {
+    /// A zap's hold of the shared side: it keeps out who wants the lock for itself.
+    Shared,
+    /// Exclusive use: it keeps out everybody.
+    Exclusive,
+}
+
 /// What happened, for [`crate::host::Host::trace`].
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 #[non_exhaustive]
@@ -141,6 +150,17 @@ pub enum Event {
         leaves: u64,
         /// Table frames that were unlinked.
         tables: u64,
+    },
+    /// A worker has taken the lock; from here on it may be in others' way. Exclusive use is told when it was announced,
+    /// before the wait for those who are inside.
+    LockTaken {
+        /// How.
+        side: Side,
+    },
+    /// The worker is in nobody's way any more.
+    LockReleased {
+        /// How it was taken.
+        side: Side,
     },
     /// All vCPUs were made to flush.
     Flush {

@@ -24,7 +24,7 @@
 use core::marker::PhantomData;
 
 use crate::Mmu;
-use crate::events::{Counter, SeatCounters};
+use crate::events::{Counter, Event, SeatCounters, Side};
 use crate::host::Host;
 use crate::sync::{AtomicBool, AtomicU32, AtomicU64, Ordering, Padded};
 use alloc::boxed::Box;
@@ -178,6 +178,9 @@ impl<'a, H: Host> Exclusive<'a, H> {
         while mmu.lock.writer.compare_exchange(0, 1, Ordering::Acquire, Ordering::Relaxed).is_err() {
             mmu.host.relax();
         }
+        if H::TRACE {
+            mmu.host.trace(Event::LockTaken { side: Side::Exclusive });
+        }
         mmu.host.heavy_fence();
         for seat in mmu.lock.seats() {
             // The own seat is even: entering borrowed the ticket, so no shared guard of it lives.
@@ -197,5 +200,8 @@ impl<'a, H: Host> Exclusive<'a, H> {
 impl<H: Host> Drop for Exclusive<'_, H> {
     fn drop(&mut self) {
         self.mmu.lock.writer.store(0, Ordering::Release);
+        if H::TRACE {
+            self.mmu.host.trace(Event::LockReleased { side: Side::Exclusive });
+        }
     }
 }

@@ -23,7 +23,7 @@ use core::ptr::NonNull;
 
 use crate::addr::{Hfn, Level};
 use crate::entry;
-use crate::events::{Counter, SeatCounters};
+use crate::events::{Counter, Event, SeatCounters, Side};
 use crate::host::Host;
 use crate::leaf_lock::LeafLock;
 use crate::lock::{Shared, Ticket};
@@ -83,6 +83,9 @@ impl<'a, H: Host> Zapping<'a, H> {
     pub(crate) fn enter(mmu: &'a Mmu<H>, ticket: &'a mut Ticket, batch: &'a mut Batch, reach: Reach) -> Self {
         debug_assert!(batch.frozen.is_empty() && batch.tables.is_empty());
         let inside = Shared::enter(mmu, ticket);
+        if H::TRACE {
+            mmu.host.trace(Event::LockTaken { side: Side::Shared });
+        }
         let counters = inside.counters();
         Self { reach, inside: Some(inside), mmu, batch, counters }
     }
@@ -91,6 +94,13 @@ impl<'a, H: Host> Zapping<'a, H> {
     pub(crate) fn parts(&mut self) -> (&Shared<'a, H>, Debts<'_>) {
         let inside = self.inside.as_ref().expect("the guard is there until drop");
         (inside, Debts { batch: self.batch, counters: self.counters })
+    }
+
+    fn leave(&mut self) {
+        drop(self.inside.take());
+        if H::TRACE {
+            self.mmu.host.trace(Event::LockReleased { side: Side::Shared });
+        }
     }
 
     /// Whether the next step may not find room, or others wait.
@@ -134,6 +144,7 @@ impl<H: Host> Drop for Zapping<'_, H> {
         if self.batch.frozen.is_empty() && !core::mem::take(&mut self.batch.flush) {
             // Tables are unlinked by freezing the entry that led to them, so there is none either: nothing is owed.
             debug_assert!(self.batch.tables.is_empty());
+            self.leave();
             return;
         }
         self.batch.flush = false;
@@ -146,7 +157,7 @@ impl<H: Host> Drop for Zapping<'_, H> {
             // has not ended yet, so the table has not been freed.
             entry::thaw::<H::Format>(unsafe { cell.as_ref() });
         }
-        drop(self.inside.take());
+        self.leave();
         if !self.batch.tables.is_empty() {
             self.mmu.reclaim.defer(self.mmu, &self.batch.tables, flushed, self.counters);
             self.batch.tables.clear();
