@@ -10,6 +10,8 @@ pub enum Acceleration {
     Kvm,
     /// Emulation, one host thread a CPU.
     Tcg,
+    /// Emulation on one host thread, in which the time stamp counters count instructions.
+    Counted,
 }
 
 /// Says why hardware virtualisation cannot be used, or that it can: an AMD processor whose KVM nests, and the right to use it.

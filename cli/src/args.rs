@@ -3,7 +3,7 @@
 use std::{path::PathBuf, time::Duration};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use nestling_control::config::HugePages;
+use nestling_control::config::{HugePages, StormKind};
 
 /// Boots unmodified Linux guests on a hypervisor whose guest memory is managed by the library `nestling`.
 ///
@@ -68,6 +68,13 @@ pub struct RunArgs {
     /// What the default guest does [default: shell at a terminal, otherwise check; no check with an initrd of one's own]
     #[arg(long, value_enum)]
     pub mode: Option<Mode>,
+    /// Fire operations at the guest's memory while it runs: zap-all, slot-delete, slot-move, move-page, take-page, each
+    /// with =RATE a second or at its default rate
+    #[arg(long, value_name = "KIND[=RATE],…", value_delimiter = ',', value_parser = storm_kind)]
+    pub storm: Vec<(StormKind, u32)>,
+    /// Where the storm's random choices begin [default: somewhere else each time]
+    #[arg(long, value_name = "N", requires = "storm")]
+    pub storm_seed: Option<u64>,
     /// How QEMU runs the hypervisor
     #[arg(long, value_enum, default_value_t = Accel::Auto)]
     pub accel: Accel,
@@ -121,6 +128,8 @@ pub enum Accel {
     Tcg,
     /// Hardware virtualisation or nothing
     Kvm,
+    /// Emulation that counts instructions: slow, and time is what the CPUs execute
+    Counted,
 }
 
 /// A size with its unit. A bare number is refused: tools differ in what they take it for.
@@ -134,6 +143,19 @@ fn memory_bytes(text: &str) -> Result<u64, String> {
     let number: u64 =
         number.parse().map_err(|_| "a whole number is needed before the unit, as 512M or 2G".to_owned())?;
     number.checked_mul(1 << shift).ok_or_else(|| "beyond 64 bits".into())
+}
+
+fn storm_kind(text: &str) -> Result<(StormKind, u32), String> {
+    let (name, rate) = text.split_once('=').map_or((text, None), |(name, rate)| (name, Some(rate)));
+    let kind = StormKind::ALL.into_iter().find(|kind| kind.name() == name).ok_or_else(|| {
+        let names: Vec<_> = StormKind::ALL.map(StormKind::name).into();
+        format!("a storm is made of {}", names.join(", "))
+    })?;
+    match rate.map(str::parse) {
+        None => Ok((kind, kind.default_rate())),
+        Some(Ok(rate @ 1..)) => Ok((kind, rate)),
+        Some(_) => Err("a rate is a whole number of operations a second, at least 1".into()),
+    }
 }
 
 fn seconds(text: &str) -> Result<Duration, String> {
@@ -154,6 +176,17 @@ mod tests {
         assert_eq!(memory_bytes("2g"), Ok(2 << 30));
         for bad in ["", "1", "1024", "G", "1.5G", "-1G", "1T", "99999999999999G", "1 G", "é"] {
             assert!(memory_bytes(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_storm_has_known_kinds_and_rates() {
+        let storm = |text: &str| Cli::try_parse_from(["nestling", "run", "--storm", text]).map(|cli| cli.command);
+        let Ok(Some(Command::Run(run))) = storm("zap-all,take-page=7") else { panic!("refused") };
+        let default = StormKind::ZapAll.default_rate();
+        assert_eq!(run.storm, [(StormKind::ZapAll, default), (StormKind::TakePage, 7)]);
+        for bad in ["", "zap", "zap-all=", "zap-all=0", "zap-all=-1", "zap-all=x", "zap-all,,", "zap-all=4294967296"] {
+            assert!(storm(bad).is_err(), "{bad}");
         }
     }
 

@@ -142,7 +142,9 @@ impl Outcome {
 
 /// Frames that were not given back.
 fn frames_left(report: &Report) -> u64 {
-    report.table_frames.left.saturating_add(report.guest_frames_left)
+    [report.table_frames.left, report.guest_frames_left, report.kept_pages_left]
+        .into_iter()
+        .fold(0, u64::saturating_add)
 }
 
 #[cfg(test)]

@@ -3,10 +3,10 @@
 use std::{
     fs, io,
     path::{Path, PathBuf},
-    time::Duration,
+    time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
-use nestling_control::config::{GuestKind, RunConfig};
+use nestling_control::config::{GuestKind, RunConfig, STORM_KINDS, Storm};
 
 use crate::{
     accel::{self, Acceleration},
@@ -77,6 +77,7 @@ impl Plan {
                 None => command_line(args, mode, seat),
             },
             ready_marker: if kind == GuestKind::Linux { READY_MARKER.into() } else { String::new() },
+            storm: storm(args),
         };
         config.validate()?;
 
@@ -100,6 +101,7 @@ impl Plan {
         }
         let acceleration = match (args.accel, accel::nested_svm()) {
             (Accel::Tcg, _) | (Accel::Auto, Err(_)) => Acceleration::Tcg,
+            (Accel::Counted, _) => Acceleration::Counted,
             (Accel::Kvm, Err(reason)) => return Err(Error::NoKvm(reason)),
             (Accel::Kvm | Accel::Auto, Ok(())) => Acceleration::Kvm,
         };
@@ -134,6 +136,16 @@ impl Plan {
         };
         guest + guest / 256 + HYPERVISOR_BYTES + bundle_bytes.next_multiple_of(1 << 20)
     }
+}
+
+/// The storm that was asked for; where a kind is named twice, the later rate counts.
+fn storm(args: &RunArgs) -> Option<Storm> {
+    let mut rates = [0; STORM_KINDS];
+    for &(kind, rate) in &args.storm {
+        rates[kind as usize] = rate;
+    }
+    let now = || SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_nanos() as u64);
+    (!args.storm.is_empty()).then(|| Storm { rates, seed: args.storm_seed.unwrap_or_else(now) })
 }
 
 fn command_line(args: &RunArgs, mode: Mode, seat: Seat) -> String {

@@ -35,6 +35,8 @@ pub struct Start<'a> {
     pub bundle: &'a [u8],
     /// vCPUs of the guest.
     pub vcpus: u32,
+    /// Whether the hypervisor needs a CPU for a storm.
+    pub storm: bool,
     /// The machine's memory in bytes.
     pub memory_bytes: u64,
     /// How to run.
@@ -139,13 +141,17 @@ fn command(start: &Start<'_>, bundle: &Path, console: &Path, control: &Path) -> 
     // "nested paging on" bit comes back and the host runs on the guest's page tables. So the boot CPU must never run a
     // guest: it does the housekeeping, and vCPUs run on the others. The hypervisor does the same on real hardware, so
     // that there is one layout to test.
-    let cpus = start.vcpus + 1;
+    //
+    // A storm has a CPU of its own too: its operations wait for vCPUs, and the housekeeper must not.
+    let cpus = start.vcpus + 1 + u32::from(start.storm);
     let mut command = on_behalf_of_this_process(start.qemu);
     // Not microvm: with several CPUs it hangs now and then.
     command.args(["-machine", "q35", "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]);
     match start.acceleration {
         Acceleration::Kvm => command.args(["-accel", "kvm", "-cpu", "host"]),
         Acceleration::Tcg => command.args(["-accel", "tcg,thread=multi", "-cpu", "max"]),
+        // One instruction is one nanosecond of the machine's time.
+        Acceleration::Counted => command.args(["-accel", "tcg,thread=single", "-icount", "shift=0", "-cpu", "max"]),
     };
     command.args(["-smp", &cpus.to_string(), "-m", &format!("{}M", start.memory_bytes.div_ceil(1 << 20))]);
     for (name, path) in [("console", console), ("control", control)] {

@@ -6,11 +6,16 @@
 //!   guest's init (`nestling-init: …`), as the hypervisor measured it. With another initrd: `null`.
 //! - `boot_wall_s`: seconds on this machine's clock from the start of QEMU until that line arrived here, so it holds the
 //!   start of QEMU and of the hypervisor too.
-//! - `mapped_bytes`, `touched_bytes`: just before teardown; `table_frames.left` and `guest_frames_left`: after it.
+//! - `mapped_bytes`, `touched_bytes`: just before teardown; `table_frames.left`, `guest_frames_left` and
+//!   `kept_pages_left` (compressed): after it.
+//! - `storm`: operations carried out, by kind; `storm_skipped`: those that found nothing to act on, or no memory.
+//! - `longest_lock_hold`: memory management holding the MMU lock, to the exclusion of at least somebody.
+//!   `longest_vcpu_stall`: a vCPU kept from its guest by a fault, all tries of one access together, or by an interrupt of
+//!   the hypervisor's; 0 without a storm. `instructions` is `null` unless the emulator counts them.
 
 use std::{collections::BTreeMap, fs, path::Path};
 
-use nestling_control::message::DeathReport;
+use nestling_control::message::{DeathReport, Span};
 use serde::Serialize;
 
 use crate::{accel::Acceleration, args::Mode, error::Error, outcome::Outcome, plan::Plan};
@@ -39,7 +44,22 @@ pub struct JsonReport<'a> {
     guest_frames_left: Option<u64>,
     tlb_flushes: Option<u64>,
     kicks: Option<u64>,
+    roots_freed: Option<u64>,
+    roots_kept: Option<u64>,
+    retries: Option<u64>,
+    longest_lock_hold: Option<Length>,
+    longest_vcpu_stall: Option<Length>,
+    kept_pages_left: Option<u64>,
+    storm_seed: Option<u64>,
+    storm: BTreeMap<&'a str, u64>,
+    storm_skipped: BTreeMap<&'a str, u64>,
     death: Option<&'a DeathReport>,
+}
+
+#[derive(Debug, Serialize)]
+struct Length {
+    ns: u64,
+    instructions: Option<u64>,
 }
 
 #[derive(Debug, Serialize)]
@@ -71,6 +91,9 @@ impl<'a> JsonReport<'a> {
     pub fn new(plan: &Plan, outcome: &'a Outcome) -> Self {
         let record = &outcome.record;
         let report = record.report.as_ref();
+        let storm = report.and_then(|report| report.storm.as_ref());
+        let counted = outcome.acceleration == Acceleration::Counted;
+        let length = |span: Span| Length { ns: span.ns, instructions: counted.then_some(span.ticks) };
         let counts =
             |counts: &'a BTreeMap<String, u64>| counts.iter().map(|(name, &count)| (name.as_str(), count)).collect();
         Self {
@@ -99,6 +122,15 @@ impl<'a> JsonReport<'a> {
             guest_frames_left: report.map(|report| report.guest_frames_left),
             tlb_flushes: report.map(|report| report.tlb_flushes),
             kicks: report.map(|report| report.kicks),
+            roots_freed: report.map(|report| report.roots_freed),
+            roots_kept: report.map(|report| report.roots_kept),
+            retries: report.map(|report| report.retries),
+            longest_lock_hold: report.map(|report| length(report.longest_lock_hold)),
+            longest_vcpu_stall: report.map(|report| length(report.longest_vcpu_stall)),
+            kept_pages_left: report.map(|report| report.kept_pages_left),
+            storm_seed: storm.map(|storm| storm.seed),
+            storm: storm.map(|storm| counts(&storm.done)).unwrap_or_default(),
+            storm_skipped: storm.map(|storm| counts(&storm.skipped)).unwrap_or_default(),
             death: record.death.as_ref(),
         }
     }

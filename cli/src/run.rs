@@ -115,6 +115,7 @@ impl Prepared {
                 hypervisor: &self.hypervisor,
                 bundle: &self.bundle,
                 vcpus: self.plan.config.vcpus,
+                storm: self.plan.config.storm.is_some(),
                 memory_bytes,
                 acceleration: self.plan.acceleration,
             },

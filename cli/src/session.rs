@@ -349,7 +349,7 @@ impl Session<'_> {
                 self.say(LogLevel::Info, &format!("guest ready after {:.2} s of its time", guest_ns as f64 / 1e9));
             }
             ToCommand::Death(death) => self.death = Some(death),
-            ToCommand::Report(report) => self.report = Some(report),
+            ToCommand::Report(report) => self.report = Some(*report),
             ToCommand::Done(exit) => self.end(Ending::Guest(exit)),
         }
     }
@@ -413,6 +413,7 @@ mod tests {
         Plan {
             config: RunConfig {
                 kind: nestling_control::config::GuestKind::Linux,
+                storm: None,
                 vcpus: 1,
                 memory_bytes: 64 << 20,
                 huge_pages: HugePages::M2,
@@ -470,7 +471,9 @@ mod tests {
         let (record, output) = session(None, move |mut console, mut control, _| {
             control.write_all(&bytes(&[hello(PROTOCOL_VERSION)])).expect("sent");
             console.write_all(b"nestling-init: up\r\nnestling-selfcheck: PASS\r\n").expect("sent");
-            control.write_all(&bytes(&[ToCommand::Report(sent), ToCommand::Done(GuestExit::PowerOff)])).expect("sent");
+            control
+                .write_all(&bytes(&[ToCommand::Report(sent.into()), ToCommand::Done(GuestExit::PowerOff)]))
+                .expect("sent");
         });
         assert_eq!(record.ending, Ending::Guest(GuestExit::PowerOff));
         assert_eq!(record.report, Some(report));
@@ -506,7 +509,7 @@ mod tests {
             control.write_all(&bytes(&[hello(PROTOCOL_VERSION)])).expect("sent");
             let mut request = [0];
             control.read_exact(&mut request).expect("a request to stop comes");
-            let end = [ToCommand::Report(Report::default()), ToCommand::Done(GuestExit::Stopped)];
+            let end = [ToCommand::Report(Box::default()), ToCommand::Done(GuestExit::Stopped)];
             control.write_all(&bytes(&end)).expect("sent");
         });
         assert_eq!((record.ending, record.report), (Ending::TimedOut(limit), Some(Report::default())));
@@ -546,7 +549,7 @@ mod tests {
                 }
             };
             assert_eq!(asked, Ok(ToHypervisor::Stop));
-            let end = [ToCommand::Report(Report::default()), ToCommand::Done(GuestExit::Stopped)];
+            let end = [ToCommand::Report(Box::default()), ToCommand::Done(GuestExit::Stopped)];
             control.write_all(&bytes(&end)).expect("sent");
         });
         assert_eq!(record.ending, Ending::Left);

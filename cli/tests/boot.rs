@@ -112,6 +112,53 @@ fn linux_boots_on_gibibyte_pages() {
     assert!(number(&report, "/mapped_bytes/1G") > 0, "no 1 GiB page: {report:#}");
 }
 
+const STORM: [&str; 5] = ["zap-all", "slot-delete", "slot-move", "move-page", "take-page"];
+
+/// A storm of all kinds while the guest boots and checks itself: the guest does not notice, and all is accounted for.
+fn survives(name: &str, seed: &str, huge_pages: &str) {
+    let storm = STORM.join(",");
+    let (finished, report) = reported(
+        name,
+        &[
+            "--memory",
+            "512M",
+            "--huge-pages",
+            huge_pages,
+            "--storm",
+            &storm,
+            "--storm-seed",
+            seed,
+            "--append",
+            "nestling.ram=40",
+        ],
+    );
+    finished.expect_status(0);
+    assert_eq!(report["verdict"], "pass", "{report:#}");
+    for kind in STORM {
+        assert!(number(&report, &format!("/storm/{kind}")) >= 20, "hardly any {kind}: {report:#}");
+    }
+    assert_eq!(report["storm_seed"].to_string(), seed);
+    let zap_alls = number(&report, "/storm/zap-all");
+    let freed = number(&report, "/roots_freed");
+    assert!(freed >= zap_alls / 2 && freed <= zap_alls * 4, "a root a vCPU and zap at most: {report:#}");
+    for counted in ["/retries", "/tlb_flushes", "/kicks", "/longest_lock_hold/ns", "/longest_vcpu_stall/ns"] {
+        assert!(number(&report, counted) > 0, "no {counted}: {report:#}");
+    }
+    for left in ["/table_frames/left", "/guest_frames_left", "/kept_pages_left"] {
+        assert_eq!(number(&report, left), 0, "{left}: {report:#}");
+    }
+}
+
+#[test]
+fn linux_survives_a_storm_on_huge_pages() {
+    survives("storm-huge", "1", "2M");
+}
+
+#[test]
+fn linux_survives_a_storm_on_small_pages() {
+    survives("storm-small", "2", "none");
+}
+
 /// Kernels of a few instructions, each ended by the hypervisor in its own way.
 fn small(name: &str, code: &[u8], extra: &[&str]) -> (Finished, Value) {
     let (kernel_path, initrd_path) = (path(&format!("{name}.bzImage")), path(&format!("{name}.initrd")));

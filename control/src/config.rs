@@ -41,6 +41,64 @@ pub enum GuestKind {
     Multiboot,
 }
 
+/// What a storm fires at the MMU while the guest runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+pub enum StormKind {
+    /// Everything is zapped at once: all roots become obsolete.
+    ZapAll,
+    /// A memslot with a part of the guest's RAM is deleted and added again.
+    SlotDelete,
+    /// Such a slot moves to another place in the guest's address space, and back.
+    SlotMove,
+    /// A page of the guest, or the 2 MiB around it, moves to another host frame.
+    MovePage,
+    /// A page is taken away, its content kept compressed, until the guest uses it again.
+    TakePage,
+}
+
+/// How many kinds there are.
+pub const STORM_KINDS: usize = 5;
+
+impl StormKind {
+    /// All of them, in the order of their numbers.
+    pub const ALL: [Self; STORM_KINDS] =
+        [Self::ZapAll, Self::SlotDelete, Self::SlotMove, Self::MovePage, Self::TakePage];
+
+    /// Its name, for operators and reports.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::ZapAll => "zap-all",
+            Self::SlotDelete => "slot-delete",
+            Self::SlotMove => "slot-move",
+            Self::MovePage => "move-page",
+            Self::TakePage => "take-page",
+        }
+    }
+
+    /// Operations a second, when nothing is said of it: often enough to meet everything that a guest does, seldom enough
+    /// to let it go on, also under emulation.
+    #[must_use]
+    pub const fn default_rate(self) -> u32 {
+        match self {
+            Self::ZapAll | Self::SlotDelete | Self::SlotMove => 20,
+            Self::MovePage | Self::TakePage => 50,
+        }
+    }
+}
+
+/// The most operations of one kind a second.
+pub const MAX_STORM_RATE: u32 = 10_000;
+
+/// Operations on the MMU that are fired at a running guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Storm {
+    /// Operations a second by [`StormKind`]; 0: none.
+    pub rates: [u32; STORM_KINDS],
+    /// Where the random choice of places begins.
+    pub seed: u64,
+}
+
 /// One run of one guest.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RunConfig {
@@ -60,6 +118,8 @@ pub struct RunConfig {
     /// The first time the guest's console prints this text, the guest counts as booted (see
     /// [`Report::boot_guest_ns`](crate::message::Report::boot_guest_ns)). Empty: nothing is looked for.
     pub ready_marker: String,
+    /// What the guest has to survive.
+    pub storm: Option<Storm>,
 }
 
 /// Why a [`RunConfig`] cannot be run.
@@ -85,6 +145,11 @@ pub enum ConfigError {
         /// Bytes asked for.
         asked: u64,
     },
+    /// A storm of more than [`MAX_STORM_RATE`] operations of one kind a second.
+    StormRate {
+        /// The rate asked for.
+        asked: u32,
+    },
     /// The command line is longer than [`MAX_COMMAND_LINE_BYTES`].
     CommandLineTooLong {
         /// Its length in bytes.
@@ -109,6 +174,9 @@ impl fmt::Display for ConfigError {
             }
             Self::MemoryUneven { asked } => {
                 write!(f, "{asked} bytes of memory: not a multiple of {} MiB", MEMORY_GRANULE_BYTES >> 20)
+            }
+            Self::StormRate { asked } => {
+                write!(f, "a storm of {asked} operations a second: the most is {MAX_STORM_RATE} of a kind")
             }
             Self::CommandLineTooLong { length } => {
                 write!(f, "the guest's command line has {length} bytes: the most is {MAX_COMMAND_LINE_BYTES}")
@@ -139,6 +207,10 @@ impl RunConfig {
         }
         if !self.memory_bytes.is_multiple_of(MEMORY_GRANULE_BYTES) {
             return Err(ConfigError::MemoryUneven { asked: self.memory_bytes });
+        }
+        let rates = self.storm.map_or([0; STORM_KINDS], |storm| storm.rates);
+        if let Some(asked) = rates.into_iter().find(|&rate| rate > MAX_STORM_RATE) {
+            return Err(ConfigError::StormRate { asked });
         }
         if self.command_line.len() > MAX_COMMAND_LINE_BYTES {
             return Err(ConfigError::CommandLineTooLong { length: self.command_line.len() });

@@ -10,7 +10,7 @@
 //!
 //! All numbers come from a machine that may be broken: a reader shows them and never indexes, allocates or waits by them.
 
-use alloc::{collections::BTreeMap, string::String, vec::Vec};
+use alloc::{boxed::Box, collections::BTreeMap, string::String, vec::Vec};
 
 use serde::{Deserialize, Serialize};
 
@@ -45,7 +45,7 @@ pub enum ToCommand {
     /// The guest died.
     Death(DeathReport),
     /// What the run cost, taken when all vCPUs have left guest mode for good.
-    Report(Report),
+    Report(Box<Report>),
     /// The end. Nothing follows.
     Done(GuestExit),
 }
@@ -274,10 +274,45 @@ pub struct Report {
     pub tlb_flushes: u64,
     /// Kicks sent to vCPUs.
     pub kicks: u64,
+    /// Roots of page tables that vCPUs dropped because they were obsolete.
+    pub roots_freed: u64,
+    /// Roots that vCPUs were asked about and kept, because they were not.
+    pub roots_kept: u64,
+    /// Accesses that had to be tried again because the memory behind them was changing.
+    pub retries: u64,
+    /// The longest time for which memory management held the MMU lock, to the exclusion of at least somebody.
+    pub longest_lock_hold: Span,
+    /// The longest time for which a vCPU was kept from its guest by a second-stage fault, all tries of one access
+    /// together, or by an interrupt of the host's. Measured under a storm only.
+    pub longest_vcpu_stall: Span,
+    /// Pages whose content was still kept compressed after teardown.
+    pub kept_pages_left: u64,
+    /// What the storm did.
+    pub storm: Option<StormReport>,
     /// Nanoseconds of guest time from the first VM entry to the ready marker on the console. `None` if it never came.
     pub boot_guest_ns: Option<u64>,
     /// Nanoseconds of guest time from the first VM entry to the end.
     pub run_guest_ns: u64,
+}
+
+/// A length of time, as the time stamp counter measured it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Span {
+    /// Nanoseconds.
+    pub ns: u64,
+    /// Ticks of the counter: instructions, where the emulator counts these.
+    pub ticks: u64,
+}
+
+/// What a storm did.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StormReport {
+    /// Where its random choices began.
+    pub seed: u64,
+    /// Operations carried out, by [`StormKind::name`](crate::config::StormKind::name).
+    pub done: BTreeMap<String, u64>,
+    /// Operations that found nothing to act on, or no memory.
+    pub skipped: BTreeMap<String, u64>,
 }
 
 /// Bytes mapped by leaves of each size.

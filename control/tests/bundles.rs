@@ -9,6 +9,7 @@ use proptest::prelude::*;
 fn config() -> RunConfig {
     RunConfig {
         kind: nestling_control::config::GuestKind::Linux,
+        storm: None,
         vcpus: 4,
         memory_bytes: 1 << 30,
         huge_pages: HugePages::M2,

@@ -7,6 +7,7 @@
 use core::ptr::{self, NonNull};
 use core::sync::atomic::{AtomicU64, Ordering};
 
+use nestling::events::Event;
 use nestling::format::Npt;
 use nestling::host::{Access, Backing, BackingError, Extent, Host, TableFrames, Time, VcpuId, Vcpus};
 use nestling::sync::AtomicU64 as Entry;
@@ -15,7 +16,7 @@ use nestling::{Gfn, Hfn, Hpa, Slot};
 use super::frames;
 use super::guest::GuestRam;
 use crate::cpu::apic::{self, Command};
-use crate::cpu::{barrier, local, vector};
+use crate::cpu::{MAX_CPUS, barrier, instructions, local, vector};
 
 /// The CPU that runs a vCPU. CPU 0 runs none: see [`crate::vm`].
 #[must_use]
@@ -37,6 +38,9 @@ pub fn kick_housekeeper() {
 #[derive(Debug)]
 pub struct Machine {
     ram: GuestRam,
+    /// When the hold that goes on now began, by CPU.
+    holds: [AtomicU64; MAX_CPUS],
+    longest_hold: AtomicU64,
 }
 
 /// Table frames of all VMs, now and at most.
@@ -53,7 +57,13 @@ impl Machine {
     /// An embedder whose slots are backed by `ram`.
     #[must_use]
     pub fn new(ram: GuestRam) -> Self {
-        Self { ram }
+        Self { ram, holds: [const { AtomicU64::new(0) }; MAX_CPUS], longest_hold: AtomicU64::new(0) }
+    }
+
+    /// The longest time for which a worker held the MMU lock, in ticks of the TSC.
+    #[must_use]
+    pub fn longest_hold(&self) -> u64 {
+        self.longest_hold.load(Ordering::Relaxed)
     }
 
     /// The guest's RAM.
@@ -114,4 +124,20 @@ impl Time for Machine {
 
 impl Host for Machine {
     type Format = Npt;
+    const TRACE: bool = true;
+
+    /// Inlined, so that nothing is left of it where the event is none that is looked at: on the fault path above all.
+    #[inline(always)]
+    fn trace(&self, event: Event) {
+        match event {
+            Event::LockTaken { .. } => {
+                self.holds[local::this().number()].store(instructions::rdtsc(), Ordering::Relaxed);
+            }
+            Event::LockReleased { .. } => {
+                let began = self.holds[local::this().number()].load(Ordering::Relaxed);
+                self.longest_hold.fetch_max(instructions::rdtsc().wrapping_sub(began), Ordering::Relaxed);
+            }
+            _ => {}
+        }
+    }
 }

@@ -108,6 +108,7 @@ impl<C: GuestCpu> Vcpu<C> {
     fn second_stage_fault(&mut self, fault: Fault) -> Result<Next, FaultError> {
         Ok(match self.memory.fault(fault)? {
             Outcome::Fixed { .. } | Outcome::Spurious | Outcome::Retry => Next::Continue,
+            Outcome::Mmio if self.vm.storm.may_have_taken(&self.vm, fault.gpa) => Next::Continue,
             // The instruction at RIP is not what met the device if an event was on its way in: its tables did.
             Outcome::Mmio | Outcome::ReadOnly if !self.cpu.was_delivering() => self.emulate(),
             Outcome::Mmio | Outcome::ReadOnly => {

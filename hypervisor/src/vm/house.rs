@@ -20,7 +20,7 @@ use nestling::{Config, Counters, GfnRange, Gpa, Hpa, Level, Mmu, SlotConfig, Slo
 use nestling_control::bundle::Bundle;
 use nestling_control::config::{GuestKind, HugePages, RunConfig};
 use nestling_control::message::{
-    BytesByPageSize, DeathReason, DeathReport, GuestExit, Report, TableFrames, ToCommand, ToHypervisor,
+    BytesByPageSize, DeathReason, DeathReport, GuestExit, Report, Span, TableFrames, ToCommand, ToHypervisor,
 };
 use spin::Mutex;
 
@@ -29,6 +29,7 @@ use super::handle::Policy;
 use super::policy::cpuid::{CpuidConfig, CpuidPolicy, CpuidRegs, HostCpuid};
 use super::policy::msr::{MsrConfig, MsrState};
 use super::shared::{CONSOLE_PIECE, End, Shared};
+use super::storm::{self, Storm};
 use super::time::VmClock;
 use super::vcpu::{Remains, Vcpu};
 use super::walk;
@@ -42,6 +43,7 @@ use crate::guest::{LinuxConfig, MultibootConfig, VcpuInit, load_linux, load_mult
 use crate::memory::embedder::{self, Machine};
 use crate::memory::frames;
 use crate::memory::guest::{self, ChunkSize, GuestRam};
+use crate::memory::kept;
 use crate::svm::{self, permission::Maps};
 
 /// How often CPU 0 looks at its ports while nobody wakes it.
@@ -72,6 +74,9 @@ fn start(bundle: &[u8], cpus: usize) -> Result<GuestExit, String> {
     let vcpus = config.vcpus as usize;
     if vcpus > cpus {
         return Err(format!("{vcpus} vCPUs need {} CPUs (one keeps house), this machine has {}", vcpus + 1, cpus + 1));
+    }
+    if config.storm.is_some() && vcpus == cpus {
+        return Err(format!("a storm on {vcpus} vCPUs needs {} CPUs, this machine has {}", vcpus + 2, cpus + 1));
     }
     let free = frames::counts().0 * frames::FRAME;
     if config.memory_bytes + RESERVE_BYTES > free {
@@ -111,8 +116,10 @@ fn memory(config: &RunConfig) -> Result<Arc<Mmu<Machine>>, String> {
     let range = |(start, end)| GfnRange { start: Gpa(start).gfn(), end: Gpa(end).gfn() };
     let ranges: Vec<GfnRange> = bounds.into_iter().flatten().map(range).collect();
     let ram = GuestRam::new(&ranges, chunk).map_err(text)?;
+    let storm = config.storm.is_some();
     let config = Config {
         vcpus: config.vcpus as u16,
+        // For the guest's demands, and for a storm.
         workers: 2,
         largest,
         // With 52 address bits an NPT entry has no reserved bit that could mark MMIO.
@@ -121,13 +128,15 @@ fn memory(config: &RunConfig) -> Result<Arc<Mmu<Machine>>, String> {
     };
     let mmu = Mmu::new(Machine::new(ram), config).map_err(text)?;
     let mut worker = mmu.worker().map_err(text)?;
-    for (index, range) in ranges.iter().enumerate() {
+    let banks = ranges.iter().enumerate();
+    let slots = banks.flat_map(|(bank, &range)| storm::cut(range, storm).map(move |range| (bank, range)));
+    for (id, (bank, range)) in slots.enumerate() {
         let slot = SlotConfig {
-            id: SlotId(index as u32),
+            id: SlotId(id as u32),
             base: range.start.gpa(),
             size: range.pages() * frames::FRAME,
             flags: SlotFlags::empty(),
-            backing: index as u64,
+            backing: bank as u64,
         };
         worker.add_slot(slot).map_err(text)?;
     }
@@ -173,7 +182,8 @@ impl Vm<'_> {
         let platform = Platform::new(devices);
         let worker = self.mmu.worker().map_err(text)?;
         let clock = VmClock::start();
-        let shared = Shared::new(Arc::clone(&self.mmu), worker, clock, count, platform, &self.config.ready_marker);
+        let mut shared = Shared::new(Arc::clone(&self.mmu), worker, clock, count, platform, &self.config.ready_marker);
+        shared.storm = Storm::new(self.config.storm);
         let shared = Arc::new(shared);
         let tsc_khz = clock::tsc_khz();
         let extended = __cpuid(0x8000_0001).edx;
@@ -196,7 +206,8 @@ impl Vm<'_> {
             memory_bytes: self.config.memory_bytes,
             huge_pages: largest_page(self.config.huge_pages),
         });
-        let running = Arc::new(AtomicUsize::new(count));
+        let storm = shared.storm.is_planned().then(|| self.mmu.worker()).transpose().map_err(text)?;
+        let running = Arc::new(AtomicUsize::new(count + usize::from(storm.is_some())));
         let left: Left = (0..count).map(|_| Mutex::new(None)).collect();
         for (number, vcpu) in vcpus.into_iter().enumerate() {
             let (running, left) = (Arc::clone(&running), Arc::clone(&left));
@@ -208,6 +219,16 @@ impl Vm<'_> {
                 embedder::kick_housekeeper();
             });
             ap::run_on(embedder::cpu_of(number), job);
+        }
+        if let Some(worker) = storm {
+            let (vm, running) = (Arc::clone(&shared), Arc::clone(&running));
+            let job = Box::new(move || {
+                storm::blow(&vm, worker);
+                drop(vm);
+                running.fetch_sub(1, Ordering::Release);
+                embedder::kick_housekeeper();
+            });
+            ap::run_on(embedder::cpu_of(count), job);
         }
         self.keep_house(&shared, &running);
         Ok(self.finish(shared, &left))
@@ -264,12 +285,18 @@ impl Vm<'_> {
         shared.try_with_ports(|platform, now| platform.poll(now));
         let mut remains: Vec<Remains> = left.iter().filter_map(|slot| slot.lock().take()).collect();
         let counters = self.mmu.counters();
-        let root = remains.iter().map(|r| r.root).find(|&root| root != Hpa(0));
-        // SAFETY: no vCPU runs, `remains` holds the roots, nobody else changes the tables.
-        let touched_bytes = root.map_or(0, |root| unsafe { walk::accessed_bytes(root.0) });
+        let roots = remains.iter().map(|r| r.root).filter(|&root| root != Hpa(0));
+        // SAFETY: no vCPU runs, `remains` holds the roots, nobody else changes the tables. An obsolete root, which a halted
+        // vCPU may still have, is empty.
+        let touched_bytes = roots.map(|root| unsafe { walk::accessed_bytes(root.0) }).max().unwrap_or(0);
         let states = super::vcpu::states(&mut remains);
         let exits = exits(&remains);
         let (cause, ready) = (shared.cause(), shared.ready());
+        let span = |ticks| Span { ns: shared.clock.ns_in(ticks), ticks };
+        let longest_vcpu_stall = span(shared.storm.longest_stall());
+        let longest_lock_hold = span(self.mmu.host().longest_hold());
+        let retries = counters.faults_retried + shared.storm.without_slot();
+        let storm = shared.storm.report();
         drop(remains);
         drop(shared);
         let exit = match cause {
@@ -283,7 +310,7 @@ impl Vm<'_> {
         let [size_4k, size_2m, size_1g] = counters.mapped_bytes();
         drop(self.mmu);
         let (tables_left, tables_peak) = embedder::table_frames();
-        control::send(&ToCommand::Report(Report {
+        let report = Report {
             vcpus: self.config.vcpus,
             memory_bytes: self.config.memory_bytes,
             exits,
@@ -294,9 +321,17 @@ impl Vm<'_> {
             guest_frames_left: guest::frames_in_use(),
             tlb_flushes: counters.flushes,
             kicks: counters.kicks,
+            roots_freed: counters.roots_freed,
+            roots_kept: counters.roots_kept,
+            retries,
+            longest_lock_hold,
+            longest_vcpu_stall,
+            kept_pages_left: kept::pages_kept(),
+            storm,
             boot_guest_ns: ready,
             run_guest_ns: ended,
-        }));
+        };
+        control::send(&ToCommand::Report(Box::new(report)));
         exit
     }
 }

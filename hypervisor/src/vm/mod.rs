@@ -11,7 +11,7 @@
 //! The rooms: [`shared`] (what vCPUs and housekeeper share, and how they reach each other), [`vcpu`] (the loop),
 //! [`guest_cpu`] and [`exit`] (what it asks of the CPU, and what comes back), `handle` (exits), `bus`
 //! (what an instruction that is executed in software reaches), `house` (CPU 0), `state`,
-//! [`walk`] and [`ring`] (what a death's report is made of), [`time`], [`marker`], and [`policy`] (what the guest sees of
+//! [`storm`] (what is fired at a guest on purpose), [`walk`] and [`ring`] (what a death's report is made of), [`time`], [`marker`], and [`policy`] (what the guest sees of
 //! CPUID and MSRs).
 
 mod bus;
@@ -24,6 +24,7 @@ pub mod policy;
 pub mod ring;
 pub mod shared;
 mod state;
+pub mod storm;
 pub mod time;
 pub mod vcpu;
 pub mod walk;

@@ -22,6 +22,7 @@ use nestling_control::message::{DeathReason, GuestExit, ToCommand};
 use spin::Mutex;
 
 use super::marker::Marker;
+use super::storm::Storm;
 use super::time::VmClock;
 use crate::control::{self, log};
 use crate::devices::ioapic::Message;
@@ -96,6 +97,8 @@ pub struct Shared {
     pub vcpus: Box<[Reach]>,
     /// Where nothing answers, the bus floats; else such an access ends the guest.
     pub floating: bool,
+    /// What is fired at it.
+    pub storm: Storm,
     /// Forgets mappings on the guest's demand.
     forgetter: Mutex<Worker<Machine>>,
     ports: Mutex<Ports>,
@@ -129,6 +132,7 @@ impl Shared {
             clock,
             vcpus: (0..vcpus as u32).map(reach).collect(),
             floating: platform.has_board(),
+            storm: Storm::default(),
             forgetter: Mutex::new(forgetter),
             ports: Mutex::new(Ports { platform, output: Vec::new(), marker: Marker::new(marker) }),
             line: AtomicBool::new(false),

@@ -48,6 +48,12 @@ impl VmClock {
         ((tsc.saturating_sub(self.start) as u128 * self.ns_per_tick as u128) >> SHIFT) as u64
     }
 
+    /// Nanoseconds in that many ticks.
+    #[must_use]
+    pub const fn ns_in(&self, ticks: u64) -> u64 {
+        ((ticks as u128 * self.ns_per_tick as u128) >> SHIFT) as u64
+    }
+
     /// The TSC value at which [`VmClock::ns`] reaches `ns`, to a billionth part: who waits that long looks at the clock, and
     /// may have to wait a moment more.
     #[must_use]

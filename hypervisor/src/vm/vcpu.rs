@@ -20,6 +20,7 @@ use super::guest_cpu::GuestCpu;
 use super::handle::{MSR_TSC_AUX, Next, Policy};
 use super::ring::Ring;
 use super::shared::{End, Place, Shared};
+use super::storm::Stall;
 use crate::cpu::{apic, clock, instructions, local};
 use crate::devices::lapic::{Lapic, LapicConfig};
 use crate::guest::VcpuInit;
@@ -75,6 +76,7 @@ pub struct Vcpu<C> {
     ring: Ring,
     pub(super) last_exit: Exit,
     root: Hpa,
+    stall: Stall,
     started: bool,
 }
 
@@ -108,6 +110,7 @@ impl<C: GuestCpu> Vcpu<C> {
             ring: Ring::default(),
             last_exit: Exit::Interrupt,
             root: Hpa(0),
+            stall: Stall::default(),
             started: false,
         })
     }
@@ -134,6 +137,8 @@ impl<C: GuestCpu> Vcpu<C> {
             }
         }
         apic::set_timer(0);
+        // Reports walk tables.
+        self.vm.storm.wait_for_end();
         let died = matches!(self.vm.cause(), Some(End::Death(..)));
         let state = (died && self.started).then(|| super::state::report(&self, self.root, &self.ring));
         Remains { exits: self.exits, state, memory: self.memory, root: self.root }
@@ -157,6 +162,8 @@ impl<C: GuestCpu> Vcpu<C> {
         let reach = &vm.vcpus[self.number];
         reach.go(Place::Guest);
         let mut inside = self.memory.enter()?;
+        // Also when the guest is not entered after all: the root before this one may be gone.
+        self.root = inside.root();
         // The last look: what is seen to be missing here comes with a kick.
         let news = self.number == 0 && vm.ports_due() != self.ports_seen;
         if news || reach.lapic.has_pending() || vm.stopping() {
@@ -164,14 +171,15 @@ impl<C: GuestCpu> Vcpu<C> {
             reach.back();
             return Ok(());
         }
-        self.root = inside.root();
         self.cpu.set_root(self.root);
         if inside.take_flush() {
             self.cpu.flush();
         }
+        self.stall.entering(&vm.storm);
         let exit = self.cpu.run();
         drop(inside);
         reach.back();
+        self.stall.left(&vm.storm, exit);
         self.last_exit = exit;
         self.exits[exit.index()] += 1;
         let raw = self.cpu.raw_exit();
