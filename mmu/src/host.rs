@@ -102,7 +102,7 @@ pub trait Backing {
 pub trait Vcpus {
     /// Makes the vCPU leave guest mode soon, if it is in it: an IPI to the CPU that runs it, or a signal to its
     /// thread. May be called for a vCPU that is not in guest mode (it lost a race), and must then do no harm; must
-    /// not wait. The library waits for the consequence itself.
+    /// not wait. May be called again for a vCPU that does not leave for long. The library waits for the consequence itself.
     fn kick(&self, vcpu: VcpuId);
 }
 

@@ -28,6 +28,10 @@ use crate::events::{Counter, Event, SeatCounters};
 use crate::host::{Host, VcpuId};
 use crate::sync::{AtomicU32, AtomicU64, Ordering, Padded, announced, peek};
 
+/// How often a flusher looks at a vCPU that does not leave, before it kicks it again: milliseconds. A kick goes through
+/// the embedder's interrupt controller and emulators, and one that got lost there must not stop the whole VM.
+const KICK_AGAIN: u32 = 1 << 18;
+
 const OUTSIDE: u32 = 0;
 const IN_GUEST: u32 = 1;
 
@@ -85,10 +89,16 @@ impl Tlb {
                 host.kick(VcpuId(id as u16));
             }
         }
-        for vcpu in &self.vcpus {
+        for (id, vcpu) in self.vcpus.iter().enumerate() {
+            let mut waited = 0u32;
             // A vCPU that leaves and enters again while this looks away has flushed for this generation by then.
             while behind(vcpu) {
                 host.relax();
+                waited = waited.wrapping_add(1);
+                if waited.is_multiple_of(KICK_AGAIN) {
+                    counters.add(Counter::Kick, 1);
+                    host.kick(VcpuId(id as u16));
+                }
             }
         }
         if H::TRACE {
