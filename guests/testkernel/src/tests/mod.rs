@@ -3,6 +3,7 @@
 mod apic;
 mod events;
 mod flush;
+mod hostile;
 mod ioapic;
 mod memory;
 mod mmio;
@@ -39,6 +40,7 @@ pub(crate) fn run(name: &str) {
         "platform" => platform::run(),
         "flush" => flush::run(),
         "events" => events::run(),
+        "hostile" => hostile::run(),
         "triple" => events::triple_fault(),
         "fail" => check!(false, "as asked"),
         "shutdown" => platform::shut_down(),
