@@ -8,6 +8,9 @@
 //! hypervisor's own state in it. A CPU 0 that executes no VMRUN has no such bit to bring back. Real hardware has no such
 //! bug, but also does not mind.
 //!
+//! Nor does CPU 0 enter the library while vCPUs run: it is left out of the MMU lock's fence ([`crate::cpu::barrier`]). Whatever
+//! manages memory beside the vCPUs has a CPU of its own, as [`storm`] has, or is done by a vCPU between two turns.
+//!
 //! The rooms: [`shared`] (what vCPUs and housekeeper share, and how they reach each other), [`vcpu`] (the loop),
 //! [`guest_cpu`] and [`exit`] (what it asks of the CPU, and what comes back), `handle` (exits), `bus`
 //! (what an instruction that is executed in software reaches), `house` (CPU 0), `state`,
