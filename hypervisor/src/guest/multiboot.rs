@@ -18,9 +18,11 @@ use elf::endian::LittleEndian;
 
 use super::entry::VcpuInit;
 use super::layout::{
-    ACPI_ROOM, BOOT_PARAMS, COMMAND_LINE, COMMAND_LINE_ROOM, HIGH_START, MemorySizeError, PAGE_BYTES, RamLayout,
+    ACPI_ROOM, BOOT_PARAMS, COMMAND_LINE, COMMAND_LINE_ROOM, HIGH_START, LOW_END, MemorySizeError, PAGE_BYTES,
+    RamLayout,
 };
 use super::{GuestMemory, GuestMemoryError, acpi};
+use crate::devices::ports::COM1;
 
 /// What a kernel finds in EAX.
 pub const BOOT_MAGIC: u32 = 0x2bad_b002;
@@ -42,6 +44,10 @@ const MEMORY_MAP: u64 = INFO + 0x200;
 const LOADER_NAME: u64 = INFO + 0x400;
 /// What the loader keeps below 640 KiB for itself.
 const OURS: Range<u64> = INFO..COMMAND_LINE + COMMAND_LINE_ROOM;
+/// Two words of firmware's data area that kernels read to find their way below 1 MiB: the first serial port, and the end
+/// of conventional memory in KiB. That there is no extended data area, zeros say.
+const BIOS_COM1: u64 = 0x400;
+const BIOS_BASE_MEMORY_KIB: u64 = 0x413;
 /// Where software looks for the RSDP (ACPI 5.2.5.1).
 const FIRMWARE: Range<u64> = 0xe_0000..HIGH_START;
 
@@ -221,6 +227,8 @@ pub fn load_multiboot(
     memory.write(COMMAND_LINE + bytes, &[0])?;
     let tables = acpi::build(FIRMWARE.start, config.vcpus, acpi::Controllers::IoApic);
     memory.write(FIRMWARE.start, &tables)?;
+    memory.write(BIOS_COM1, &COM1.to_le_bytes())?;
+    memory.write(BIOS_BASE_MEMORY_KIB, &((LOW_END >> 10) as u16).to_le_bytes())?;
     write_information(memory, &ram, module_at..module_at + module.len() as u64)?;
     Ok(VcpuInit::multiboot(image.entry, BOOT_MAGIC, INFO as u32))
 }
@@ -443,6 +451,7 @@ mod tests {
             assert_eq!(end - start, 10);
             assert_eq!((word(44), memory.u32(word(48)), memory.u64(word(48) + 12)), (72, 20, 640 << 10));
             assert_eq!(memory.bytes(0xe_0000, 8), b"RSD PTR ");
+            assert_eq!((memory.bytes(0x400, 2), memory.bytes(0x413, 2)), (vec![0xf8, 3], vec![0x80, 2]));
         }
     }
 

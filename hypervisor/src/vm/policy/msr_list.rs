@@ -169,10 +169,11 @@ pub const fn classify(msr: u32) -> MsrClass {
         // could write those would believe that it has turned something off.
         0xc001_1021..=0xc001_1023 | 0xc001_102a | 0xc001_102c => Zero,
 
-        // Performance counters, of Intel and AMD.
-        0xc1..=0xc8 | 0x186..=0x18d | 0x345 | 0x38d..=0x390 | 0xc001_0000..=0xc001_0007 | 0xc001_0200..=0xc001_020b => {
-            Absent
-        }
+        // The four performance counters that no CPUID bit tells of, and their selectors: they never count, and kernels
+        // that stop them as a matter of course may.
+        0xc001_0000..=0xc001_0007 => Zero,
+        // Other performance counters, of Intel and AMD.
+        0xc1..=0xc8 | 0x186..=0x18d | 0x345 | 0x38d..=0x390 | 0xc001_0200..=0xc001_020b => Absent,
         // Speculation controls, platform information, SMI count, energy counters and limits, IBS, SVM, SEV and the rest
         // of what kernels probe for behind an exception handler.
         0x34 | 0x48 | 0x49 | 0xce | 0x10a | 0x140 | 0x1b0 | 0x606 | 0x60f..=0x64f => Absent,
