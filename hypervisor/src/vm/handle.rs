@@ -107,8 +107,9 @@ impl<C: GuestCpu> Vcpu<C> {
     #[inline]
     fn second_stage_fault(&mut self, fault: Fault) -> Result<Next, FaultError> {
         Ok(match self.memory.fault(fault)? {
-            Outcome::Fixed { .. } | Outcome::Spurious | Outcome::Retry => Next::Continue,
-            Outcome::Mmio if self.vm.storm.may_have_taken(&self.vm, fault.gpa) => Next::Continue,
+            Outcome::Fixed { .. } | Outcome::Spurious => Next::Continue,
+            Outcome::Retry => self.try_again(),
+            Outcome::Mmio if self.vm.storm.may_have_taken(&self.vm, fault.gpa) => self.try_again(),
             // The instruction at RIP is not what met the device if an event was on its way in: its tables did.
             Outcome::Mmio | Outcome::ReadOnly if !self.cpu.was_delivering() => self.emulate(),
             Outcome::Mmio | Outcome::ReadOnly => {
@@ -116,6 +117,14 @@ impl<C: GuestCpu> Vcpu<C> {
                 Next::Die(DeathReason::MmioWithoutDevice { gpa: fault.gpa.0, write })
             }
         })
+    }
+
+    /// The guest will most likely fault again: a hint to the CPU (or the emulator) to let others go on with what this waits
+    /// for.
+    #[cold]
+    fn try_again(&self) -> Next {
+        core::hint::spin_loop();
+        Next::Continue
     }
 
     #[inline]

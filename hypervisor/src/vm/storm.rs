@@ -267,8 +267,8 @@ impl Engine<'_> {
             let Some(bank) = bank else { return false };
             let whole = self.random.below(4) == 0;
             let mut result = work(ram, Gfn(bank.start.0 + place), whole, &mut self.worker);
-            if whole && result == Err(Skipped::Nothing) {
-                // With 4 KiB chunks there is no larger piece.
+            if whole && result.is_err() {
+                // With 4 KiB chunks there is no larger piece; and a host whose memory is in pieces has no room for one.
                 result = work(ram, Gfn(bank.start.0 + place), false, &mut self.worker);
             }
             match result {
