@@ -29,7 +29,7 @@ pub fn source_tree() -> Option<PathBuf> {
 /// # Errors
 /// If the source tree is gone or the build fails.
 pub fn hypervisor(progress: Progress) -> Result<PathBuf, Error> {
-    build(progress, "the hypervisor", "nestling-hypervisor", "bare-metal", |cargo| {
+    build(progress, "the hypervisor", "nestling-hypervisor", "bare-metal", "bare-metal", |cargo| {
         cargo.args(["--features", "bare-metal"]);
     })
 }
@@ -39,7 +39,7 @@ pub fn hypervisor(progress: Progress) -> Result<PathBuf, Error> {
 /// # Errors
 /// If the source tree is gone or the build fails.
 pub fn guest_init(progress: Progress) -> Result<PathBuf, Error> {
-    build(progress, "the guest's init", "nestling-selfcheck", "guest", |cargo| {
+    build(progress, "the guest's init", "nestling-selfcheck", "release", "guest", |cargo| {
         cargo
             .env("RUSTFLAGS", "-Ctarget-feature=+crt-static")
             // The guest copies it into its memory at each boot: no ballast.
@@ -52,6 +52,7 @@ fn build(
     progress: Progress,
     what: &'static str,
     program: &str,
+    profile: &str,
     subdirectory: &str,
     adjust: impl FnOnce(&mut Command),
 ) -> Result<PathBuf, Error> {
@@ -67,7 +68,18 @@ fn build(
         .current_dir(&root)
         .env_remove("RUSTFLAGS")
         .env_remove("CARGO_ENCODED_RUSTFLAGS")
-        .args(["build", "--release", "--target", TARGET, "--package", program, "--bin", program, "--target-dir"])
+        .args([
+            "build",
+            "--profile",
+            profile,
+            "--target",
+            TARGET,
+            "--package",
+            program,
+            "--bin",
+            program,
+            "--target-dir",
+        ])
         .arg(&target)
         .stdin(Stdio::null())
         .stdout(Stdio::null())
@@ -92,5 +104,5 @@ fn build(
         return Err(Error::Build { what, output: last_lines.join("\n") });
     }
     step.done();
-    Ok(target.join(TARGET).join("release").join(program))
+    Ok(target.join(TARGET).join(profile).join(program))
 }

@@ -30,13 +30,21 @@ fn test_kernel() -> &'static Path {
             .current_dir(root)
             .env_remove("RUSTFLAGS")
             .env_remove("CARGO_ENCODED_RUSTFLAGS")
-            .args(["build", "--release", "--package", "nestling-testkernel", "--bin", "nestling-testkernel"])
+            .args([
+                "build",
+                "--profile",
+                "bare-metal",
+                "--package",
+                "nestling-testkernel",
+                "--bin",
+                "nestling-testkernel",
+            ])
             .args(["--features", "bare-metal", "--target", TARGET, "--target-dir"])
             .arg(&target)
             .output()
             .expect("cargo can be started");
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-        target.join(TARGET).join("release/nestling-testkernel")
+        target.join(TARGET).join("bare-metal/nestling-testkernel")
     })
 }
 

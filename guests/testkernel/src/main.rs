@@ -9,6 +9,9 @@
 #![no_std]
 #![no_main]
 
+#[cfg(not(panic = "abort"))]
+compile_error!("there is no unwinder here: build this binary with `--profile bare-metal`");
+
 mod apic;
 mod boot;
 mod cpu;
