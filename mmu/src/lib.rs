@@ -26,6 +26,8 @@ pub mod host;
 mod leaf_lock;
 mod lock;
 mod mmu;
+#[doc(hidden)]
+pub mod mutants;
 mod notify;
 mod rcu;
 mod reclaim;

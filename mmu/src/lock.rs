@@ -26,6 +26,7 @@ use core::marker::PhantomData;
 use crate::Mmu;
 use crate::events::{Counter, Event, SeatCounters, Side};
 use crate::host::Host;
+use crate::mutants::{self, Mutant};
 use crate::sync::{AtomicBool, AtomicU32, AtomicU64, Ordering, Padded};
 use alloc::boxed::Box;
 use alloc::sync::Arc;
@@ -123,7 +124,9 @@ impl<'a, H: Host> Shared<'a, H> {
     pub(crate) fn enter(mmu: &'a Mmu<H>, ticket: &'a mut Ticket) -> Self {
         let Ticket { seat, mark: left } = ticket;
         *left += 2;
-        seat.mark.store(*left - 1, Ordering::Relaxed);
+        // Release, although nothing was done inside yet: whoever waits for the *last* stay to end may see this one as
+        // its sign, and must then have seen that stay's work.
+        seat.mark.store(*left - 1, Ordering::Release);
         mmu.host.light_fence();
         // Acquire pairs with the writer's withdrawal: its changes are seen.
         if mmu.lock.writer.load(Ordering::Acquire) != 0 {
@@ -140,7 +143,7 @@ impl<'a, H: Host> Shared<'a, H> {
                 mmu.host.relax();
             }
             *left += 2;
-            seat.mark.store(*left - 1, Ordering::Relaxed);
+            seat.mark.store(*left - 1, Ordering::Release);
             mmu.host.light_fence();
             if mmu.lock.writer.load(Ordering::Acquire) == 0 {
                 return;
@@ -181,8 +184,10 @@ impl<'a, H: Host> Exclusive<'a, H> {
         if H::TRACE {
             mmu.host.trace(Event::LockTaken { side: Side::Exclusive });
         }
-        mmu.host.heavy_fence();
-        for seat in mmu.lock.seats() {
+        if !mutants::is(Mutant::ExclusiveWithoutFence) {
+            mmu.host.heavy_fence();
+        }
+        for seat in mmu.lock.seats().filter(|_| !mutants::is(Mutant::ExclusiveWithoutWaiting)) {
             // The own seat is even: entering borrowed the ticket, so no shared guard of it lives.
             while is_inside(seat.mark.load(Ordering::Acquire)) {
                 mmu.host.relax();

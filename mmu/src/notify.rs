@@ -18,6 +18,7 @@
 use crate::addr::{Gfn, GfnRange, Level};
 use crate::host::Host;
 use crate::lock::Exclusive;
+use crate::mutants::{self, Mutant};
 use crate::sync::{AtomicU64, Ordering};
 
 /// One invalidation in progress, in the sequence word. Each borrows a worker, of which there are at most 256.
@@ -66,7 +67,7 @@ impl Notify {
     /// progress would reach into it, after the range was zapped.
     pub(crate) fn must_retry(&self, snapshot: Snapshot, block: GfnRange) -> bool {
         let now = self.sequence.load(Ordering::Acquire);
-        now != snapshot.0 && self.overtakes(now, snapshot, block)
+        now != snapshot.0 && self.overtakes(now, snapshot, block) && !mutants::is(Mutant::RetryTestBeforeTheLockOnly)
     }
 
     /// Whether anything at all is in progress or has ended since the snapshot. Inside the lock, `false` spares a look
@@ -79,7 +80,8 @@ impl Notify {
     fn overtakes(&self, now: u64, snapshot: Snapshot, block: GfnRange) -> bool {
         let range =
             GfnRange { start: Gfn(self.start.load(Ordering::Relaxed)), end: Gfn(self.end.load(Ordering::Relaxed)) };
-        now & !IN_PROGRESS != snapshot.0 || (now & IN_PROGRESS != 0 && range.overlaps(block))
+        let kept = if mutants::is(Mutant::SequenceTruncated) { 2 * ENDED - 1 } else { u64::MAX };
+        (now ^ snapshot.0) & !IN_PROGRESS & kept != 0 || (now & IN_PROGRESS != 0 && range.overlaps(block))
     }
 
     /// Whether any invalidation is in progress. None begins or ends while the exclusive side is held.

@@ -27,6 +27,7 @@ use crate::events::{Counter, Event, SeatCounters, Side};
 use crate::host::Host;
 use crate::leaf_lock::LeafLock;
 use crate::lock::{Shared, Ticket};
+use crate::mutants::{self, Mutant};
 use crate::sync::AtomicU64;
 use crate::tlb::Flushed;
 use crate::{Mmu, OutOfMemory};
@@ -103,6 +104,15 @@ impl<'a, H: Host> Zapping<'a, H> {
         }
     }
 
+    fn thaw(&mut self) {
+        debug_assert!(self.inside.is_some());
+        for cell in self.batch.frozen.drain(..) {
+            // SAFETY: the pointer was made from a reference into a table during this hold of the shared side, which
+            // has not ended yet, so the table has not been freed.
+            entry::thaw::<H::Format>(unsafe { cell.as_ref() });
+        }
+    }
+
     /// Whether the next step may not find room, or others wait.
     pub(crate) fn should_end(&self) -> bool {
         self.batch.frozen.len() + STEP > FROZEN_CAPACITY
@@ -148,15 +158,18 @@ impl<H: Host> Drop for Zapping<'_, H> {
             return;
         }
         self.batch.flush = false;
+        if mutants::is(Mutant::FreeBeforeFlush) {
+            free(self.mmu, &self.batch.tables, self.counters);
+            self.batch.tables.clear();
+        }
+        if mutants::is(Mutant::ThawBeforeFlush) {
+            self.thaw();
+        }
         let flushed = match self.reach {
             Reach::Live => self.mmu.tlb.flush(&self.mmu.host, self.counters),
             Reach::Unreachable(flushed) => flushed,
         };
-        for cell in self.batch.frozen.drain(..) {
-            // SAFETY: the pointer was made from a reference into a table during this hold of the shared side, which
-            // has not ended yet, so the table has not been freed.
-            entry::thaw::<H::Format>(unsafe { cell.as_ref() });
-        }
+        self.thaw();
         self.leave();
         if !self.batch.tables.is_empty() {
             self.mmu.reclaim.defer(self.mmu, &self.batch.tables, flushed, self.counters);
@@ -201,7 +214,7 @@ impl Reclaim {
         pending.tables.try_reserve_exact(tables.len())?;
         pending.tables.extend_from_slice(tables);
         pending.readers.try_reserve_exact(mmu.lock.seats().count())?;
-        pending.readers.extend(mmu.lock.readers());
+        pending.readers.extend(mmu.lock.readers().filter(|_| !mutants::is(Mutant::FreeWithoutGracePeriod)));
         let mut lists = self.pending.lock(|| mmu.host.relax());
         lists.try_reserve(1)?;
         lists.push(pending);

@@ -26,6 +26,7 @@ use alloc::boxed::Box;
 
 use crate::events::{Counter, Event, SeatCounters};
 use crate::host::{Host, VcpuId};
+use crate::mutants::{self, Mutant};
 use crate::sync::{AtomicU32, AtomicU64, Ordering, Padded, announced, peek};
 
 /// How often a flusher looks at a vCPU that does not leave, before it kicks it again: milliseconds. A kick goes through
@@ -59,6 +60,14 @@ pub(crate) struct Tlb {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Flushed(());
 
+impl Flushed {
+    /// A proof that proves nothing, for mutants that are to go on without a flush.
+    pub(crate) fn of_a_mutant(mutant: Mutant) -> Self {
+        assert!(mutants::is(mutant), "a flush is proved by flushing");
+        Self(())
+    }
+}
+
 impl Tlb {
     pub(crate) fn new(vcpus: usize) -> Self {
         // Vcpus start one generation behind: the first entry flushes, whatever ran on the CPU before.
@@ -77,6 +86,9 @@ impl Tlb {
     ///
     /// May be called inside the MMU lock: it waits for vCPUs to leave guest mode and for nothing else.
     pub(crate) fn flush<H: Host>(&self, host: &H, counters: &SeatCounters) -> Flushed {
+        if mutants::is(Mutant::LocalFlushOnly) {
+            return Flushed(());
+        }
         let generation = self.generation.fetch_add(1, Ordering::SeqCst) + 1;
         announced();
         let behind = |vcpu: &VcpuTlb| {
@@ -92,7 +104,7 @@ impl Tlb {
         for (id, vcpu) in self.vcpus.iter().enumerate() {
             let mut waited = 0u32;
             // A vCPU that leaves and enters again while this looks away has flushed for this generation by then.
-            while behind(vcpu) {
+            while behind(vcpu) && !mutants::is(Mutant::KickWithoutWaiting) {
                 host.relax();
                 waited = waited.wrapping_add(1);
                 if waited.is_multiple_of(KICK_AGAIN) {
@@ -112,9 +124,12 @@ impl Tlb {
     #[inline]
     pub(crate) fn enter(&self, id: VcpuId, flushed: &mut u64) -> bool {
         let vcpu = &self.vcpus[usize::from(id.0)];
+        let mut generation = if mutants::is(Mutant::ModeAfterTheLook) { self.generation() } else { 0 };
         vcpu.mode.swap(IN_GUEST, Ordering::SeqCst);
         announced();
-        let generation = self.generation.load(Ordering::SeqCst);
+        if !mutants::is(Mutant::ModeAfterTheLook) {
+            generation = self.generation();
+        }
         if *flushed == generation {
             return false;
         }
@@ -122,6 +137,11 @@ impl Tlb {
         // Said before it is done: between here and the flush no guest instruction runs.
         vcpu.flushed.store(generation, Ordering::SeqCst);
         true
+    }
+
+    #[inline]
+    fn generation(&self) -> u64 {
+        self.generation.load(Ordering::SeqCst)
     }
 
     /// Whether the vCPU is asked for anything. To be looked at after [`Tlb::enter`].

@@ -12,6 +12,7 @@ use crate::addr::{Gfn, GfnRange, Gpa};
 use crate::events::{Counter, Event};
 use crate::host::Host;
 use crate::lock::{Exclusive, Shared, Ticket};
+use crate::mutants::{self, Mutant};
 use crate::reclaim::{Batch, Reach};
 use crate::root::Role;
 use crate::slots::{Change, Prepared, Published, Slot, SlotConfig, SlotError, SlotFlags, SlotId, Updates};
@@ -105,8 +106,14 @@ impl<H: Host> Worker<H> {
         let mut defunct = Exclusive::enter(mmu, &mut self.ticket).invalidate_all_roots();
         let reach = Reach::Unreachable(defunct.flushed);
         let everything = GfnRange { start: Gfn(0), end: Level::L5.root_limit() };
-        let zapped = zap_range(mmu, &mut self.ticket, &mut self.batch, &mut defunct, everything, reach);
+        let mut zapped = Zapped::default();
+        if !mutants::is(Mutant::ObsoleteRootsNotEmptied) {
+            zapped = zap_range(mmu, &mut self.ticket, &mut self.batch, &mut defunct, everything, reach);
+        }
         defunct.put_emptied(mmu, self.ticket.counters());
+        if mutants::is(Mutant::RequestAfterUnlock) {
+            mmu.tlb.flush_and_free_obsolete_roots(&mmu.host, self.ticket.counters());
+        }
         zapped
     }
 
@@ -118,7 +125,9 @@ impl<H: Host> Worker<H> {
         // All of them: also a root that is obsolete and not yet empty leads to the memory that is given back.
         let mut all = alone.all_roots();
         drop(alone);
-        zap_range(&self.mmu, &mut self.ticket, &mut self.batch, &mut all, range, Reach::Live);
+        if !mutants::is(Mutant::LeafChangedInPlace) {
+            zap_range(&self.mmu, &mut self.ticket, &mut self.batch, &mut all, range, Reach::Live);
+        }
         Invalidation { worker: self }
     }
 
@@ -160,11 +169,11 @@ impl<H: Host> Worker<H> {
     fn publish_between_invalidations(&mut self, mmu: &Mmu<H>, updates: &mut Updates, prepared: Prepared) {
         loop {
             // Waited for outside the lock, which the invalidation needs for its end.
-            while mmu.notify.seems_busy() {
+            while mmu.notify.seems_busy() && !mutants::is(Mutant::SlotsSwappedDuringInvalidation) {
                 mmu.host.yield_now();
             }
             let alone = Exclusive::enter(mmu, &mut self.ticket);
-            if !mmu.notify.is_busy(&alone) {
+            if !mmu.notify.is_busy(&alone) || mutants::is(Mutant::SlotsSwappedDuringInvalidation) {
                 let published = mmu.slots.publish(updates, prepared);
                 drop(alone);
                 return self.settle(mmu, published);

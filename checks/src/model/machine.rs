@@ -17,8 +17,8 @@ use nestling_loom::format::{Format, Leaf, MemoryType, Npt, State};
 use nestling_loom::host::{Backing, BackingError, Extent, TableFrames, Time, Vcpus};
 use nestling_loom::sync::{AtomicBool, AtomicU64 as Entry};
 use nestling_loom::{
-    Access, Cause, Config, Fault, Gfn, GfnRange, Gpa, Hfn, Host, Level, Mmu, Outcome, Slot, SlotConfig, SlotFlags,
-    SlotId, Vcpu, VcpuId, Worker,
+    Access, Cause, Config, Fault, Gfn, GfnRange, Gpa, Hfn, Host, Level, Mmu, Outcome, Role, Slot, SlotConfig,
+    SlotFlags, SlotId, Vcpu, VcpuId, Worker,
 };
 
 /// Table frames of the machine.
@@ -37,11 +37,94 @@ struct Frame {
     live: Plain,
 }
 
+/// What a free frame holds: absent entries, so that a fault which is still inside writes there and is found out.
+const FREE: u64 = 0;
+
+/// All table frames; outlives the machine, to see what is left.
+#[derive(Debug)]
+pub(super) struct Pool {
+    tables: Box<[Frame]>,
+    free: Mutex<Vec<usize>>,
+    /// The ghost has written (nothing new) to tables that others may have been freeing.
+    disturbed: Plain,
+}
+
+impl Pool {
+    fn new() -> Self {
+        let entries = || Box::new(core::array::from_fn(|_| Entry::new(FREE)));
+        Self {
+            tables: (0..TABLES).map(|_| Frame { entries: entries(), live: Plain::new(false) }).collect(),
+            free: Mutex::new((0..TABLES).collect()),
+            disturbed: Plain::new(false),
+        }
+    }
+
+    pub(super) fn in_use(&self) -> u64 {
+        (TABLES - self.free.lock().unwrap().len()) as u64
+    }
+
+    /// Panics if a free frame was written.
+    pub(super) fn check_free(&self) {
+        if self.disturbed.load(Ordering::Relaxed) {
+            return;
+        }
+        let free = self.tables.iter().filter(|table| !table.live.load(Ordering::Relaxed));
+        let entries = free.flat_map(|table| table.entries.iter());
+        entries.for_each(|entry| assert_eq!(entry.load(Ordering::Acquire), FREE, "a freed table was written"));
+    }
+
+    /// Leaves that lead to `wanted`, or to any host frame, under any root of four levels, valid or not.
+    ///
+    /// A root is a live table that no other leads to. So is a table that was unlinked and not freed yet, but nothing in
+    /// it is a leaf four levels down.
+    pub(super) fn leaves(&self, wanted: Option<Hfn>) -> u64 {
+        let numbers = 1..=TABLES as u64;
+        let live = |frame: &u64| self.tables[*frame as usize - 1].live.load(Ordering::Relaxed);
+        let below: Vec<u64> = numbers.clone().filter(live).flat_map(|frame| self.next(Hfn(frame), Level::L4)).collect();
+        let roots = numbers.filter(live).filter(|frame| !below.contains(frame));
+        roots.map(|root| self.leaves_below(Hfn(root), Level::L4, wanted)).sum()
+    }
+
+    /// Reads by an exchange of nothing, which sees the newest value and spares the checker the others.
+    fn states(&self, table: Hfn, level: Level) -> impl Iterator<Item = State> {
+        self.disturbed.store(true, Ordering::Relaxed);
+        let entries = self.tables[table.0 as usize - 1].entries.iter();
+        entries.map(move |entry| Npt::decode(entry.fetch_or(0, Ordering::AcqRel), level))
+    }
+
+    fn next(&self, table: Hfn, level: Level) -> impl Iterator<Item = u64> {
+        self.states(table, level).filter_map(|state| match state {
+            State::Table(next) if next.0 <= TABLES as u64 => Some(next.0),
+            _ => None,
+        })
+    }
+
+    fn leaves_below(&self, table: Hfn, level: Level, wanted: Option<Hfn>) -> u64 {
+        match level.down() {
+            Some(down) => self.next(table, level).map(|next| self.leaves_below(Hfn(next), down, wanted)).sum(),
+            None => {
+                let leaf = |state: &State| match state {
+                    State::Leaf(Leaf { hfn, .. }) => wanted.is_none_or(|wanted| wanted == *hfn),
+                    _ => false,
+                };
+                self.states(table, level).filter(leaf).count() as u64
+            }
+        }
+    }
+}
+
 /// The embedder.
 #[derive(Debug)]
 pub(super) struct Machine {
-    tables: Box<[Frame]>,
-    free: Mutex<Vec<usize>>,
+    pool: Arc<Pool>,
+    /// The backing sleeps before it answers, so that its answer is old when it is used.
+    pub(super) sleeps: Plain,
+    /// Counts what the ghost has to put in order.
+    ticks: PlainU64,
+    /// Translations looked up before this tick were zapped, by a zap that has returned.
+    zapped: PlainU64,
+    /// A vCPU was kicked, or will not be any more.
+    was_kicked: AtomicBool,
     /// Kicks on their way to the vCPUs.
     kicks: [AtomicBool; 2],
     /// Host frame of each page, as the backing tells it.
@@ -54,11 +137,13 @@ pub(super) struct Machine {
 }
 
 impl Machine {
-    fn new() -> Self {
-        let entries = || Box::new(core::array::from_fn(|_| Entry::new(0)));
+    fn new(pool: Arc<Pool>) -> Self {
         Self {
-            tables: (0..TABLES).map(|_| Frame { entries: entries(), live: Plain::new(false) }).collect(),
-            free: Mutex::new((0..TABLES).collect()),
+            pool,
+            sleeps: Plain::new(false),
+            ticks: PlainU64::new(1),
+            zapped: PlainU64::new(0),
+            was_kicked: AtomicBool::new(false),
             kicks: [AtomicBool::new(false), AtomicBool::new(false)],
             place: core::array::from_fn(|page| PlainU64::new(HOME + page as u64)),
             base: Lock::new(Gfn(0)),
@@ -71,13 +156,14 @@ impl Machine {
         self.gone.lock().unwrap().push(hfn);
     }
 
-    /// The guest touches host memory.
-    fn touch(&self, hfn: Hfn) {
-        assert!(!self.gone.lock().unwrap().contains(&hfn.0), "the guest reached {hfn:?}, which was taken from it");
+    fn tick(&self) -> u64 {
+        self.ticks.fetch_add(1, Ordering::Relaxed)
     }
 
-    pub(super) fn tables_in_use(&self) -> u64 {
-        (TABLES - self.free.lock().unwrap().len()) as u64
+    /// The guest touches host memory through a translation that it looked up at `tick`.
+    fn touch(&self, hfn: Hfn, tick: u64) {
+        assert!(tick >= self.zapped.load(Ordering::Relaxed), "the guest used a translation that a zap had removed");
+        assert!(!self.gone.lock().unwrap().contains(&hfn.0), "the guest reached {hfn:?}, which was taken from it");
     }
 }
 
@@ -85,22 +171,26 @@ impl Machine {
 // comes back.
 unsafe impl TableFrames for Machine {
     fn alloc_table(&self) -> Option<Hfn> {
-        let frame = self.free.lock().unwrap().pop()?;
-        for entry in self.tables[frame].entries.iter() {
-            entry.store(0, Ordering::Relaxed);
+        let frame = self.pool.free.lock().unwrap().pop()?;
+        let table = &self.pool.tables[frame];
+        for entry in table.entries.iter() {
+            // By an exchange, which sees the newest value: the list of free frames is not the checker's.
+            assert_eq!(entry.swap(0, Ordering::AcqRel), FREE, "a table was written after it was freed");
         }
-        assert!(!self.tables[frame].live.swap(true, Ordering::Relaxed), "a frame was handed out twice");
+        assert!(!table.live.swap(true, Ordering::Relaxed), "a frame was handed out twice");
         Some(Hfn(frame as u64 + 1))
     }
 
     fn free_table(&self, frame: Hfn) {
         let index = frame.0 as usize - 1;
-        assert!(self.tables[index].live.swap(false, Ordering::Relaxed), "{frame:?} was freed twice");
-        self.free.lock().unwrap().push(index);
+        let table = &self.pool.tables[index];
+        assert!(table.live.swap(false, Ordering::Relaxed), "{frame:?} was freed twice");
+        table.entries.iter().for_each(|entry| entry.store(FREE, Ordering::Release));
+        self.pool.free.lock().unwrap().push(index);
     }
 
     fn table(&self, frame: Hfn) -> NonNull<Entry> {
-        let table = &self.tables[frame.0 as usize - 1];
+        let table = &self.pool.tables[frame.0 as usize - 1];
         assert!(table.live.load(Ordering::Relaxed), "{frame:?} is used after it was freed");
         NonNull::from(&*table.entries).cast()
     }
@@ -111,6 +201,9 @@ impl Backing for Machine {
         let page = gfn.0 - slot.range().start.0;
         let hfn = Hfn(self.place[page as usize].load(Ordering::Relaxed));
         let gfns = GfnRange::new(gfn, 1).unwrap();
+        if self.sleeps.load(Ordering::Relaxed) {
+            yield_now();
+        }
         Ok(Extent { gfns, hfn, writable: true, memory: MemoryType::WriteBack })
     }
 }
@@ -118,6 +211,7 @@ impl Backing for Machine {
 impl Vcpus for Machine {
     fn kick(&self, vcpu: VcpuId) {
         self.kicks[usize::from(vcpu.0)].store(true, Ordering::SeqCst);
+        self.was_kicked.store(true, Ordering::SeqCst);
     }
 }
 
@@ -131,22 +225,23 @@ impl Host for Machine {
     type Format = Npt;
 }
 
-/// A VM with one slot, and the library's side of it.
-pub(super) fn machine() -> Arc<Mmu<Machine>> {
+/// A VM with one slot, the library's side of it, and its table frames.
+pub(super) fn machine() -> (Arc<Mmu<Machine>>, Arc<Pool>) {
     let config =
         Config { vcpus: 2, workers: 3, slots: 2, largest: Level::K4, mmio_entries: false, ..Config::default() };
-    let mmu = Mmu::new(Machine::new(), config).unwrap();
+    let pool = Arc::new(Pool::new());
+    let mmu = Mmu::new(Machine::new(Arc::clone(&pool)), config).unwrap();
     let size = PAGES << 12;
     let ram = SlotConfig { id: SlotId(0), base: Gpa(0), size, flags: SlotFlags::empty(), backing: 0 };
     mmu.worker().unwrap().add_slot(ram).unwrap();
-    mmu
+    (mmu, pool)
 }
 
 /// A guest on a vCPU.
 #[derive(Debug)]
 pub(super) struct Guest {
     vcpu: Vcpu<Machine>,
-    tlb: Option<(Gfn, Hfn)>,
+    tlb: Option<(Gfn, Hfn, u64)>,
 }
 
 impl Guest {
@@ -173,21 +268,29 @@ impl Guest {
             if machine.kicks[id].swap(false, Ordering::SeqCst) {
                 return false;
             }
-            let cached = self.tlb.filter(|(cached, _)| *cached == gfn).map(|(_, hfn)| hfn);
-            let Some(hfn) = cached.or_else(|| walk(machine, inside.root().hfn(), gfn)) else { return false };
-            self.tlb = Some((gfn, hfn));
-            machine.touch(hfn);
+            // An instruction takes its time: much may happen between the last look for a kick and its access.
+            machine.kicks[id].load(Ordering::Relaxed);
+            let cached = self.tlb.filter(|(cached, ..)| *cached == gfn).map(|(_, hfn, tick)| (hfn, tick));
+            let look = || {
+                let tick = machine.tick();
+                walk(machine, inside.root().hfn(), gfn).map(|hfn| (hfn, tick))
+            };
+            let Some((hfn, tick)) = cached.or_else(look) else { return false };
+            self.tlb = Some((gfn, hfn, tick));
+            machine.touch(hfn, tick);
         }
         true
     }
 
-    /// Accesses page `gfn` until it worked, or has no memory, or `tries` are over.
-    pub(super) fn access(&mut self, gfn: u64, tries: usize) {
-        for _ in 0..tries {
-            if self.turn(Some(Gfn(gfn))) || self.fault(gfn) == Outcome::Mmio {
-                return;
-            }
-        }
+    /// Accesses page `gfn` until it worked, or has no memory, or `tries` are over; whether it came to an end.
+    pub(super) fn access(&mut self, gfn: u64, tries: usize) -> bool {
+        (0..tries).any(|_| self.turn(Some(Gfn(gfn))) || self.fault(gfn) == Outcome::Mmio)
+    }
+
+    /// Runs on a root of this level from now on.
+    pub(super) fn switch(&mut self, level: Level) {
+        self.vcpu.set_role(Role { level });
+        self.load();
     }
 
     /// Only faults.
@@ -203,7 +306,10 @@ fn walk(machine: &Machine, root: Hfn, gfn: Gfn) -> Option<Hfn> {
     loop {
         // SAFETY: `table` gives the first of ENTRIES live entries, and the index is below that.
         let entry = unsafe { machine.table(frame).add(level.index(gfn)).as_ref() };
-        match Npt::decode(entry.load(Ordering::Acquire), level) {
+        let raw = entry.load(Ordering::Acquire);
+        // Still live, after the look as well.
+        machine.table(frame);
+        match Npt::decode(raw, level) {
             State::Table(next) => (frame, level) = (next, level.down()?),
             State::Leaf(Leaf { hfn, .. }) => return Some(hfn),
             _ => return None,
@@ -222,6 +328,12 @@ pub enum Work {
     Delete,
     /// Move page 0 to another host frame under an invalidation; the old one goes to somebody else.
     MovePage,
+    /// The same twice.
+    MovePageTwice,
+    /// The same, and a look at all tables before the page is given away.
+    MovePageLooking,
+    /// Zap the range of pages 0 and 1 in the middle of another worker's zap: when that has kicked a vCPU, or is over.
+    ZapInZap,
     /// Move the slot to the frames behind it.
     MoveSlot,
 }
@@ -232,6 +344,7 @@ pub(super) fn work(worker: &mut Worker<Machine>, work: Work) {
     match work {
         Work::Zap => {
             worker.zap(GfnRange::new(Gfn(0), 2).unwrap());
+            machine.was_kicked.store(true, Ordering::SeqCst);
         }
         Work::ZapAll => {
             worker.zap_all();
@@ -240,14 +353,16 @@ pub(super) fn work(worker: &mut Worker<Machine>, work: Work) {
             worker.delete_slot(SlotId(0)).unwrap();
             machine.place.iter().for_each(|page| machine.give_away(page.load(Ordering::Relaxed)));
         }
-        Work::MovePage => {
-            let base = machine.base.lock().unwrap();
-            let held = worker.invalidate(GfnRange::new(*base, 1).unwrap());
-            drop(base);
-            let old = machine.place[0].load(Ordering::Relaxed);
-            machine.give_away(old);
-            machine.place[0].store(old + AWAY, Ordering::Relaxed);
-            drop(held);
+        Work::MovePage => move_page(worker, machine, false),
+        Work::MovePageTwice => (0..2).for_each(|_| move_page(worker, machine, false)),
+        Work::MovePageLooking => move_page(worker, machine, true),
+        Work::ZapInZap => {
+            while !machine.was_kicked.load(Ordering::SeqCst) {
+                yield_now();
+            }
+            let called = machine.tick();
+            worker.zap(GfnRange::new(Gfn(0), 2).unwrap());
+            machine.zapped.store(called, Ordering::Relaxed);
         }
         Work::MoveSlot => {
             let mut base = machine.base.lock().unwrap();
@@ -255,4 +370,19 @@ pub(super) fn work(worker: &mut Worker<Machine>, work: Work) {
             *base = Gfn(PAGES);
         }
     }
+}
+
+fn move_page(worker: &mut Worker<Machine>, machine: &Machine, look: bool) {
+    let base = machine.base.lock().unwrap();
+    let held = worker.invalidate(GfnRange::new(*base, 1).unwrap());
+    drop(base);
+    let old = machine.place[0].load(Ordering::Relaxed);
+    if look {
+        assert_eq!(machine.pool.leaves(Some(Hfn(old))), 0, "memory that is given back is still mapped");
+    }
+    machine.give_away(old);
+    // Whatever may happen in an invalidation happens here: after the memory went, before the backing says so.
+    yield_now();
+    machine.place[0].store(old + AWAY, Ordering::Relaxed);
+    drop(held);
 }

@@ -4,9 +4,10 @@
 //! slot's pages can need.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use loom::thread::spawn;
-use nestling_loom::{Mmu, Outcome};
+use nestling_loom::{Counters, Level, Mmu, Outcome};
 
 use super::machine::{Guest, Machine, Work, machine, work};
 
@@ -17,8 +18,14 @@ pub enum Actor {
     Fault(u64),
     /// A vCPU that accesses this page in the guest, faulting as it must.
     Run(u64),
+    /// The same, with a backing that sleeps.
+    RunSleepy(u64),
+    /// The same, and once more later.
+    RunTwice(u64),
     /// A vCPU that loads a root and goes.
     LoadAndFree,
+    /// A vCPU that runs on a root of five levels for a while, then accesses page 0 on its first root again.
+    SwitchAndBack,
     /// A worker.
     Work(Work),
 }
@@ -34,11 +41,14 @@ pub struct Scenario {
     pub actors: &'static [Actor],
 }
 
-use Actor::{Fault, LoadAndFree, Run};
+use Actor::{Fault, LoadAndFree, Run, RunSleepy, RunTwice, SwitchAndBack};
 const ZAP: Actor = Actor::Work(Work::Zap);
 const ZAP_ALL: Actor = Actor::Work(Work::ZapAll);
 const DELETE: Actor = Actor::Work(Work::Delete);
 const MOVE: Actor = Actor::Work(Work::MovePage);
+const MOVE_LOOKING: Actor = Actor::Work(Work::MovePageLooking);
+const ZAP_IN_ZAP: Actor = Actor::Work(Work::ZapInZap);
+const MOVE_TWICE: Actor = Actor::Work(Work::MovePageTwice);
 const MOVE_SLOT: Actor = Actor::Work(Work::MoveSlot);
 
 /// All of them.
@@ -56,13 +66,20 @@ pub const SCENARIOS: &[Scenario] = &[
     Scenario { name: "zap beside invalidation", mapped: &[0], actors: &[ZAP, MOVE] },
     Scenario { name: "zap-all beside zap-all", mapped: &[0], actors: &[ZAP_ALL, ZAP_ALL] },
     Scenario { name: "zap-all beside slot delete", mapped: &[0], actors: &[ZAP_ALL, DELETE] },
-    Scenario { name: "zap-all beside invalidation", mapped: &[0], actors: &[ZAP_ALL, MOVE] },
+    Scenario { name: "zap-all beside invalidation", mapped: &[0], actors: &[ZAP_ALL, MOVE_LOOKING] },
     Scenario { name: "slot delete beside invalidation", mapped: &[0], actors: &[DELETE, MOVE] },
     Scenario { name: "root load and free beside zap-all", mapped: &[0], actors: &[LoadAndFree, ZAP_ALL] },
     Scenario { name: "guest beside zap", mapped: &[0], actors: &[Run(0), ZAP] },
     Scenario { name: "guest beside zap-all", mapped: &[0], actors: &[Run(0), ZAP_ALL] },
     Scenario { name: "guest beside slot delete", mapped: &[0], actors: &[Run(0), DELETE] },
     Scenario { name: "guest beside invalidation", mapped: &[0], actors: &[Run(0), MOVE] },
+    Scenario { name: "guest that faults beside zap-all", mapped: &[1], actors: &[Run(0), ZAP_ALL] },
+    Scenario { name: "guest that faults beside slot delete", mapped: &[1], actors: &[RunSleepy(0), DELETE] },
+    Scenario { name: "guest that faults beside invalidation", mapped: &[1], actors: &[Run(0), MOVE] },
+    Scenario { name: "guest that comes back beside invalidation", mapped: &[0], actors: &[RunTwice(0), MOVE] },
+    Scenario { name: "guest, zap and zap in the zap", mapped: &[0], actors: &[Run(0), ZAP, ZAP_IN_ZAP] },
+    Scenario { name: "guest beside two invalidations", mapped: &[1], actors: &[Run(0), MOVE_TWICE] },
+    Scenario { name: "guest of two roles beside zap-all", mapped: &[0], actors: &[SwitchAndBack, ZAP_ALL] },
     Scenario { name: "guest, zap-all and invalidation", mapped: &[0], actors: &[Run(0), ZAP_ALL, MOVE] },
     Scenario { name: "guest, zap and invalidation", mapped: &[0], actors: &[Run(0), ZAP, MOVE] },
     Scenario { name: "guest, zap-all and slot delete", mapped: &[0], actors: &[Run(0), ZAP_ALL, DELETE] },
@@ -76,9 +93,9 @@ pub const SCENARIOS: &[Scenario] = &[
     Scenario { name: "fault, fault and invalidation", mapped: &[1], actors: &[Fault(0), Fault(1), MOVE] },
 ];
 
-/// One execution of `scenario`; the checker calls it for each interleaving that it tries.
-pub(super) fn execute(scenario: &Scenario) {
-    let mmu = machine();
+/// One execution of `scenario`; the checker calls it for each interleaving that it tries. Returns the counters at its end.
+pub(super) fn execute(scenario: &Scenario) -> Counters {
+    let (mmu, pool) = machine();
     let (prepared, mapped) = (Arc::clone(&mmu), scenario.mapped);
     // In a thread of its own: the checker does not look behind what a thread has read before it writes.
     let prepare = spawn(move || {
@@ -108,10 +125,13 @@ pub(super) fn execute(scenario: &Scenario) {
     }
     // What readers kept from being freed is free now.
     mmu.worker().unwrap().collect();
-    let tables = mmu.host().tables_in_use();
-    assert_eq!(mmu.counters().table_frames, tables, "the books and the machine disagree");
-    // A root, a table of each level below it, and as many more of levels 1 and 2 as a slot that moved may have.
-    assert!(tables <= 7, "{tables} tables are left");
+    let counters = mmu.counters();
+    assert_eq!(counters.table_frames, pool.in_use(), "the books and the machine disagree on tables");
+    pool.check_free();
+    assert_eq!(counters.leaves_4k, pool.leaves(None), "the books and the machine disagree on leaves");
+    drop(mmu);
+    assert_eq!(pool.in_use(), 0, "tables are left behind");
+    counters
 }
 
 fn act(mmu: &Arc<Mmu<Machine>>, actor: Actor, id: u16) {
@@ -121,8 +141,27 @@ fn act(mmu: &Arc<Mmu<Machine>>, actor: Actor, id: u16) {
             guest.load();
             guest.fault(page);
         }
-        Actor::Run(page) => Guest::new(mmu, id).access(page, 3),
+        Actor::Run(page) => {
+            Guest::new(mmu, id).access(page, 3);
+        }
+        Actor::RunSleepy(page) => {
+            mmu.host().sleeps.store(true, Ordering::Relaxed);
+            Guest::new(mmu, id).access(page, 3);
+        }
+        Actor::RunTwice(page) => {
+            let mut guest = Guest::new(mmu, id);
+            guest.access(page, 3);
+            guest.access(page, 3);
+        }
         Actor::LoadAndFree => Guest::new(mmu, id).load(),
+        Actor::SwitchAndBack => {
+            let mut guest = Guest::new(mmu, id);
+            guest.load();
+            guest.switch(Level::L5);
+            guest.switch(Level::L4);
+            // One zap of everything gets in the way so often and no more.
+            assert!(guest.access(0, 8), "the guest makes no progress on its root");
+        }
         Actor::Work(what) => work(&mut mmu.worker().unwrap(), what),
     }
 }

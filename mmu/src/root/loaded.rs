@@ -7,6 +7,7 @@
 use super::{Role, RootRef};
 use crate::events::{Counter, SeatCounters};
 use crate::host::Host;
+use crate::mutants::{self, Mutant};
 
 /// Previous roots kept (KVM_MMU_NUM_PREV_ROOTS).
 const PREVIOUS: usize = 3;
@@ -57,8 +58,14 @@ impl Loaded {
     /// Drops the roots that are obsolete, each judged by itself, and keeps the others. (Judging the previous roots by
     /// the current one is a bug that KVM shipped.)
     pub(crate) fn drop_obsolete<H: Host>(&mut self, host: &H, counters: &SeatCounters) {
+        let current = self.current.as_ref().is_some_and(RootRef::is_obsolete);
         for place in core::iter::once(&mut self.current).chain(&mut self.previous) {
-            match place.take_if(|root| root.is_obsolete()) {
+            let is_obsolete = |root: &mut RootRef| match () {
+                () if mutants::is(Mutant::PreviousRootsJudgedByCurrent) => current,
+                () if mutants::is(Mutant::CurrentRootsDropped) => true,
+                () => root.is_obsolete(),
+            };
+            match place.take_if(is_obsolete) {
                 Some(root) => {
                     counters.add(Counter::RootFreed, 1);
                     root.put(host, counters);

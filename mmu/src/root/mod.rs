@@ -36,6 +36,7 @@ use crate::events::{Counter, SeatCounters};
 use crate::host::Host;
 use crate::leaf_lock::LeafLock;
 use crate::lock::{Exclusive, Shared};
+use crate::mutants::{self, Mutant};
 use crate::sync::{AtomicBool, Ordering};
 use crate::tlb::Flushed;
 use crate::{Mmu, OutOfMemory};
@@ -79,7 +80,7 @@ impl RootRef {
     /// invalidation is exclusive.
     #[inline]
     pub(crate) fn is_valid<H: Host>(&self, _inside: &Shared<'_, H>) -> bool {
-        !self.is_obsolete()
+        !self.is_obsolete() || mutants::is(Mutant::FaultIntoObsoleteRoot)
     }
 
     /// Whether the root was invalidated; a vCPU asks this of each of its roots when it is told to drop obsolete ones.
@@ -95,7 +96,9 @@ impl RootRef {
     /// vCPU puts its own only outside guest mode, and flushes before it runs on another root.
     pub(crate) fn put<H: Host>(self, host: &H, counters: &SeatCounters) {
         if let Some(root) = Arc::into_inner(self.0) {
-            debug_assert!(root.invalid.into_inner(), "the last reference to a valid root is the MMU's own");
+            // (A model checker does not know what the counter of references orders.)
+            let invalid = cfg!(feature = "loom") || root.invalid.load(Ordering::Relaxed);
+            debug_assert!(invalid, "the last reference to a valid root is the MMU's own");
             counters.add(Counter::TableFrames, 1u64.wrapping_neg());
             host.free_table(root.frame);
         }
@@ -218,7 +221,11 @@ impl<'a, H: Host> Exclusive<'a, H> {
             defunct.push((generation, root));
         }
         drop(lists);
-        let flushed = self.mmu.tlb.flush_and_free_obsolete_roots(&self.mmu.host, self.counters());
+        let flushed = if mutants::is(Mutant::RequestAfterUnlock) {
+            Flushed::of_a_mutant(Mutant::RequestAfterUnlock)
+        } else {
+            self.mmu.tlb.flush_and_free_obsolete_roots(&self.mmu.host, self.counters())
+        };
         Defunct { generation, after: 0, flushed }
     }
 }
@@ -235,7 +242,8 @@ impl<H: Host> RootSet<H> for ValidRoots {
 impl<H: Host> RootSet<H> for AllRoots {
     fn next(&mut self, mmu: &Mmu<H>) -> Option<RootRef> {
         let lists = mmu.roots.lists.lock(|| mmu.host.relax());
-        let all = lists.valid.iter().chain(lists.defunct.iter().map(|(_, root)| root));
+        let defunct = lists.defunct.iter().filter(|_| !mutants::is(Mutant::NotifierOnValidRootsOnly));
+        let all = lists.valid.iter().chain(defunct.map(|(_, root)| root));
         let root = first_after(all.filter(|root| root.0.serial < self.end), self.after)?;
         self.after = root.0.serial;
         Some(root)

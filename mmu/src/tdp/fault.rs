@@ -20,6 +20,7 @@ use crate::entry::{self, Books, change};
 use crate::format::{Format, Leaf, Rights, State};
 use crate::host::{Access, Extent, Host};
 use crate::lock::Shared;
+use crate::mutants::{self, Mutant};
 use crate::notify::Snapshot;
 use crate::root::RootRef;
 use crate::sync::{AtomicU64, load_for_update};
@@ -154,7 +155,8 @@ impl<H: Host> Obstructed<'_, H> {
         let Self { inside, want, generation, snapshot } = self;
         let level = want.level(inside.mmu.config.largest);
         let block = GfnRange::block(level, want.gfn);
-        let overtaken = inside.mmu.slots.generation() != generation || inside.mmu.notify.must_retry(snapshot, block);
+        let stale = inside.mmu.slots.generation() != generation && !mutants::is(Mutant::SlotsTestedBeforeTheLockOnly);
+        let overtaken = stale || inside.mmu.notify.must_retry(snapshot, block);
         if overtaken || !root.is_valid(&inside) {
             return Ok(Outcome::Retry);
         }
@@ -256,11 +258,15 @@ impl<'w, H: Host> Walk<'w, '_, H> {
             }
             State::Leaf(old) | State::AccessTracked(old) => {
                 let new = want.leaf(level);
-                if old.hfn != new.hfn || old.memory != new.memory {
+                let moved = old.hfn != new.hfn && !mutants::is(Mutant::LeafChangedInPlace);
+                if moved || old.memory != new.memory {
                     return Met::Step(Step::Done(Err(FaultError::BackingChanged)));
                 }
                 let leaf = Leaf { dirty: old.dirty || new.dirty, ..new };
                 Met::Replace(H::Format::leaf(level, leaf), Books::None)
+            }
+            State::Frozen if mutants::is(Mutant::FrozenFilled) => {
+                Met::Replace(H::Format::leaf(level, want.leaf(level)), Books::LeafAdded)
             }
             State::Frozen => Met::Step(Step::Done(Ok(Outcome::Retry))),
             State::Table(_) => unreachable!("tables were followed above"),

@@ -22,6 +22,7 @@ use crate::events::{Counter, Event};
 use crate::format::{Format, State};
 use crate::host::Host;
 use crate::lock::{Shared, Ticket};
+use crate::mutants::{self, Mutant};
 use crate::reclaim::{Batch, Debts, Reach, Zapping};
 use crate::root::{RootRef, RootSet};
 use crate::sync::{AtomicU64, Ordering, load_for_update};
@@ -151,6 +152,9 @@ impl<H: Host> Step<'_, '_, H> {
     fn bury(&mut self, parent: &Table<'_, H>, raw: u64) {
         let (Some(table), Some(frame)) = (parent.next(raw), H::Format::next_table(raw, parent.level)) else { return };
         let counters = self.debts.counters;
+        if mutants::is(Mutant::UnlinkedTableNotSeized) {
+            return self.debts.unlinked(frame);
+        }
         let leaves = seize::<H::Format>(table.entries(), table.level, counters, |raw| self.bury(&table, raw));
         self.zapped.leaves += leaves;
         self.zapped.tables += 1;

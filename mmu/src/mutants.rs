@@ -1,0 +1,76 @@
+//! Seeded mutants: bugs of the past, put back one at a time, so that the model checks can show that they would find them.
+//!
+//! Compiled in only together with a model checker's atomics; everywhere else [`is`] is the constant `false` and nothing
+//! of a mutant is left. Each stands for a bug that KVM or a peer shipped, or for an invariant that the types leave
+//! expressible.
+
+/// A bug.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[repr(u32)]
+pub enum Mutant {
+    /// Zap-all asks vCPUs to drop their roots when it has emptied them, after the lock was released.
+    RequestAfterUnlock = 1,
+    /// A flush kicks vCPUs and does not wait until they have left guest mode.
+    KickWithoutWaiting,
+    /// A flush reaches the caller's CPU and no other.
+    LocalFlushOnly,
+    /// A host invalidation visits valid roots only (CVE-2021-47639).
+    NotifierOnValidRootsOnly,
+    /// Tables go back before the flush.
+    FreeBeforeFlush,
+    /// Tables go back after the flush, but while readers may still walk them.
+    FreeWithoutGracePeriod,
+    /// A zapped entry may be filled again before the flush.
+    ThawBeforeFlush,
+    /// A fault fills an entry that a zap has frozen.
+    FrozenFilled,
+    /// An invalidation leaves the leaf, and the next fault puts the new host frame in its place.
+    LeafChangedInPlace,
+    /// The invalidation sequence is compared before the lock is taken, and not inside.
+    RetryTestBeforeTheLockOnly,
+    /// The memslot generation is compared before the lock is taken, and not inside.
+    SlotsTestedBeforeTheLockOnly,
+    /// The invalidation sequence is kept in too few bits.
+    SequenceTruncated,
+    /// A fault installs into a root that was invalidated.
+    FaultIntoObsoleteRoot,
+    /// Zap-all leaves its roots to whoever puts them last.
+    ObsoleteRootsNotEmptied,
+    /// The previous roots of a vCPU are dropped if the current one is obsolete (KVM, cf4a8693d97a).
+    PreviousRootsJudgedByCurrent,
+    /// A vCPU drops all its roots when it is told to drop obsolete ones (KVM, before the change that the project began
+    /// with).
+    CurrentRootsDropped,
+    /// Slots change while an invalidation is in flight.
+    SlotsSwappedDuringInvalidation,
+    /// A vCPU looks for requests and flushes first, and then says that it is in guest mode.
+    ModeAfterTheLook,
+    /// The exclusive side does not fence between its announcement and its look at the readers.
+    ExclusiveWithoutFence,
+    /// The exclusive side does not wait for readers.
+    ExclusiveWithoutWaiting,
+    /// The entries of a table that is unlinked are not seized.
+    UnlinkedTableNotSeized,
+}
+
+#[cfg(feature = "loom")]
+static ACTIVE: core::sync::atomic::AtomicU32 = core::sync::atomic::AtomicU32::new(0);
+
+/// Turns one mutant on for the process.
+#[cfg(feature = "loom")]
+pub fn activate(mutant: Mutant) {
+    ACTIVE.store(mutant as u32, core::sync::atomic::Ordering::Relaxed);
+}
+
+/// Whether this bug is to be.
+#[cfg(feature = "loom")]
+pub(crate) fn is(mutant: Mutant) -> bool {
+    ACTIVE.load(core::sync::atomic::Ordering::Relaxed) == mutant as u32
+}
+
+/// Never.
+#[cfg(not(feature = "loom"))]
+#[inline(always)]
+pub(crate) const fn is(_: Mutant) -> bool {
+    false
+}
