@@ -245,7 +245,7 @@ fn only_obsolete_roots_are_dropped() {
         let mmu = small(Config { root_level: Level::L5, slot_zap, ..two_by_two() });
         add(&mmu, 0, Gfn(0x400), 512);
         let mut cpu = GuestCpu::new(&mmu, VcpuId(0), 1, Manners::Right).with_patience(4);
-        let roles = [Level::L5, Level::L4].map(|level| Role { level });
+        let roles = [Level::L5, Level::L4].map(|level| Role::new(level).expect("roots have these levels"));
         for role in roles {
             cpu.set_role(role);
             assert_eq!(cpu.run_one(Gfn(0x400), Access::Write), Done::Memory);

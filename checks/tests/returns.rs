@@ -126,7 +126,7 @@ fn a_zap_does_not_return_while_a_root_it_missed_is_in_use() {
     add(&mmu, 0, START, 512);
     let mut first = GuestCpu::new(&mmu, VcpuId(0), 1, Manners::Right).with_patience(4);
     let mut second = GuestCpu::new(&mmu, VcpuId(1), 2, Manners::Right).with_patience(4);
-    first.set_role(Role { level: Level::L4 });
+    first.set_role(Role::new(Level::L4).expect("a root's level"));
     assert_eq!(first.run_one(START, Access::Write), Done::Memory);
     assert_eq!(second.run_one(START, Access::Write), Done::Memory);
 

@@ -108,6 +108,7 @@ impl core::error::Error for ConfigError {}
 pub struct Mmu<H: Host> {
     pub(crate) host: H,
     pub(crate) config: Config,
+    role: Role,
     pub(crate) lock: MmuLock,
     pub(crate) tlb: Tlb,
     pub(crate) slots: Slots,
@@ -129,10 +130,10 @@ impl<H: Host> Mmu<H> {
         match config {
             Config { vcpus: 0 | 4097.., .. } => return Err(ConfigError::Vcpus),
             Config { workers: 0 | 257.., .. } => return Err(ConfigError::Workers),
-            Config { root_level, .. } if root_level < Level::L4 => return Err(ConfigError::RootLevel),
             Config { largest, .. } if largest > Level::G1 => return Err(ConfigError::Largest),
             _ => {}
         }
+        let role = Role::new(config.root_level).ok_or(ConfigError::RootLevel)?;
         let (slots, updates) = Slots::new(config.slots, config.root_level.root_limit());
         Ok(Arc::new(Self {
             host,
@@ -144,6 +145,7 @@ impl<H: Host> Mmu<H> {
             notify: Notify::new(),
             reclaim: Reclaim::new(),
             config,
+            role,
         }))
     }
 
@@ -180,7 +182,7 @@ impl<H: Host> Mmu<H> {
 
     /// The role of the roots that vCPUs load.
     pub fn role(&self) -> Role {
-        Role { level: self.config.root_level }
+        self.role
     }
 }
 

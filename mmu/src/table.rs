@@ -33,7 +33,7 @@ impl<'g, H: Host> Table<'g, H> {
     /// The root table.
     #[inline]
     pub(crate) fn root(inside: &'g Shared<'_, H>, root: &RootRef) -> Self {
-        Self::at(&inside.mmu.host, root.frame(), root.role().level)
+        Self::at(&inside.mmu.host, root.frame(), root.role().level())
     }
 
     /// The level-1 table for `gfn`; `None` where the walk ends before.

@@ -18,7 +18,7 @@ use core::fmt;
 
 use crate::Mmu;
 use crate::OutOfMemory;
-use crate::addr::{Gfn, Gpa, Hpa, Level};
+use crate::addr::{Gfn, GfnRange, Gpa, Hpa, Level};
 use crate::events::{Counter, Event};
 use crate::format::{MMIO_GENERATION_MASK, State};
 use crate::host::{Access, BackingError, Host, VcpuId};
@@ -107,17 +107,19 @@ impl From<OutOfMemory> for FaultError {
 #[derive(Debug)]
 struct Hint {
     slot: Slot,
+    /// The frames of the slot that the vCPU's roots can translate.
+    reach: GfnRange,
     generation: u64,
 }
 
 impl Hint {
     /// Nothing is remembered: holds no frame.
-    const NONE: Self = Self { slot: Slot::EMPTY, generation: 0 };
+    const NONE: Self = Self { slot: Slot::EMPTY, reach: Slot::EMPTY.range(), generation: 0 };
 
     /// Whether it is the slot of `gfn` as long as the memslots are of generation `now`.
     #[inline]
     fn holds(&self, gfn: Gfn, now: u64) -> bool {
-        self.generation == now && self.slot.range().contains(gfn)
+        self.generation == now && self.reach.contains(gfn)
     }
 }
 
@@ -190,7 +192,7 @@ impl<H: Host> Vcpu<H> {
     pub(crate) fn new(mmu: &Arc<Mmu<H>>, id: VcpuId) -> Option<Self> {
         let seat = usize::from(id.0);
         let ticket = mmu.lock.claim(seat..seat + 1)?;
-        let role = Role { level: mmu.config.root_level };
+        let role = mmu.role();
         let (mmu, cache) = (Arc::clone(mmu), TableCache::default());
         // Owed from the start: this number may have been another vCPU's, which was told to flush and did not any more.
         let flush_owed = true;
@@ -234,6 +236,7 @@ impl<H: Host> Vcpu<H> {
     pub fn set_role(&mut self, role: Role) {
         if role != self.role {
             self.role = role;
+            self.hint = Hint::NONE;
             self.roots.switch(role, &self.mmu.host, self.ticket.counters());
             // What the TLB holds was filled through another root, and one address-space number serves both.
             self.flush_owed = true;
@@ -254,7 +257,7 @@ impl<H: Host> Vcpu<H> {
     #[inline]
     pub fn translate(&mut self, gpa: Gpa, access: Access) -> Option<Hpa> {
         let root = self.roots.current()?;
-        if gpa.gfn() >= root.role().level.root_limit() {
+        if gpa.gfn() >= root.role().level().root_limit() {
             return None;
         }
         let inside = Shared::enter(&self.mmu, &mut self.ticket);
@@ -367,11 +370,14 @@ impl<H: Host> Vcpu<H> {
         let inside = Shared::enter(&self.mmu, &mut self.ticket);
         let set = self.mmu.slots.read(&inside);
         let generation = set.generation();
-        let Some(slot) = set.find(gfn) else { return Found::Nothing { generation } };
+        // An index above the root's limit would wrap, and name the entry of another frame.
+        let limit = self.role.level().root_limit();
+        let Some(slot) = set.find(gfn).filter(|_| gfn < limit) else { return Found::Nothing { generation } };
         if slot.state() == SlotState::Changing {
             return Found::Changing;
         }
-        self.hint = Hint { slot: **slot, generation };
+        let reach = GfnRange { end: slot.range().end.min(limit), ..slot.range() };
+        self.hint = Hint { slot: **slot, reach, generation };
         Found::Slot
     }
 
@@ -379,7 +385,7 @@ impl<H: Host> Vcpu<H> {
     #[cold]
     fn no_memory(&mut self, gfn: Gfn, generation: u64) -> Result<Outcome, FaultError> {
         // Tables reach no further than the root's limit, and slots never begin there.
-        if self.mmu.config.mmio_entries && gfn < self.role.level.root_limit() {
+        if self.mmu.config.mmio_entries && gfn < self.role.level().root_limit() {
             Self::top_up(&self.mmu, &self.ticket, &mut self.cache)?;
             let root = self.roots.current().ok_or(FaultError::NoRoot)?;
             let inside = Shared::enter(&self.mmu, &mut self.ticket);
@@ -394,7 +400,7 @@ impl<H: Host> Vcpu<H> {
     /// Whether the tables say that `gfn` has no memory, for the memslots as they are now.
     #[cold]
     fn is_known_mmio(&mut self, gfn: Gfn) -> Result<bool, FaultError> {
-        if gfn >= self.role.level.root_limit() {
+        if gfn >= self.role.level().root_limit() {
             return Ok(false);
         }
         let root = self.roots.current().ok_or(FaultError::NoRoot)?;

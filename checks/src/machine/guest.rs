@@ -211,7 +211,7 @@ impl<F: Cpu> GuestCpu<F> {
         if flush && self.manners != Manners::IgnoresFlush {
             self.tlb.flush();
         }
-        let level = self.role.level;
+        let level = self.role.level();
         let mut running = Running { id, mmu: &self.mmu, tlb: &mut self.tlb, rng: &mut self.rng, root, level };
         let mut late = None;
         loop {

@@ -187,8 +187,8 @@ pub fn current_root<F: Cpu>(worker: &mut Worker<Machine<F>>, role: Role) -> Opti
 pub fn check_tables<F: Cpu>(mmu: &Arc<Mmu<Machine<F>>>) -> Vec<Tree> {
     let machine = mmu.host();
     let mut worker = mmu.worker().expect("a worker is free");
-    let roles = [Level::L4, Level::L5].map(|level| Role { level });
-    let roots = roles.iter().filter_map(|role| Some((current_root(&mut worker, *role)?, role.level)));
+    let roles = [Level::L4, Level::L5].map(|level| Role::new(level).expect("roots have these levels"));
+    let roots = roles.iter().filter_map(|role| Some((current_root(&mut worker, *role)?, role.level())));
     let trees: Vec<_> = roots.map(|(root, level)| Tree::read::<F>(&machine.arena, root, level)).collect();
     drop(worker);
     machine.ghost().check_trees(&trees, mmu.config().largest, &mmu.counters(), &machine.arena);

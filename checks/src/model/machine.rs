@@ -289,7 +289,7 @@ impl Guest {
 
     /// Runs on a root of this level from now on.
     pub(super) fn switch(&mut self, level: Level) {
-        self.vcpu.set_role(Role { level });
+        self.vcpu.set_role(Role::new(level).unwrap());
         self.load();
     }
 

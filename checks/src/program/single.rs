@@ -157,7 +157,7 @@ impl<F: Cpu> Single<F> {
             Op::ZapAll => self.zap_all(),
             Op::Turn { second, five } => {
                 let level = if five { Level::L5 } else { Level::L4 };
-                self.cpus[usize::from(second)].set_role(Role { level });
+                self.cpus[usize::from(second)].set_role(Role::new(level).expect("roots have these levels"));
             }
             Op::Invalidate(at, pages, moved) => self.invalidate(self.range(at, pages), moved, None),
             Op::TouchDuring(at, pages, touch) => {

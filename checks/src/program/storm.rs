@@ -158,7 +158,7 @@ impl<F: Cpu> World<'_, F> {
             self.look();
             if roles {
                 let level = if rng.once_in(2) { Level::L5 } else { Level::L4 };
-                cpu.set_role(Role { level });
+                cpu.set_role(Role::new(level).expect("roots have these levels"));
             }
             let length = if roles { 1 + rng.below(64) } else { 512 };
             self.piece(cpu, length, &mut rng);

@@ -45,8 +45,20 @@ pub(crate) use loaded::Loaded;
 /// What makes two roots different: vCPUs whose roles are equal share one.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub struct Role {
-    /// The root table's level: [`Level::L4`] or [`Level::L5`].
-    pub level: Level,
+    level: Level,
+}
+
+impl Role {
+    /// Roots whose table is of `level`: [`Level::L4`] or [`Level::L5`], otherwise `None`.
+    pub const fn new(level: Level) -> Option<Self> {
+        if level.number() >= Level::L4.number() { Some(Self { level }) } else { None }
+    }
+
+    /// The root table's level.
+    #[inline]
+    pub const fn level(self) -> Level {
+        self.level
+    }
 }
 
 /// One root.
@@ -158,7 +170,7 @@ impl Roots {
     pub(crate) fn take(&mut self) -> impl Iterator<Item = (Hfn, Level)> {
         let lists = self.lists.get_mut();
         let defunct = core::mem::take(&mut lists.defunct).into_iter().map(|(_, root)| root);
-        core::mem::take(&mut lists.valid).into_iter().chain(defunct).map(|root| (root.frame(), root.role().level))
+        core::mem::take(&mut lists.valid).into_iter().chain(defunct).map(|root| (root.frame(), root.role().level()))
     }
 }
 

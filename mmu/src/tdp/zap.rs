@@ -51,7 +51,7 @@ pub(crate) fn zap_range<H: Host>(
 ) -> Zapped {
     let mut total = Zapped::default();
     while let Some(root) = roots.next(mmu) {
-        let end = range.end.min(root.role().level.root_limit());
+        let end = range.end.min(root.role().level().root_limit());
         let mut next = range.start;
         while next < end {
             let mut hold = Zapping::enter(mmu, ticket, batch, reach);
