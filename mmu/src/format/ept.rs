@@ -12,7 +12,7 @@
 //! | 56 R, 58 X (software) | access-tracked: the rights as they were, while bits 0–2 are clear |
 //! | MMIO: 110b in bits 0–2 | write without read is a misconfiguration; generation in 3–9, 52–62 |
 
-use super::{Format, Leaf, MMIO_GENERATION_MASK, MemoryType, Rights, State};
+use super::{Format, Leaf, MemoryType, Rights, State, generation};
 use crate::addr::{Hfn, Level, MAX_FRAME, PAGE_SHIFT};
 
 const R: u64 = 1 << 0;
@@ -36,9 +36,6 @@ const FRAME: u64 = (MAX_FRAME - 1) << PAGE_SHIFT;
 
 const MMIO: u64 = W | X;
 const MMIO_MASK: u64 = RWX | PRESENT;
-const GENERATION_LOW_BITS: u32 = 7;
-const GENERATION_LOW_SHIFT: u32 = 3;
-const GENERATION_HIGH_SHIFT: u32 = 52;
 
 /// The EPT format. 4 and 5 levels differ in the root's level alone.
 #[derive(Clone, Copy, Debug)]
@@ -126,13 +123,9 @@ impl Format for Ept {
     }
 
     fn mmio(generation: u32) -> u64 {
-        let generation = u64::from(generation & MMIO_GENERATION_MASK);
-        let low = generation & ((1 << GENERATION_LOW_BITS) - 1);
-        let high = generation >> GENERATION_LOW_BITS;
-        MMIO | low << GENERATION_LOW_SHIFT | high << GENERATION_HIGH_SHIFT
+        MMIO | generation::encode(generation)
     }
 
-    #[inline]
     fn decode(raw: u64, level: Level) -> State {
         if raw & PRESENT != 0 {
             if raw & RWX == 0 {
@@ -143,9 +136,7 @@ impl Format for Ept {
                 State::Table(Hfn((raw & FRAME) >> PAGE_SHIFT))
             }
         } else if raw & MMIO_MASK == MMIO {
-            let low = raw >> GENERATION_LOW_SHIFT & ((1 << GENERATION_LOW_BITS) - 1);
-            let high = raw >> GENERATION_HIGH_SHIFT << GENERATION_LOW_BITS;
-            State::Mmio { generation: (high | low) as u32 & MMIO_GENERATION_MASK }
+            State::Mmio { generation: generation::decode(raw) }
         } else if raw == Self::FROZEN || raw == Self::DEAD {
             State::Frozen
         } else {
@@ -179,6 +170,6 @@ const _: () = {
     assert!(Ept::FROZEN & (RWX | PRESENT) == 0 && Ept::FROZEN != 0);
     assert!(Ept::DEAD & (RWX | PRESENT) == 0 && Ept::DEAD != Ept::FROZEN);
     assert!(MMIO & PRESENT == 0 && FRAME & (HOST_WRITABLE | MMU_WRITABLE | PRESENT) == 0);
-    assert!((((1 << GENERATION_LOW_BITS) - 1) << GENERATION_LOW_SHIFT) & MMIO_MASK == 0);
-    assert!(((MMIO_GENERATION_MASK as u64 >> GENERATION_LOW_BITS) << GENERATION_HIGH_SHIFT) & MMIO_MASK == 0);
+    // The generation's bits must not touch what tells an MMIO entry from the others.
+    assert!(generation::BITS & (MMIO_MASK) == 0);
 };

@@ -86,6 +86,29 @@ pub enum State {
 /// Bits of the memslot generation that an MMIO entry holds (18, as in KVM).
 pub const MMIO_GENERATION_MASK: u32 = (1 << 18) - 1;
 
+/// Where an MMIO entry of any format keeps the generation: the low 7 bits in bits 3 to 9, the others in 52 to 62. Neither
+/// format gives those a meaning in an entry that the CPU refuses for another reason.
+mod generation {
+    use super::MMIO_GENERATION_MASK;
+
+    const LOW: u64 = (1 << 7) - 1;
+    const LOW_SHIFT: u32 = 3;
+    const HIGH_SHIFT: u32 = 52;
+    /// The bits that it takes.
+    pub(super) const BITS: u64 = encode(MMIO_GENERATION_MASK);
+
+    pub(super) const fn encode(generation: u32) -> u64 {
+        let generation = (generation & MMIO_GENERATION_MASK) as u64;
+        (generation & LOW) << LOW_SHIFT | generation >> LOW.count_ones() << HIGH_SHIFT
+    }
+
+    pub(super) const fn decode(raw: u64) -> u32 {
+        let low = raw >> LOW_SHIFT & LOW;
+        let high = raw >> HIGH_SHIFT << LOW.count_ones();
+        (high | low) as u32 & MMIO_GENERATION_MASK
+    }
+}
+
 /// One second-stage page-table format.
 ///
 /// The functions are associated functions of a zero-sized type, so that a walker generic over the format compiles to

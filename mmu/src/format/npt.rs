@@ -11,7 +11,7 @@
 //! | 52 | access-tracked: the rights as they were, but P is clear |
 //! | MMIO: P, W, U, bit 51 | reserved-bit fault while the CPU has fewer than 52 address bits; generation in 3–9, 52–62 |
 
-use super::{Format, Leaf, MMIO_GENERATION_MASK, MemoryType, Rights, State};
+use super::{Format, Leaf, MemoryType, Rights, State, generation};
 use crate::addr::{Hfn, Level, MAX_FRAME, PAGE_SHIFT};
 
 const P: u64 = 1 << 0;
@@ -32,9 +32,6 @@ const FRAME: u64 = (MAX_FRAME - 1) << PAGE_SHIFT;
 /// P so that the fault is a reserved-bit fault and not a mere absence, bit 51 as the reserved bit.
 const MMIO: u64 = P | W | U | 1 << 51;
 const MMIO_MASK: u64 = MMIO | PRESENT;
-const GENERATION_LOW_BITS: u32 = 7;
-const GENERATION_LOW_SHIFT: u32 = 3;
-const GENERATION_HIGH_SHIFT: u32 = 52;
 
 /// The NPT format. 4 and 5 levels differ in the root's level alone.
 #[derive(Clone, Copy, Debug)]
@@ -114,13 +111,9 @@ impl Format for Npt {
     }
 
     fn mmio(generation: u32) -> u64 {
-        let generation = u64::from(generation & MMIO_GENERATION_MASK);
-        let low = generation & ((1 << GENERATION_LOW_BITS) - 1);
-        let high = generation >> GENERATION_LOW_BITS;
-        MMIO | low << GENERATION_LOW_SHIFT | high << GENERATION_HIGH_SHIFT
+        MMIO | generation::encode(generation)
     }
 
-    #[inline]
     fn decode(raw: u64, level: Level) -> State {
         if raw & PRESENT != 0 {
             if raw & P == 0 {
@@ -131,9 +124,7 @@ impl Format for Npt {
                 State::Table(Hfn((raw & FRAME) >> PAGE_SHIFT))
             }
         } else if raw & MMIO_MASK == MMIO {
-            let low = raw >> GENERATION_LOW_SHIFT & ((1 << GENERATION_LOW_BITS) - 1);
-            let high = raw >> GENERATION_HIGH_SHIFT << GENERATION_LOW_BITS;
-            State::Mmio { generation: (high | low) as u32 & MMIO_GENERATION_MASK }
+            State::Mmio { generation: generation::decode(raw) }
         } else if raw == Self::FROZEN || raw == Self::DEAD {
             State::Frozen
         } else {
@@ -166,6 +157,5 @@ const _: () = {
     assert!(Npt::DEAD & (P | PRESENT) == 0 && Npt::DEAD != Npt::FROZEN);
     assert!(MMIO & PRESENT == 0 && FRAME & (NX | TRACKED | PRESENT) == 0);
     // The generation's bits must not touch what tells an MMIO entry from the others.
-    assert!((((1 << GENERATION_LOW_BITS) - 1) << GENERATION_LOW_SHIFT) & MMIO_MASK == 0);
-    assert!(((MMIO_GENERATION_MASK as u64 >> GENERATION_LOW_BITS) << GENERATION_HIGH_SHIFT) & (MMIO_MASK | NX) == 0);
+    assert!(generation::BITS & (MMIO_MASK | NX) == 0);
 };
