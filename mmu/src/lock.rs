@@ -122,21 +122,23 @@ pub(crate) struct Shared<'a, H: Host> {
 impl<'a, H: Host> Shared<'a, H> {
     #[inline]
     pub(crate) fn enter(mmu: &'a Mmu<H>, ticket: &'a mut Ticket) -> Self {
-        let Ticket { seat, mark: left } = ticket;
-        *left += 2;
+        let mut left = ticket.mark + 2;
+        ticket.mark = left;
         // Release, although nothing was done inside yet: whoever waits for the *last* stay to end may see this one as
         // its sign, and must then have seen that stay's work.
-        seat.mark.store(*left - 1, Ordering::Release);
+        ticket.seat.mark.store(left - 1, Ordering::Release);
         mmu.host.light_fence();
         // Acquire pairs with the writer's withdrawal: its changes are seen.
         if mmu.lock.writer.load(Ordering::Acquire) != 0 {
-            Self::step_back(mmu, seat, left);
+            left = Self::step_back(mmu, ticket);
         }
-        Self { mmu, seat, left: *left, not_send: PhantomData }
+        Self { mmu, seat: &ticket.seat.0, left, not_send: PhantomData }
     }
 
+    /// Leaves, waits for the writer to go, and enters again. What the mark becomes when that stay ends.
     #[cold]
-    fn step_back(mmu: &Mmu<H>, seat: &Seat, left: &mut u64) {
+    fn step_back(mmu: &Mmu<H>, ticket: &mut Ticket) -> u64 {
+        let Ticket { seat, mark: left } = ticket;
         loop {
             seat.mark.store(*left, Ordering::Release);
             while mmu.lock.is_announced() {
@@ -146,7 +148,7 @@ impl<'a, H: Host> Shared<'a, H> {
             seat.mark.store(*left - 1, Ordering::Release);
             mmu.host.light_fence();
             if mmu.lock.writer.load(Ordering::Acquire) == 0 {
-                return;
+                return *left;
             }
         }
     }

@@ -18,7 +18,7 @@ use core::fmt;
 
 use crate::Mmu;
 use crate::OutOfMemory;
-use crate::addr::{Gfn, GfnRange, Gpa, Hpa, Level};
+use crate::addr::{Gfn, Gpa, Hpa, Level};
 use crate::events::{Counter, Event};
 use crate::format::{MMIO_GENERATION_MASK, State};
 use crate::host::{Access, BackingError, Host, VcpuId};
@@ -106,20 +106,19 @@ impl From<OutOfMemory> for FaultError {
 /// The slot of the last fault, which was in use, and the generation of the set it was looked up in.
 #[derive(Debug)]
 struct Hint {
+    /// Ends where the vCPU's roots do, if that is before the slot's own end.
     slot: Slot,
-    /// The frames of the slot that the vCPU's roots can translate.
-    reach: GfnRange,
     generation: u64,
 }
 
 impl Hint {
     /// Nothing is remembered: holds no frame.
-    const NONE: Self = Self { slot: Slot::EMPTY, reach: Slot::EMPTY.range(), generation: 0 };
+    const NONE: Self = Self { slot: Slot::EMPTY, generation: 0 };
 
     /// Whether it is the slot of `gfn` as long as the memslots are of generation `now`.
     #[inline]
     fn holds(&self, gfn: Gfn, now: u64) -> bool {
-        self.generation == now && self.reach.contains(gfn)
+        self.generation == now && self.slot.range().contains(gfn)
     }
 }
 
@@ -376,8 +375,7 @@ impl<H: Host> Vcpu<H> {
         if slot.state() == SlotState::Changing {
             return Found::Changing;
         }
-        let reach = GfnRange { end: slot.range().end.min(limit), ..slot.range() };
-        self.hint = Hint { slot: **slot, reach, generation };
+        self.hint = Hint { slot: slot.up_to(limit), generation };
         Found::Slot
     }
 

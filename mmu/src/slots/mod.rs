@@ -135,6 +135,12 @@ impl Slot {
         self.state
     }
 
+    /// The slot as far as `limit`, for who can not reach further.
+    pub(crate) fn up_to(&self, limit: Gfn) -> Self {
+        let range = GfnRange { end: self.range.end.min(limit), ..self.range };
+        Self { range, ..*self }
+    }
+
     fn config(&self) -> SlotConfig {
         let Self { id, range, flags, backing, .. } = *self;
         SlotConfig { id, base: range.start.gpa(), size: range.pages() << PAGE_SHIFT, flags, backing }
