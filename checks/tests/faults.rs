@@ -270,6 +270,29 @@ fn only_obsolete_roots_are_dropped() {
     }
 }
 
+/// A root of four levels does not reach as far as a slot may: what is above its limit is no memory for its vCPU, and not
+/// the memory whose entry has the same index.
+#[test]
+fn a_root_reaches_no_further_than_its_levels() {
+    let limit = Level::L4.root_limit();
+    let mmu = small(Config { root_level: Level::L5, ..two_by_two() });
+    add(&mmu, 0, Gfn(limit.0 - 8), 16);
+    add(&mmu, 1, Gfn(0), 16);
+    let mut vcpu = mmu.vcpu(VcpuId(0)).expect("the number is free");
+    // The slot is remembered from a root that does reach.
+    drop(vcpu.enter().expect("there is a root"));
+    assert!(matches!(vcpu.fault(fault(Gfn(limit.0 + 3), Access::Read)), Ok(Outcome::Fixed { .. })));
+    vcpu.set_role(Role::new(Level::L4).expect("a root's level"));
+    drop(vcpu.enter().expect("there is a root"));
+    // Above, below (which remembers the slot again), and above.
+    assert_eq!(vcpu.fault(fault(Gfn(limit.0 + 3), Access::Read)), Ok(Outcome::Mmio));
+    assert!(matches!(vcpu.fault(fault(Gfn(limit.0 - 1), Access::Read)), Ok(Outcome::Fixed { .. })));
+    assert_eq!(vcpu.fault(fault(limit, Access::Read)), Ok(Outcome::Mmio));
+    let low = vcpu.fault(fault(Gfn(3), Access::Read));
+    assert!(matches!(low, Ok(Outcome::Fixed { .. })), "nothing was there before: {low:?}");
+    assert_eq!(Role::new(Level::G1), None);
+}
+
 /// The shapes of the tests are what the name says: a check of the checks.
 #[test]
 fn an_aligned_object_is_congruent() {
