@@ -4,8 +4,8 @@
 //! Readers (faults) see one immutable [`SlotSet`] at a time, published as a whole; a lookup is two binary searches
 //! inside the read-side mark. The set's *generation* goes up with every publication.
 //!
-//! Updates are serialised by one lock. Adding a slot, or giving a slot rights, publishes once. Deleting or moving a
-//! slot, or taking rights, goes in steps:
+//! Updates are serialised by one lock. Adding a slot publishes once. Every change of a slot that exists, deleting and
+//! moving it or giving it other flags, goes in steps:
 //! 1. publish a set in which the slot is [`SlotState::Changing`]: faults on it are retried;
 //! 2. wait for a grace period: every fault that had checked the older generation has left the lock, so nothing is
 //!    mapped by the old slot any more after this;
