@@ -6,7 +6,7 @@
 //!
 //! Rooms, from the bottom up: [`addr`] and [`format`] know numbers and bits; `entry` is the one place where an entry
 //! changes; `lock`, `tlb` and `reclaim` are the protocol of who may look, who must forget, and when a table is freed;
-//! [`slots`], `root` and `notify` say what may be mapped; `tdp` maps and unmaps it; [`vcpu`] and [`worker`] are what
+//! [`slots`], `root` and `notify` say what may be mapped; [`guest`] reads the guest's own tables; `tdp` maps and unmaps it; [`vcpu`] and [`worker`] are what
 //! an embedder calls.
 //!
 //! `examples/hosted.rs` is a whole embedder.
@@ -22,6 +22,7 @@ pub mod addr;
 mod entry;
 pub mod events;
 pub mod format;
+pub mod guest;
 pub mod host;
 mod leaf_lock;
 mod lock;
