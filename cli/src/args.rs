@@ -35,9 +35,9 @@ pub enum Command {
     Doctor,
 }
 
-/// What can be said about a run.
+/// What can be said about a guest, wherever it runs.
 #[derive(Args, Clone, Debug)]
-pub struct RunArgs {
+pub struct GuestArgs {
     /// Guest kernel, a Linux bzImage [default: Debian's cloud kernel, fetched once by package name]
     #[arg(long, value_name = "FILE")]
     pub kernel: Option<PathBuf>,
@@ -59,12 +59,6 @@ pub struct RunArgs {
     /// The largest page with which guest memory is mapped
     #[arg(long, value_name = "SIZE", value_enum, default_value_t = PageSize::M2)]
     pub huge_pages: PageSize,
-    /// End the run after this long and fail [default: 300 in check mode, none with a shell]
-    #[arg(long, value_name = "SECONDS", value_parser = seconds)]
-    pub timeout: Option<Duration>,
-    /// Write what the run cost as JSON
-    #[arg(long, value_name = "FILE")]
-    pub report: Option<PathBuf>,
     /// What the default guest does [default: shell at a terminal, otherwise check; no check with an initrd of one's own]
     #[arg(long, value_enum)]
     pub mode: Option<Mode>,
@@ -75,12 +69,26 @@ pub struct RunArgs {
     /// Where the storm's random choices begin [default: somewhere else each time]
     #[arg(long, value_name = "N", requires = "storm")]
     pub storm_seed: Option<u64>,
-    /// How QEMU runs the hypervisor
-    #[arg(long, value_enum, default_value_t = Accel::Auto)]
-    pub accel: Accel,
     /// A hypervisor that is built already [default: built from this source tree]
     #[arg(long, value_name = "FILE")]
     pub hypervisor: Option<PathBuf>,
+}
+
+/// What can be said about a run.
+#[derive(Args, Clone, Debug)]
+pub struct RunArgs {
+    /// The guest.
+    #[command(flatten)]
+    pub guest: GuestArgs,
+    /// End the run after this long and fail [default: 300 in check mode, none with a shell]
+    #[arg(long, value_name = "SECONDS", value_parser = seconds)]
+    pub timeout: Option<Duration>,
+    /// Write what the run cost as JSON
+    #[arg(long, value_name = "FILE")]
+    pub report: Option<PathBuf>,
+    /// How QEMU runs the hypervisor
+    #[arg(long, value_enum, default_value_t = Accel::Auto)]
+    pub accel: Accel,
     /// Show all that the hypervisor says, and QEMU's command line
     #[arg(long, short)]
     pub verbose: bool,
@@ -184,7 +192,7 @@ mod tests {
         let storm = |text: &str| Cli::try_parse_from(["nestling", "run", "--storm", text]).map(|cli| cli.command);
         let Ok(Some(Command::Run(run))) = storm("zap-all,take-page=7") else { panic!("refused") };
         let default = StormKind::ZapAll.default_rate();
-        assert_eq!(run.storm, [(StormKind::ZapAll, default), (StormKind::TakePage, 7)]);
+        assert_eq!(run.guest.storm, [(StormKind::ZapAll, default), (StormKind::TakePage, 7)]);
         for bad in ["", "zap", "zap-all=", "zap-all=0", "zap-all=-1", "zap-all=x", "zap-all,,", "zap-all=4294967296"] {
             assert!(storm(bad).is_err(), "{bad}");
         }
@@ -196,9 +204,9 @@ mod tests {
         Cli::command().debug_assert();
         let bare = Cli::parse_from(["nestling", "--vcpus", "2", "--huge-pages", "1G"]);
         assert!(bare.command.is_none());
-        assert_eq!((bare.run.vcpus, bare.run.huge_pages), (2, PageSize::G1));
+        assert_eq!((bare.run.guest.vcpus, bare.run.guest.huge_pages), (2, PageSize::G1));
         let named = Cli::parse_from(["nestling", "run", "--append", "-x", "--memory", "64M"]);
         let Some(Command::Run(run)) = named.command else { panic!("not run: {named:?}") };
-        assert_eq!((run.append.as_str(), run.memory), ("-x", 64 << 20));
+        assert_eq!((run.guest.append.as_str(), run.guest.memory), ("-x", 64 << 20));
     }
 }

@@ -2,19 +2,19 @@
 
 use std::collections::VecDeque;
 
+use nestling_control::verdict::{Lines, Verdict};
+
 use crate::guest::{CHECK_PREFIX, READY_MARKER};
 
 const KEPT_BYTES: usize = 16 << 10;
-const LONGEST_LINE: usize = 400;
 
 /// Reads along with the console.
 #[derive(Clone, Debug, Default)]
 pub struct Judge {
-    line: Vec<u8>,
+    lines: Lines,
     tail: VecDeque<u8>,
     ready: bool,
-    passed: Option<String>,
-    failed: Option<String>,
+    verdict: Verdict,
 }
 
 impl Judge {
@@ -23,30 +23,13 @@ impl Judge {
         self.tail.extend(bytes);
         let excess = self.tail.len().saturating_sub(KEPT_BYTES);
         self.tail.drain(..excess);
-        for &byte in bytes {
-            match byte {
-                b'\n' => {
-                    self.line_ended();
-                    self.line.clear();
-                }
-                b'\r' => {}
-                _ if self.line.len() < LONGEST_LINE => self.line.push(byte),
-                _ => {}
+        let Self { lines, ready, verdict, .. } = self;
+        lines.read(bytes, |line| {
+            *ready |= line.starts_with(READY_MARKER);
+            if let Some(words) = line.strip_prefix(CHECK_PREFIX) {
+                verdict.line(words);
             }
-        }
-    }
-
-    fn line_ended(&mut self) {
-        let line = String::from_utf8_lossy(&self.line);
-        self.ready |= line.starts_with(READY_MARKER);
-        if let Some(words) = line.strip_prefix(CHECK_PREFIX).map(str::trim) {
-            // The first verdict stands, and of the two failure outlasts success: a guest that says both is broken.
-            if words.starts_with("PASS") && self.passed.is_none() {
-                self.passed = Some(words.to_owned());
-            } else if words.starts_with("FAIL") && self.failed.is_none() {
-                self.failed = Some(words.to_owned());
-            }
-        }
+        });
     }
 
     /// Whether the default guest's init has said its first line.
@@ -58,11 +41,7 @@ impl Judge {
     /// What the self-check said, `Err` for a failure; nothing if it never ended.
     #[must_use]
     pub fn verdict(&self) -> Option<Result<&str, &str>> {
-        match (&self.failed, &self.passed) {
-            (Some(failed), _) => Some(Err(failed)),
-            (None, Some(passed)) => Some(Ok(passed)),
-            (None, None) => None,
-        }
+        self.verdict.get()
     }
 
     /// The last lines, without control characters that would act on a terminal.
@@ -153,7 +132,7 @@ mod tests {
             judge.read(&[b'x'; 1000]);
         }
         judge.read(b"\nthe \x1b[31mend\n\n");
-        assert!(judge.line.capacity() < 4096 && judge.tail.len() <= KEPT_BYTES);
+        assert!(judge.lines.pending() < 4096 && judge.tail.len() <= KEPT_BYTES);
         assert_eq!(judge.last_lines(1), ["the [31mend"]);
     }
 

@@ -1,38 +1,14 @@
-//! What can go wrong before a guest runs, and the command's exit statuses.
-//!
-//! A guest's own status through the debug-exit port is `(value << 1) | 1`, always odd. The command's own are even, so
-//! that neither can be taken for the other, and none but a good run gives 0.
+//! What can go wrong before a guest runs. The exit statuses are [`nestling_control::verdict`]'s.
 
-use std::{fmt, io, path::PathBuf};
+use std::{io, path::PathBuf};
 
 use nestling_control::{bundle::BundleError, config::ConfigError};
 use thiserror::Error;
 
-use crate::guest::kernel::KernelError;
+pub use nestling_control::verdict::Status;
+pub use nestling_control::words::Mebibytes;
 
-/// The command's own exit statuses.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[repr(u8)]
-pub enum Status {
-    /// The guest powered off or reset and, in check mode, printed that it passed; or its user left it.
-    Good = 0,
-    /// The options or files that were given cannot be used. Nothing was started. (The status of clap as well.)
-    Usage = 2,
-    /// The guest ended by itself without the verdict that check mode waits for.
-    NoVerdict = 64,
-    /// The guest's self-check failed and the guest then powered off instead of ending with a status of its own.
-    CheckFailed = 66,
-    /// The guest died.
-    GuestDied = 70,
-    /// QEMU or the hypervisor failed, or the hypervisor did not give back what the guest had.
-    HypervisorFailed = 72,
-    /// `--timeout` was over.
-    TimedOut = 74,
-    /// A tool or package is missing and could not be had.
-    Missing = 76,
-    /// Anything else on this side: building, reading, writing.
-    Internal = 78,
-}
+use crate::guest::kernel::KernelError;
 
 /// Why no guest was started.
 #[derive(Debug, Error)]
@@ -169,15 +145,5 @@ impl Error {
             Self::Qemu(_) => Status::HypervisorFailed,
             Self::Build { .. } | Self::Bundle(_) | Self::Io { .. } => Status::Internal,
         }
-    }
-}
-
-/// A number of bytes as people read it.
-#[derive(Clone, Copy, Debug)]
-pub struct Mebibytes(pub u64);
-
-impl fmt::Display for Mebibytes {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} MiB", self.0.div_ceil(1 << 20))
     }
 }

@@ -15,7 +15,6 @@ pub mod accel;
 pub mod args;
 pub mod artifacts;
 pub mod console;
-pub mod death;
 pub mod doctor;
 pub mod error;
 pub mod guest;

@@ -11,7 +11,7 @@ use nestling_cli::{
     args::{Cli, Command, RunArgs},
     doctor,
     error::Error,
-    plan::Seat,
+    guest::plan::Seat,
     progress::{Progress, Step},
     run,
     session::Remote,

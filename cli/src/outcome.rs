@@ -1,11 +1,15 @@
 //! What a run came to: one exit status, one verdict, one sentence.
 
-use nestling_control::message::{GuestExit, Report};
+use nestling_control::{
+    message::{GuestExit, Report},
+    verdict::{self, Expected},
+    words::Cost,
+};
 
 use crate::{
     accel::Acceleration,
     args::Mode,
-    error::{Mebibytes, Status},
+    error::Status,
     session::{Ending, HypervisorFailure, Record},
 };
 
@@ -24,35 +28,24 @@ impl Outcome {
     /// The exit status of the command. Only a good run gives 0.
     #[must_use]
     pub fn exit_status(&self) -> u8 {
+        let judged = |exit: &GuestExit| {
+            let frames_left = self.record.report.as_ref().map(Report::frames_left);
+            verdict::judge(exit, self.expected(), self.record.console.verdict(), frames_left).status()
+        };
         match &self.record.ending {
-            Ending::Guest(GuestExit::PowerOff | GuestExit::Reset) => self.judged() as u8,
-            // As QEMU's isa-debug-exit gives it; the low bit keeps it from ever being 0.
-            Ending::Guest(GuestExit::DebugExit { value }) => match &self.record.report {
-                Some(report) if frames_left(report) > 0 => Status::HypervisorFailed as u8,
-                _ => (*value as u8) << 1 | 1,
-            },
-            Ending::Guest(GuestExit::Died) => Status::GuestDied as u8,
-            Ending::Guest(GuestExit::Error { .. }) | Ending::Hypervisor(_) => Status::HypervisorFailed as u8,
-            Ending::Guest(GuestExit::Stopped) | Ending::Left => match self.mode {
-                Mode::Shell => Status::Good as u8,
-                Mode::Check => Status::NoVerdict as u8,
-            },
+            Ending::Guest(exit) => judged(exit),
+            Ending::Left => judged(&GuestExit::Stopped),
+            Ending::Hypervisor(_) => Status::HypervisorFailed as u8,
             Ending::TimedOut(_) => Status::TimedOut as u8,
             Ending::Signal(number) => 128 + (*number as u8 & 0x7f),
         }
     }
 
-    /// Judges a guest that ended by itself.
-    fn judged(&self) -> Status {
-        match (self.mode, self.record.console.verdict()) {
-            (Mode::Check, None) => return Status::NoVerdict,
-            (Mode::Check, Some(Err(_))) => return Status::CheckFailed,
-            (Mode::Check, Some(Ok(_))) | (Mode::Shell, _) => {}
-        }
-        match &self.record.report {
-            Some(report) if frames_left(report) == 0 => Status::Good,
-            // No report, or a leak: the guest did its part, the hypervisor did not.
-            _ => Status::HypervisorFailed,
+    /// What the guest has to do.
+    fn expected(&self) -> Expected {
+        match self.mode {
+            Mode::Check => Expected::Verdict,
+            Mode::Shell => Expected::End,
         }
     }
 
@@ -83,12 +76,8 @@ impl Outcome {
     pub fn sentence(&self) -> String {
         let record = &self.record;
         let end = match &record.ending {
-            Ending::Guest(GuestExit::PowerOff) => "the guest switched itself off".into(),
-            Ending::Guest(GuestExit::Reset) => "the guest asked for a reset".into(),
-            Ending::Guest(GuestExit::DebugExit { value }) => format!("the guest ended with the value {value}"),
-            Ending::Guest(GuestExit::Died) => "the guest died".into(),
-            Ending::Guest(GuestExit::Error { text }) => format!("the hypervisor gave up: {text}"),
-            Ending::Guest(GuestExit::Stopped) | Ending::Left => "left".into(),
+            Ending::Guest(exit) => exit.to_string(),
+            Ending::Left => GuestExit::Stopped.to_string(),
             Ending::TimedOut(after) => format!("no end within {} s (--timeout)", after.as_secs()),
             Ending::Signal(number) => format!("ended by signal {number}"),
             Ending::Hypervisor(HypervisorFailure::Died { status }) => match status {
@@ -106,7 +95,9 @@ impl Outcome {
             (Mode::Shell, None) => String::new(),
         };
         let left = match &record.report {
-            Some(report) if frames_left(report) > 0 => format!("; LEAK: {} frames not given back", frames_left(report)),
+            Some(report) if report.frames_left() > 0 => {
+                format!("; LEAK: {} frames not given back", report.frames_left())
+            }
             None if matches!(record.ending, Ending::Guest(GuestExit::PowerOff | GuestExit::Reset)) => {
                 "; the hypervisor sent no report".into()
             }
@@ -119,32 +110,12 @@ impl Outcome {
     #[must_use]
     pub fn cost(&self) -> Option<String> {
         let report = self.record.report.as_ref()?;
-        let exits: u64 = report.exits.values().sum();
-        let faults: u64 = report.faults.values().sum();
-        let mapped = &report.mapped_bytes;
         let booted = match self.record.boot_wall {
             Some(boot) => format!(" (booted in {:.1} s)", boot.as_secs_f64()),
             None => String::new(),
         };
-        Some(format!(
-            "{:.1} s{booted}; {exits} exits, {faults} faults; mapped {} by 4K, {} by 2M, {} by 1G pages with {} tables; \
-             {} flushes, {} kicks",
-            self.record.wall.as_secs_f64(),
-            Mebibytes(mapped.size_4k),
-            Mebibytes(mapped.size_2m),
-            Mebibytes(mapped.size_1g),
-            report.table_frames.peak,
-            report.tlb_flushes,
-            report.kicks
-        ))
+        Some(format!("{:.1} s{booted}; {}", self.record.wall.as_secs_f64(), Cost(report)))
     }
-}
-
-/// Frames that were not given back.
-fn frames_left(report: &Report) -> u64 {
-    [report.table_frames.left, report.guest_frames_left, report.kept_pages_left]
-        .into_iter()
-        .fold(0, u64::saturating_add)
 }
 
 #[cfg(test)]

@@ -1,21 +1,15 @@
 //! `nestling run`: from the options to the outcome.
 
-use std::{
-    fs::{self, File},
-    io::Write,
-    path::PathBuf,
-    time::Instant,
-};
+use std::{fs::File, io::Write, path::PathBuf, time::Instant};
 
-use nestling_control::{bundle::Bundle, config::GuestKind, message::GuestExit};
+use nestling_control::{death, message::GuestExit};
 
 use crate::{
     args::RunArgs,
-    artifacts, death,
     error::Error,
-    guest::{initramfs, kernel::KernelImage, packages},
+    guest::{load::Loaded, plan::Seat},
     outcome::Outcome,
-    plan::{Plan, Seat},
+    plan::Plan,
     progress::Progress,
     qemu::{self, Machine},
     report::JsonReport,
@@ -32,8 +26,7 @@ pub struct Prepared {
     plan: Plan,
     report: Option<PathBuf>,
     qemu: PathBuf,
-    hypervisor: PathBuf,
-    bundle: Vec<u8>,
+    loaded: Loaded,
     progress: Progress,
 }
 
@@ -42,60 +35,14 @@ pub struct Prepared {
 /// # Errors
 /// The first thing that cannot be done, with its reason.
 pub fn prepare(args: &RunArgs, seat: Seat, progress: Progress) -> Result<Prepared, Error> {
-    let mut plan = Plan::new(args, seat)?;
+    let plan = Plan::new(args, seat)?;
     if let Some(path) = &args.report {
         // Better now than after the run; a report of an earlier run must not be taken for this one's.
         File::create(path).map_err(|cause| Error::File { option: "--report", path: path.clone(), cause })?;
     }
     let qemu = setup::qemu(progress)?;
-    if plan.config.kind == GuestKind::Multiboot {
-        return prepare_multiboot(plan, args, qemu, progress);
-    }
-    let (kernel, kernel_path) = match plan.kernel.take() {
-        Some(kernel) => (kernel, args.kernel.clone().unwrap_or_default()),
-        None => {
-            let path = packages::kernel(progress)?;
-            (fs::read(&path).map_err(Error::io(format!("read {}", path.display())))?, path)
-        }
-    };
-    let image = KernelImage::parse(&kernel).map_err(|cause| Error::Kernel { path: kernel_path, cause })?;
-    let initrd = match plan.initrd.take() {
-        Some(initrd) => initrd,
-        None => default_initrd(progress)?,
-    };
-    let needed = image.least_memory_bytes(initrd.len() as u64);
-    if plan.config.memory_bytes < needed {
-        return Err(Error::MemoryForKernel { given: plan.config.memory_bytes, needed });
-    }
-    if plan.config.command_line.len() > image.command_line_bytes {
-        let length = plan.config.command_line.len();
-        return Err(Error::CommandLineForKernel { length, most: image.command_line_bytes });
-    }
-    let hypervisor = match plan.hypervisor.take() {
-        Some(path) => path,
-        None => artifacts::hypervisor(progress)?,
-    };
-    let bundle = Bundle { config: plan.config.clone(), kernel: &kernel, initrd: Some(&initrd) }.to_bytes()?;
-    Ok(Prepared { plan, report: args.report.clone(), qemu, hypervisor, bundle, progress })
-}
-
-/// A Multiboot image needs nothing but itself, its module, and the hypervisor.
-fn prepare_multiboot(mut plan: Plan, args: &RunArgs, qemu: PathBuf, progress: Progress) -> Result<Prepared, Error> {
-    let image = plan.kernel.take().unwrap_or_default();
-    let module = plan.initrd.take();
-    let hypervisor = match plan.hypervisor.take() {
-        Some(path) => path,
-        None => artifacts::hypervisor(progress)?,
-    };
-    let bundle = Bundle { config: plan.config.clone(), kernel: &image, initrd: module.as_deref() }.to_bytes()?;
-    Ok(Prepared { plan, report: args.report.clone(), qemu, hypervisor, bundle, progress })
-}
-
-fn default_initrd(progress: Progress) -> Result<Vec<u8>, Error> {
-    let busybox = packages::busybox(progress)?;
-    let init = artifacts::guest_init(progress)?;
-    let read = |path: &PathBuf| fs::read(path).map_err(Error::io(format!("read {}", path.display())));
-    initramfs::build(&read(&init)?, &read(&busybox)?).map_err(Error::io("put the initial RAM disk together"))
+    let loaded = plan.guest.load(progress)?;
+    Ok(Prepared { plan, report: args.report.clone(), qemu, loaded, progress })
 }
 
 impl Prepared {
@@ -106,16 +53,16 @@ impl Prepared {
     /// # Errors
     /// If the machine cannot be started or the console or the report not be written.
     pub fn run(self, console: impl FnOnce(Remote) -> Result<Box<dyn Write>, Error>) -> Result<Outcome, Error> {
-        let memory_bytes = self.plan.host_memory_bytes(self.bundle.len() as u64);
+        let memory_bytes = self.plan.host_memory_bytes(self.loaded.bundle.len() as u64);
         let queue = Queue::default();
         let start = Instant::now();
         let machine = Machine::start(
             &qemu::Start {
                 qemu: &self.qemu,
-                hypervisor: &self.hypervisor,
-                bundle: &self.bundle,
-                vcpus: self.plan.config.vcpus,
-                storm: self.plan.config.storm.is_some(),
+                hypervisor: &self.loaded.hypervisor,
+                bundle: &self.loaded.bundle,
+                vcpus: self.plan.guest.config.vcpus,
+                storm: self.plan.guest.config.storm.is_some(),
                 memory_bytes,
                 acceleration: self.plan.acceleration,
             },
@@ -130,7 +77,7 @@ impl Prepared {
         // A terminal is put back before anything is said on it.
         drop(output);
 
-        let outcome = Outcome { mode: self.plan.mode, acceleration: self.plan.acceleration, record };
+        let outcome = Outcome { mode: self.plan.guest.mode, acceleration: self.plan.acceleration, record };
         self.explain(&outcome);
         if let Some(path) = &self.report {
             JsonReport::new(&self.plan, &outcome).write(path)?;

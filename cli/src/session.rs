@@ -407,28 +407,21 @@ mod tests {
     use nestling_control::config::{HugePages, RunConfig};
 
     use super::*;
-    use crate::{accel::Acceleration, args::Mode};
+    use crate::{accel::Acceleration, args::Mode, guest::plan::GuestPlan};
 
     fn plan(timeout: Option<Duration>) -> Plan {
-        Plan {
-            config: RunConfig {
-                kind: nestling_control::config::GuestKind::Linux,
-                storm: None,
-                vcpus: 1,
-                memory_bytes: 64 << 20,
-                huge_pages: HugePages::M2,
-                silence_timeout_ms: None,
-                command_line: String::new(),
-                ready_marker: String::new(),
-            },
-            mode: Mode::Check,
-            acceleration: Acceleration::Tcg,
-            timeout,
-            kernel: None,
-            initrd: None,
-            hypervisor: None,
-            verbose: false,
-        }
+        let config = RunConfig {
+            kind: nestling_control::config::GuestKind::Linux,
+            storm: None,
+            vcpus: 1,
+            memory_bytes: 64 << 20,
+            huge_pages: HugePages::M2,
+            silence_timeout_ms: None,
+            command_line: String::new(),
+            ready_marker: String::new(),
+        };
+        let guest = GuestPlan { config, mode: Mode::Check, kernel: None, initrd: None, hypervisor: None };
+        Plan { guest, acceleration: Acceleration::Tcg, timeout, verbose: false }
     }
 
     fn hello(protocol: u32) -> ToCommand {

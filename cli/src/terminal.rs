@@ -16,7 +16,7 @@ use rustix::{
 
 use crate::{
     console::{Escape, Typed},
-    plan::Seat,
+    guest::plan::Seat,
     session::Remote,
 };
 

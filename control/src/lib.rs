@@ -7,6 +7,9 @@
 //! - [`frame`] and [`message`]: a byte stream (the second serial port) that carries [`message::ToCommand`] while the
 //!   guest runs and [`message::ToHypervisor`] the other way.
 //!
+//! And there is what both have to say to people: [`words`] and [`death`] tell a message, [`verdict`] judges a run. The
+//! command does so; a hypervisor that was booted without a command does it itself, on the guest's console.
+//!
 //! Neither side trusts the other: the hypervisor's memory may have been damaged by the bug that is being looked for, and
 //! a bundle may come from anywhere. Every parser here is bounds-checked, bounded in memory, and names what was wrong.
 //!
@@ -18,8 +21,11 @@ extern crate alloc;
 
 pub mod bundle;
 pub mod config;
+pub mod death;
 pub mod frame;
 pub mod message;
+pub mod verdict;
+pub mod words;
 
 /// The version of everything in this crate: it changes with every change of a message, of a frame or of the bundle.
 ///

@@ -9,7 +9,9 @@ use crate::error::Error;
 
 pub mod initramfs;
 pub mod kernel;
+pub mod load;
 pub mod packages;
+pub mod plan;
 
 /// The console's line starts with this when the default guest's init starts: the guest has booted.
 pub const READY_MARKER: &str = "nestling-init:";

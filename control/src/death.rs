@@ -1,8 +1,9 @@
 //! A dead guest, for people: what it was doing, and how its tables looked.
 
-use std::fmt::{self, Display, Write};
+use alloc::{format, vec::Vec};
+use core::fmt::{self, Display, Write};
 
-use nestling_control::message::{DeathReason, DeathReport, ExitRecord, Segment, VcpuState, WalkStep};
+use crate::message::{DeathReason, DeathReport, ExitRecord, Segment, VcpuState, WalkStep};
 
 const GENERAL: [&str; 16] =
     ["rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15"];
@@ -108,9 +109,10 @@ fn exits(f: &mut fmt::Formatter<'_>, exits: &[ExitRecord]) -> fmt::Result {
 
 #[cfg(test)]
 mod tests {
-    use nestling_control::message::Registers;
+    use alloc::{string::ToString, vec};
 
     use super::*;
+    use crate::message::Registers;
 
     #[test]
     fn everything_that_was_found_is_shown_and_nothing_acts_on_the_terminal() {
