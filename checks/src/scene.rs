@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use nestling::format::Npt;
-use nestling::{Config, Gfn, Mmu, SlotConfig, SlotFlags, SlotId};
+use nestling::{AddressSpace, Config, Gfn, Mmu, SlotConfig, SlotFlags, SlotId};
 
 use crate::ghost::Violation;
 use crate::ghost::object::Shape;
@@ -42,7 +42,7 @@ pub const fn aligned(start: Gfn, pages: u64) -> Shape {
 /// What a slot is added with; its memory is made for it.
 pub fn slot(mmu: &Mmu<Amd>, id: u32, start: Gfn, pages: u64, flags: SlotFlags) -> SlotConfig {
     let backing = mmu.host().ghost().make_object(aligned(start, pages));
-    SlotConfig { id: SlotId(id), base: start.gpa(), size: pages << 12, flags, backing }
+    SlotConfig { id: SlotId(id), space: AddressSpace::Main, base: start.gpa(), size: pages << 12, flags, backing }
 }
 
 /// Adds a slot with memory and tells the ghost.

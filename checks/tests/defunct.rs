@@ -31,7 +31,7 @@ fn leaves_left_by(config: Config, meanwhile: impl FnOnce(&Arc<Mmu<Amd>>)) -> usi
     drop(worker);
     let high = GfnRange { start: HIGH, end: Gfn(HIGH.0 + 512) };
     let left = || {
-        let tree = Tree::read::<nestling::format::Npt>(&mmu.host().arena, old, mmu.role().level());
+        let tree = Tree::read::<nestling::format::Npt>(&mmu.host().arena, old, mmu.role());
         assert!(tree.freed.is_empty());
         tree.leaves.iter().filter(|leaf| high.contains(leaf.gfn)).count()
     };

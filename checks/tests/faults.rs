@@ -5,8 +5,8 @@ use std::sync::Barrier;
 use nestling::format::MemoryType;
 use nestling::host::Extent;
 use nestling::{
-    Access, Cause, Config, Fault, FaultError, Gfn, GfnRange, Hfn, Level, Outcome, Role, SlotConfig, SlotFlags, SlotId,
-    SlotZap, VcpuId,
+    Access, AddressSpace, Cause, Config, Fault, FaultError, Gfn, GfnRange, Hfn, Level, Outcome, Role, SlotConfig,
+    SlotFlags, SlotId, SlotZap, VcpuId,
 };
 use nestling_checks::ghost::object::{Object, Page, Shape};
 use nestling_checks::machine::arena::Refuse;
@@ -68,6 +68,7 @@ proptest! {
         let backing = mmu.host().ghost().make_object(shape);
         let config = SlotConfig {
             id: SlotId(0),
+            space: AddressSpace::Main,
             base: slot.start.gpa(),
             size: slot.pages() << 12,
             flags: SlotFlags::empty(),

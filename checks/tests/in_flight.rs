@@ -4,7 +4,7 @@
 use std::time::{Duration, Instant};
 
 use nestling::slots::SlotState;
-use nestling::{Access, Cause, Fault, Gfn, GfnRange, Outcome, SlotConfig, SlotId, VcpuId};
+use nestling::{Access, AddressSpace, Cause, Fault, Gfn, GfnRange, Outcome, SlotConfig, SlotId, VcpuId};
 use nestling_checks::scene::{add, small, two_by_two};
 
 const START: Gfn = Gfn(0x400);
@@ -27,7 +27,7 @@ fn slots_do_not_move_under_an_invalidation() {
     std::thread::scope(|scope| {
         let mover = scope.spawn(|| mmu.worker().expect("a worker is free").move_slot(SlotId(0), NEW.gpa()));
         let mut watcher = mmu.worker().expect("a worker is free");
-        while watcher.slot_at(START).is_some_and(|slot| slot.state() == SlotState::Ready) {
+        while watcher.slot_at(AddressSpace::Main, START).is_some_and(|slot| slot.state() == SlotState::Ready) {
             std::thread::yield_now();
         }
         let began = Instant::now();

@@ -28,14 +28,15 @@ fn op() -> impl Strategy<Value = Op> {
     let id = || 0u8..5;
     let few = || prop_oneof![4 => 1u64..4, 4 => Just(512), 4 => 1u64..1600, 1 => Just(2 << 18)];
     prop_oneof![
-        3 => (id(), start(), pages(), lie(), prop::bool::weighted(0.2))
-            .prop_map(|(id, at, pages, shape, read_only)| Op::Add { id, at, pages, shape, read_only }),
+        3 => (id(), prop::bool::weighted(0.25), start(), pages(), lie(), prop::bool::weighted(0.2))
+            .prop_map(|(id, smm, at, pages, shape, read_only)| Op::Add { id, smm, at, pages, shape, read_only }),
         1 => id().prop_map(Op::Delete),
         1 => (id(), start()).prop_map(|(id, at)| Op::Move(id, at)),
         1 => (id(), any::<bool>()).prop_map(|(id, read_only)| Op::Flags { id, read_only }),
         10 => (any::<bool>(), spot(), 0u8..3).prop_map(|(second, at, access)| Op::Touch { second, at, access }),
         1 => Just(Op::ZapAll),
-        1 => (any::<bool>(), any::<bool>()).prop_map(|(second, five)| Op::Turn { second, five }),
+        1 => (any::<bool>(), any::<bool>(), prop::bool::weighted(0.25), any::<bool>())
+            .prop_map(|(second, five, smm, plain)| Op::Turn { second, five, smm, plain }),
         2 => (start(), few()).prop_map(|(at, pages)| Op::Zap(at, pages)),
         2 => (spot(), 1u64..5, any::<bool>()).prop_map(|(at, pages, moved)| Op::Invalidate(at, pages, moved)),
         // In the same block, where a huge leaf would reach into the range.

@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use nestling::{
-    Access, Cause, Config, ConfigError, Fault, Gfn, GfnRange, Gpa, Level, Mmu, OutOfMemory, Outcome, SlotConfig,
-    SlotError, SlotFlags, SlotId, VcpuId,
+    Access, AddressSpace, Cause, Config, ConfigError, Fault, Gfn, GfnRange, Gpa, Level, Mmu, OutOfMemory, Outcome,
+    SlotConfig, SlotError, SlotFlags, SlotId, VcpuId,
 };
 use nestling_checks::machine::guest::{Done, GuestCpu, Manners};
 use nestling_checks::machine::{Build, Machine, check_tables};
@@ -12,7 +12,14 @@ use nestling_checks::scene::{Amd, add, assert_none, slot, small, two_by_two};
 use proptest::prelude::*;
 
 fn config(id: u32, base: u64, size: u64) -> SlotConfig {
-    SlotConfig { id: SlotId(id), base: Gpa(base), size, flags: SlotFlags::empty(), backing: 0 }
+    SlotConfig {
+        id: SlotId(id),
+        space: AddressSpace::Main,
+        base: Gpa(base),
+        size,
+        flags: SlotFlags::empty(),
+        backing: 0,
+    }
 }
 
 #[test]
@@ -157,8 +164,8 @@ fn many_slots() {
     assert_eq!(worker.add_slot(config(COUNT as u32, COUNT << 14, 0x1000)), Err(SlotError::TooMany));
     for id in (0..COUNT).step_by(7) {
         let first = Gfn(place(id) << 2);
-        assert_eq!(worker.slot_at(Gfn(first.0 + 2)).map(|slot| slot.id()), Some(SlotId(id as u32)));
-        assert_eq!(worker.slot_at(Gfn(first.0 + 3)), None);
+        assert_eq!(worker.slot_at(AddressSpace::Main, Gfn(first.0 + 2)).map(|slot| slot.id()), Some(SlotId(id as u32)));
+        assert_eq!(worker.slot_at(AddressSpace::Main, Gfn(first.0 + 3)), None);
     }
     let slots = worker.slots();
     assert_eq!(slots.len() as u64, COUNT);

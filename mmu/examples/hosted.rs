@@ -11,8 +11,8 @@ use nestling::format::{MemoryType, Npt};
 use nestling::host::{Backing, BackingError, Extent, TableFrames, Time, Vcpus};
 use nestling::sync::AtomicU64 as Entry;
 use nestling::{
-    Access, Cause, Config, Fault, Gfn, GfnRange, Gpa, Hfn, Host, Level, Mmu, Outcome, Slot, SlotConfig, SlotFlags,
-    SlotId, VcpuId,
+    Access, AddressSpace, Cause, Config, Fault, Gfn, GfnRange, Gpa, Hfn, Host, Level, Mmu, Outcome, Slot, SlotConfig,
+    SlotFlags, SlotId, VcpuId,
 };
 
 /// What this machine gives the library.
@@ -72,7 +72,8 @@ fn main() {
         let mmu = Mmu::new(Machine::default(), config).expect("the configuration is right");
         let mut worker = mmu.worker().expect("there is memory for a worker");
         let (base, size) = (Gpa(1 << 30), 256 << 20);
-        let ram = SlotConfig { id: SlotId(0), base, size, flags: SlotFlags::empty(), backing: 0 };
+        let ram =
+            SlotConfig { id: SlotId(0), space: AddressSpace::Main, base, size, flags: SlotFlags::empty(), backing: 0 };
         worker.add_slot(ram).expect("the first slot overlaps nothing");
 
         let start = Instant::now();

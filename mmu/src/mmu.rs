@@ -51,7 +51,7 @@ pub struct Config {
     pub vcpus: u16,
     /// Workers at most at one time. 1 to 256.
     pub workers: u16,
-    /// Memslots at most.
+    /// Memslots at most, those of all address spaces together.
     pub slots: usize,
     /// Level of the root tables: [`Level::L4`] (48 guest-physical bits) or [`Level::L5`].
     pub root_level: Level,
@@ -180,7 +180,8 @@ impl<H: Host> Mmu<H> {
         id.0 < self.config.vcpus && self.tlb.in_guest(id)
     }
 
-    /// The role of the roots that vCPUs load.
+    /// The role of the roots that vCPUs load at first: the main address space, with accessed and dirty bits. Others are
+    /// made from it ([`Vcpu::set_role`]).
     pub fn role(&self) -> Role {
         self.role
     }

@@ -168,6 +168,12 @@ impl<H: Host> InGuest<'_, H> {
         self.root
     }
 
+    /// What kind of root it is, where the CPU wants to know (the walk's length and bit 6 of an EPT pointer).
+    #[inline]
+    pub fn role(&self) -> Role {
+        self.vcpu.role
+    }
+
     /// Whether all of the guest's translations in this CPU's TLB must be flushed before the guest runs; takes the
     /// obligation over.
     ///
@@ -208,6 +214,11 @@ impl<H: Host> Vcpu<H> {
         &self.mmu
     }
 
+    /// The kind of root that it runs on.
+    pub fn role(&self) -> Role {
+        self.role
+    }
+
     /// Gets the vCPU ready to run guest code. To be called with whatever the embedder kicks with held back (interrupts
     /// disabled), so that a kick from here on ends the guest's run at once.
     #[inline]
@@ -231,7 +242,8 @@ impl<H: Host> Vcpu<H> {
         Ok(InGuest { vcpu: self, root })
     }
 
-    /// Turns to another kind of root, for the turns to come. The root of the present role stays at hand.
+    /// Turns to another kind of root, for the turns to come: another address space (system-management mode), another
+    /// number of levels, with accessed and dirty bits or without. The root of the present role stays at hand.
     pub fn set_role(&mut self, role: Role) {
         if role != self.role {
             self.role = role;
@@ -332,9 +344,10 @@ impl<H: Host> Vcpu<H> {
         let inside = Shared::enter(mmu, &mut self.ticket);
         // From here on no update gets past its grace period and no invalidation begins before the guard is dropped.
         let generation = self.hint.generation;
-        // A root that was invalidated is being emptied, and must not be filled again.
+        // A root that was invalidated is being emptied, and must not be filled again. One of a rarer role takes the
+        // longer way, as whatever is not plain.
         let current =
-            mmu.slots.generation() == generation && !mmu.notify.is_overtaken(snapshot) && root.is_valid(&inside);
+            mmu.slots.generation() == generation && !mmu.notify.is_overtaken(snapshot) && root.is_usual(&inside);
         if current && map_page(&inside, root, &want) {
             drop(inside);
             return Ok(Outcome::Fixed { level: Level::K4 });
@@ -371,7 +384,9 @@ impl<H: Host> Vcpu<H> {
         let generation = set.generation();
         // An index above the root's limit would wrap, and name the entry of another frame.
         let limit = self.role.level().root_limit();
-        let Some(slot) = set.find(gfn).filter(|_| gfn < limit) else { return Found::Nothing { generation } };
+        let Some(slot) = set.find(self.role.space(), gfn).filter(|_| gfn < limit) else {
+            return Found::Nothing { generation };
+        };
         if slot.state() == SlotState::Changing {
             return Found::Changing;
         }

@@ -14,8 +14,10 @@ use crate::host::Host;
 use crate::lock::{Exclusive, Shared, Ticket};
 use crate::mutants::{self, Mutant};
 use crate::reclaim::{Batch, Reach};
-use crate::root::Role;
-use crate::slots::{Change, Prepared, Published, Slot, SlotConfig, SlotError, SlotFlags, SlotId, Updates};
+use crate::root::{Role, Spaces};
+use crate::slots::{
+    AddressSpace, Change, Prepared, Published, Slot, SlotConfig, SlotError, SlotFlags, SlotId, Updates,
+};
 use crate::tdp::inspect::{Walk, walk};
 use crate::tdp::zap::{Zapped, zap_range};
 use crate::{Level, Mmu, OutOfMemory, SlotZap};
@@ -72,22 +74,22 @@ impl<H: Host> Worker<H> {
         self.change_slot(id, Change::Flags(flags))
     }
 
-    /// The slot that holds `gfn`, as faults see it now.
-    pub fn slot_at(&mut self, gfn: Gfn) -> Option<Slot> {
+    /// The slot that holds `gfn` in `space`, as faults see it now.
+    pub fn slot_at(&mut self, space: AddressSpace, gfn: Gfn) -> Option<Slot> {
         let inside = Shared::enter(&self.mmu, &mut self.ticket);
-        self.mmu.slots.read(&inside).find(gfn).map(|slot| **slot)
+        self.mmu.slots.read(&inside).find(space, gfn).map(|slot| **slot)
     }
 
-    /// All slots in the order of their frames, as faults see them now.
+    /// All slots, space by space in the order of their frames, as faults see them now.
     pub fn slots(&mut self) -> alloc::vec::Vec<Slot> {
         let inside = Shared::enter(&self.mmu, &mut self.ticket);
         self.mmu.slots.read(&inside).iter().map(|slot| **slot).collect()
     }
 
-    /// Removes every mapping of `range`. When it returns, no vCPU uses one that was there when it was called; faults may
+    /// Removes every mapping of `range` in all address spaces. When it returns, no vCPU uses one that was there when it was called; faults may
     /// have made new ones.
     pub fn zap(&mut self, range: GfnRange) -> Zapped {
-        let mut valid = Shared::enter(&self.mmu, &mut self.ticket).valid_roots();
+        let mut valid = Shared::enter(&self.mmu, &mut self.ticket).valid_roots(Spaces::All);
         let zapped = zap_range(&self.mmu, &mut self.ticket, &mut self.batch, &mut valid, range, Reach::Live);
         // A root that became obsolete before its turn was missed. Whoever made it so holds the exclusive lock until no
         // vCPU runs on it any more: to enter is to wait for that.
@@ -117,13 +119,13 @@ impl<H: Host> Worker<H> {
         zapped
     }
 
-    /// Takes `range` from the guest until the returned value is dropped: when this returns, no vCPU reaches what
+    /// Takes `range`, in all address spaces, from the guest until the returned value is dropped: when this returns, no vCPU reaches what
     /// stood behind it, and faults on it are retried. In between the embedder changes what its backing answers.
     pub fn invalidate(&mut self, range: GfnRange) -> Invalidation<'_, H> {
         let alone = Exclusive::enter(&self.mmu, &mut self.ticket);
         self.mmu.notify.begin(range, &alone);
         // All of them: also a root that is obsolete and not yet empty leads to the memory that is given back.
-        let mut all = alone.all_roots();
+        let mut all = alone.all_roots(Spaces::All);
         drop(alone);
         if !mutants::is(Mutant::LeafChangedInPlace) {
             zap_range(&self.mmu, &mut self.ticket, &mut self.batch, &mut all, range, Reach::Live);
@@ -158,8 +160,9 @@ impl<H: Host> Worker<H> {
         }
         // Obsolete roots too, also those that another zap of everything has not emptied yet: when this update ends,
         // nothing leads to the old slot's memory any more.
-        let mut all = Exclusive::enter(&mmu, &mut self.ticket).all_roots();
-        zap_range(&mmu, &mut self.ticket, &mut self.batch, &mut all, begun.range(), Reach::Live);
+        let spaces = Spaces::One(begun.slot().space());
+        let mut all = Exclusive::enter(&mmu, &mut self.ticket).all_roots(spaces);
+        zap_range(&mmu, &mut self.ticket, &mut self.batch, &mut all, begun.slot().range(), Reach::Live);
         let prepared = updates.finish(&mmu.slots, begun);
         self.publish_between_invalidations(&mmu, &mut updates, prepared);
         Ok(())

@@ -11,8 +11,8 @@ use std::sync::atomic::{AtomicU64, Ordering, compiler_fence, fence};
 use nestling::format::{MemoryType, Npt};
 use nestling::host::{Backing, BackingError, Extent, TableFrames, Time, Vcpus};
 use nestling::{
-    Access, Cause, Config, Fault, Gfn, GfnRange, Gpa, Hfn, Host, Hpa, Level, Mmu, Outcome, Slot, SlotConfig, SlotFlags,
-    SlotId, Vcpu, VcpuId, Worker,
+    Access, AddressSpace, Cause, Config, Fault, Gfn, GfnRange, Gpa, Hfn, Host, Hpa, Level, Mmu, Outcome, Slot,
+    SlotConfig, SlotFlags, SlotId, Vcpu, VcpuId, Worker,
 };
 use rustix::thread::{MembarrierCommand, membarrier};
 
@@ -136,6 +136,7 @@ impl<A: Asymmetry> Contender for Nestling<A> {
         let mmu = Mmu::new(Machine { asymmetry: PhantomData }, config).expect("the configuration is right");
         let ram = SlotConfig {
             id: SlotId(0),
+            space: AddressSpace::Main,
             base: Gpa(FIRST),
             size: PAGES * PAGE,
             flags: SlotFlags::empty(),

@@ -21,7 +21,9 @@ pub mod tree;
 use std::collections::{BTreeMap, VecDeque};
 
 use nestling::host::{BackingError, Extent};
-use nestling::{Access, FaultError, Gfn, GfnRange, Hfn, Outcome, Slot, SlotConfig, SlotFlags, SlotId, VcpuId};
+use nestling::{
+    Access, AddressSpace, FaultError, Gfn, GfnRange, Hfn, Outcome, Slot, SlotConfig, SlotFlags, SlotId, VcpuId,
+};
 
 pub use history::Violation;
 use history::{Event, History, Side};
@@ -37,6 +39,8 @@ const VIOLATIONS: usize = 16;
 pub struct Placement {
     /// The slot.
     pub id: SlotId,
+    /// Its address space.
+    pub space: AddressSpace,
     /// Its frames.
     pub range: GfnRange,
     /// Whether the slot lets the guest write.
@@ -197,9 +201,9 @@ impl Ghost {
         &self.placements
     }
 
-    /// The placement that holds `gfn`.
-    pub fn placement_at(&self, gfn: Gfn) -> Option<Placement> {
-        self.placements.iter().find(|place| place.range.contains(gfn)).copied()
+    /// The placement in `space` that holds `gfn`.
+    pub fn placement_at(&self, space: AddressSpace, gfn: Gfn) -> Option<Placement> {
+        self.placements.iter().find(|place| place.space == space && place.range.contains(gfn)).copied()
     }
 
     /// Whether the backing and the slots let a guest write at `place`.
@@ -223,7 +227,13 @@ impl Ghost {
         if let Some(range) = GfnRange::new(config.base.gfn(), config.size >> 12) {
             self.note(range, format!("adding {:?} of object {}", config.id, config.backing));
             let writable = !config.flags.contains(SlotFlags::READ_ONLY);
-            self.placements.push(Placement { id: config.id, range, writable, object: config.backing });
+            self.placements.push(Placement {
+                id: config.id,
+                space: config.space,
+                range,
+                writable,
+                object: config.backing,
+            });
         }
     }
 
@@ -316,11 +326,12 @@ impl Ghost {
         self.zaps.push_back((range, called));
     }
 
-    /// A vCPU in guest mode reaches `hfn` through a translation of `gfn` that was read at `born`.
-    pub fn access(&mut self, vcpu: VcpuId, gfn: Gfn, hfn: Hfn, access: Access, born: u64) {
+    /// A vCPU in guest mode, in `space`, reaches `hfn` through a translation of `gfn` that was read at `born`.
+    pub fn access(&mut self, vcpu: VcpuId, space: AddressSpace, gfn: Gfn, hfn: Hfn, access: Access, born: u64) {
         self.accesses += 1;
         self.note_guest(gfn, format!("{vcpu:?} {access:?} to {hfn:?} by a translation of {born}"));
-        let allowed = self.placements.iter().filter(|place| place.range.contains(gfn)).any(|place| {
+        let here = |place: &&Placement| place.space == space && place.range.contains(gfn);
+        let allowed = self.placements.iter().filter(here).any(|place| {
             let frame = self
                 .objects
                 .get(&place.object)
@@ -345,6 +356,7 @@ impl Ghost {
     pub fn fault_ended(
         &mut self,
         vcpu: VcpuId,
+        space: AddressSpace,
         gfn: Gfn,
         access: Access,
         began: u64,
@@ -357,7 +369,7 @@ impl Ghost {
             Err(_) => true,
             Ok(_) if self.changing > 0 || self.changed > began => false,
             Ok(outcome) => {
-                let right = match self.placement_at(gfn) {
+                let right = match self.placement_at(space, gfn) {
                     None => *outcome == Outcome::Mmio,
                     Some(place) if access == Access::Write && !self.may_write(&place) => *outcome == Outcome::ReadOnly,
                     Some(_) => matches!(outcome, Outcome::Fixed { .. } | Outcome::Spurious),

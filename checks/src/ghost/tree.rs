@@ -4,7 +4,7 @@
 
 use std::sync::atomic::Ordering;
 
-use nestling::{Counters, Gfn, GfnRange, Hfn, Level};
+use nestling::{AdBits, Counters, Gfn, GfnRange, Hfn, Level, Role};
 
 use super::Ghost;
 use super::object::{Object, Page};
@@ -23,11 +23,15 @@ pub struct Leaf {
     pub hfn: Hfn,
     /// Rights of the walk to it.
     pub allows: Allows,
+    /// Its dirty bit.
+    pub dirty: bool,
 }
 
 /// What a tree holds.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct Tree {
+    /// The role of its root.
+    pub role: Role,
     /// All leaves in order.
     pub leaves: Vec<Leaf>,
     /// Tables, the root among them.
@@ -42,9 +46,10 @@ pub struct Tree {
 
 impl Tree {
     /// Reads the tree of the root table `frame`.
-    pub fn read<F: Cpu>(arena: &Arena, frame: Hfn, level: Level) -> Self {
-        let mut tree = Self::default();
-        tree.descend::<F>(arena, frame, level, Gfn(0), Allows::ALL);
+    pub fn read<F: Cpu>(arena: &Arena, frame: Hfn, role: Role) -> Self {
+        let (leaves, freed, leftovers) = (Vec::new(), Vec::new(), Vec::new());
+        let mut tree = Self { role, leaves, tables: 0, reserved: 0, freed, leftovers };
+        tree.descend::<F>(arena, frame, role.level(), Gfn(0), Allows::ALL);
         tree
     }
 
@@ -58,7 +63,10 @@ impl Tree {
                 Seen::Absent if raw == 0 => {}
                 Seen::Absent => self.leftovers.push((level, raw)),
                 Seen::Reserved => self.reserved += 1,
-                Seen::Leaf(hfn, allows) => self.leaves.push(Leaf { gfn, level, hfn, allows: above.and(allows) }),
+                Seen::Leaf(hfn, allows) => {
+                    let (allows, dirty) = (above.and(allows), raw & F::DIRTY != 0);
+                    self.leaves.push(Leaf { gfn, level, hfn, allows, dirty });
+                }
                 Seen::Table(next, allows) => {
                     let below = level.down().expect("an entry of level 1 is never a table");
                     self.descend::<F>(arena, next, below, gfn, above.and(allows));
@@ -87,18 +95,21 @@ fn backs(object: &Object, page: u64, leaf: &Leaf) -> bool {
 }
 
 impl Ghost {
-    fn check_leaf(&mut self, leaf: &Leaf, largest: Level) {
+    fn check_leaf(&mut self, role: Role, leaf: &Leaf, largest: Level) {
         let block = GfnRange { start: leaf.gfn, end: Gfn(leaf.gfn.0 + leaf.level.pages()) };
-        let place = self.placements.iter().find(|place| place.range.covers(block)).copied();
+        let place =
+            self.placements.iter().find(|place| place.space == role.space() && place.range.covers(block)).copied();
         let object = place.and_then(|place| self.objects.get(&place.object).map(|object| (place, object)));
         let wrong = match object {
-            None => Some("maps frames of no slot"),
+            None => Some("maps frames of no slot of its address space"),
             Some((place, object)) => {
                 let page = leaf.gfn.0 - place.range.start.0 + object.shape.lead;
                 if !backs(object, page, leaf) {
                     Some("maps a host frame that is not behind the slot")
                 } else if leaf.allows.write && !self.may_write(&place) {
                     Some("lets the guest write what it may not")
+                } else if role.ad_bits() == AdBits::Off && leaf.allows.write && !leaf.dirty {
+                    Some("may be written without a trace")
                 } else if leaf.level > largest {
                     Some("is larger than configured")
                 } else {
@@ -114,7 +125,7 @@ impl Ghost {
     /// Holds the trees of all valid roots against what is allowed, and the counters against the trees.
     pub fn check_trees(&mut self, trees: &[Tree], largest: Level, counters: &Counters, arena: &Arena) {
         for tree in trees {
-            tree.leaves.iter().for_each(|leaf| self.check_leaf(leaf, largest));
+            tree.leaves.iter().for_each(|leaf| self.check_leaf(tree.role, leaf, largest));
             if !tree.freed.is_empty() {
                 self.violation(None, format!("entries lead to freed tables: {:?}", tree.freed));
             }

@@ -11,7 +11,7 @@
 
 use std::sync::Arc;
 
-use nestling::{Access, Cause, Fault, FaultError, Gfn, Hpa, Level, Mmu, Outcome, Role, Vcpu, VcpuId};
+use nestling::{Access, Cause, Fault, FaultError, Gfn, Hpa, Mmu, Outcome, Role, Vcpu, VcpuId};
 
 use super::Machine;
 use super::cpu::Cpu;
@@ -65,7 +65,6 @@ pub struct GuestCpu<F: Cpu> {
     rng: Rng,
     manners: Manners,
     patience: u64,
-    role: Role,
 }
 
 /// Instructions that run at most after a kick was seen.
@@ -78,7 +77,7 @@ struct Running<'a, F: Cpu> {
     tlb: &'a mut Tlb,
     rng: &'a mut Rng,
     root: Hpa,
-    level: Level,
+    role: Role,
 }
 
 impl<F: Cpu> Running<'_, F> {
@@ -96,7 +95,14 @@ impl<F: Cpu> Running<'_, F> {
         match self.tlb.find(gfn, access) {
             Found::Leaf(leaf) => {
                 if carried_out {
-                    self.mmu.host().ghost().access(self.id, gfn, leaf.translate(gfn), access, leaf.born);
+                    self.mmu.host().ghost().access(
+                        self.id,
+                        self.role.space(),
+                        gfn,
+                        leaf.translate(gfn),
+                        access,
+                        leaf.born,
+                    );
                 }
                 return Ok(());
             }
@@ -106,17 +112,17 @@ impl<F: Cpu> Running<'_, F> {
         }
         let machine = self.mmu.host();
         let cached = if self.rng.once_in(4) { None } else { self.tlb.find_table(gfn) };
-        let Some(start) = cached.or_else(|| root(&machine.arena, self.root.hfn(), self.level)) else {
+        let Some(start) = cached.or_else(|| root(&machine.arena, self.root.hfn(), self.role.level())) else {
             machine.ghost().violation(Some(gfn), format!("{:?}: the root {:?} has been freed", self.id, self.root));
             return Err(Cause::Translation);
         };
         let tlb = &mut *self.tlb;
-        match walk::<F>(&machine.arena, start, gfn, access, |table| tlb.learn_table(table)) {
+        match walk::<F>(&machine.arena, start, gfn, access, self.role.ad_bits(), |table| tlb.learn_table(table)) {
             Walked::Leaf(mut leaf) => {
                 let mut ghost = machine.ghost();
                 leaf.born = ghost.tick();
                 if carried_out {
-                    ghost.access(self.id, gfn, leaf.translate(gfn), access, leaf.born);
+                    ghost.access(self.id, self.role.space(), gfn, leaf.translate(gfn), access, leaf.born);
                 }
                 drop(ghost);
                 self.tlb.learn(leaf);
@@ -142,7 +148,7 @@ impl<F: Cpu> GuestCpu<F> {
     pub fn new(mmu: &Arc<Mmu<Machine<F>>>, id: VcpuId, seed: u64, manners: Manners) -> Self {
         let vcpu = mmu.vcpu(id).expect("the test makes each vCPU once");
         let (tlb, rng) = (Tlb::default(), Rng::new(seed));
-        Self { vcpu, tlb, mmu: Arc::clone(mmu), rng, manners, patience: u64::MAX, role: mmu.role() }
+        Self { vcpu, tlb, mmu: Arc::clone(mmu), rng, manners, patience: u64::MAX }
     }
 
     /// Gives up an instruction after it has faulted this often.
@@ -153,13 +159,12 @@ impl<F: Cpu> GuestCpu<F> {
 
     /// Turns to the root of another role, as a vCPU that enters system-management mode does.
     pub fn set_role(&mut self, role: Role) {
-        self.role = role;
         self.vcpu.set_role(role);
     }
 
     /// Its role.
-    pub const fn role(&self) -> Role {
-        self.role
+    pub fn role(&self) -> Role {
+        self.vcpu.role()
     }
 
     /// Runs one instruction to its end.
@@ -207,12 +212,11 @@ impl<F: Cpu> GuestCpu<F> {
         machine.clear_kick(id);
         let mut in_guest = Some(self.vcpu.enter()?);
         let turn = in_guest.as_mut().expect("it was just made");
-        let (root, flush) = (turn.root(), turn.take_flush());
+        let (root, role, flush) = (turn.root(), turn.role(), turn.take_flush());
         if flush && self.manners != Manners::IgnoresFlush {
             self.tlb.flush();
         }
-        let level = self.role.level();
-        let mut running = Running { id, mmu: &self.mmu, tlb: &mut self.tlb, rng: &mut self.rng, root, level };
+        let mut running = Running { id, mmu: &self.mmu, tlb: &mut self.tlb, rng: &mut self.rng, root, role };
         let mut late = None;
         loop {
             if let Err(cause) = running.step(current) {
@@ -245,7 +249,7 @@ impl<F: Cpu> GuestCpu<F> {
         let id = self.vcpu.id();
         let began = self.mmu.host().ghost().tick();
         let result = self.vcpu.fault(Fault { gpa: gfn.gpa(), access, cause });
-        self.mmu.host().ghost().fault_ended(id, gfn, access, began, &result);
+        self.mmu.host().ghost().fault_ended(id, self.role().space(), gfn, access, began, &result);
         match result {
             Ok(Outcome::Mmio) => Some(Done::Mmio),
             Ok(Outcome::ReadOnly) => Some(Done::ReadOnly),

@@ -17,7 +17,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use nestling::events::Event;
 use nestling::host::{BackingError, Extent};
-use nestling::{Config, Gfn, Hfn, Level, Mmu, Role, Slot, VcpuId, Worker};
+use nestling::{AdBits, AddressSpace, Config, Gfn, Hfn, Level, Mmu, Role, Slot, VcpuId, Worker};
 
 use crate::ghost::tree::Tree;
 use crate::ghost::{Ghost, Violation};
@@ -177,7 +177,14 @@ impl<F: Cpu> Machine<F> {
     }
 }
 
-/// The root that vCPUs of the configured role load now.
+/// All roles that a root may have.
+pub fn roles() -> impl Iterator<Item = Role> {
+    let levels = [Level::L4, Level::L5].into_iter().filter_map(Role::new);
+    let spaces = levels.flat_map(|role| AddressSpace::ALL.map(|space| role.in_space(space)));
+    spaces.flat_map(|role| [AdBits::On, AdBits::Off].map(|bits| role.with_ad_bits(bits)))
+}
+
+/// The root that vCPUs of this role load now.
 pub fn current_root<F: Cpu>(worker: &mut Worker<Machine<F>>, role: Role) -> Option<Hfn> {
     Some(worker.walk(role, Gfn(0))?.steps().next()?.address.hfn())
 }
@@ -187,9 +194,8 @@ pub fn current_root<F: Cpu>(worker: &mut Worker<Machine<F>>, role: Role) -> Opti
 pub fn check_tables<F: Cpu>(mmu: &Arc<Mmu<Machine<F>>>) -> Vec<Tree> {
     let machine = mmu.host();
     let mut worker = mmu.worker().expect("a worker is free");
-    let roles = [Level::L4, Level::L5].map(|level| Role::new(level).expect("roots have these levels"));
-    let roots = roles.iter().filter_map(|role| Some((current_root(&mut worker, *role)?, role.level())));
-    let trees: Vec<_> = roots.map(|(root, level)| Tree::read::<F>(&machine.arena, root, level)).collect();
+    let roots = roles().filter_map(|role| Some((current_root(&mut worker, role)?, role)));
+    let trees: Vec<_> = roots.map(|(root, role)| Tree::read::<F>(&machine.arena, root, role)).collect();
     drop(worker);
     machine.ghost().check_trees(&trees, mmu.config().largest, &mmu.counters(), &machine.arena);
     trees

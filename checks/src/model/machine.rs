@@ -17,8 +17,8 @@ use nestling_loom::format::{Format, Leaf, MemoryType, Npt, State};
 use nestling_loom::host::{Backing, BackingError, Extent, TableFrames, Time, Vcpus};
 use nestling_loom::sync::{AtomicBool, AtomicU64 as Entry};
 use nestling_loom::{
-    Access, Cause, Config, Fault, Gfn, GfnRange, Gpa, Hfn, Host, Level, Mmu, Outcome, Role, Slot, SlotConfig,
-    SlotFlags, SlotId, Vcpu, VcpuId, Worker,
+    Access, AddressSpace, Cause, Config, Fault, Gfn, GfnRange, Gpa, Hfn, Host, Level, Mmu, Outcome, Role, Slot,
+    SlotConfig, SlotFlags, SlotId, Vcpu, VcpuId, Worker,
 };
 
 /// Table frames of the machine.
@@ -232,7 +232,14 @@ pub(super) fn machine() -> (Arc<Mmu<Machine>>, Arc<Pool>) {
     let pool = Arc::new(Pool::new());
     let mmu = Mmu::new(Machine::new(Arc::clone(&pool)), config).unwrap();
     let size = PAGES << 12;
-    let ram = SlotConfig { id: SlotId(0), base: Gpa(0), size, flags: SlotFlags::empty(), backing: 0 };
+    let ram = SlotConfig {
+        id: SlotId(0),
+        space: AddressSpace::Main,
+        base: Gpa(0),
+        size,
+        flags: SlotFlags::empty(),
+        backing: 0,
+    };
     mmu.worker().unwrap().add_slot(ram).unwrap();
     (mmu, pool)
 }

@@ -8,8 +8,8 @@ use std::sync::Arc;
 
 use nestling::format::{Ept, Npt};
 use nestling::{
-    Access, Config, FaultError, Gfn, GfnRange, Level, Mmu, Role, SlotConfig, SlotError, SlotFlags, SlotId, SlotZap,
-    VcpuId, Worker,
+    Access, AdBits, AddressSpace, Config, FaultError, Gfn, GfnRange, Level, Mmu, Role, SlotConfig, SlotError,
+    SlotFlags, SlotId, SlotZap, VcpuId, Worker,
 };
 
 use crate::ghost::object::Shape;
@@ -36,6 +36,8 @@ pub enum Op {
     Add {
         /// Its number.
         id: u8,
+        /// Whether it is for system-management mode.
+        smm: bool,
         /// Its first frame.
         at: Spot,
         /// Its length in frames.
@@ -69,12 +71,16 @@ pub enum Op {
     Zap(Spot, u64),
     /// Zap everything, by making all roots obsolete.
     ZapAll,
-    /// One of the vCPUs turns to the other role: a root of 4 levels, or of 5.
+    /// One of the vCPUs turns to a role.
     Turn {
         /// Which one.
         second: bool,
         /// Whether to 5 levels.
         five: bool,
+        /// Whether to system-management mode.
+        smm: bool,
+        /// Whether to tables without accessed and dirty bits.
+        plain: bool,
     },
     /// Invalidate a range, and move its pages or not.
     Invalidate(Spot, u64, bool),
@@ -148,16 +154,18 @@ impl<F: Cpu> Single<F> {
     /// Carries out one operation and checks everything after it.
     pub fn run(&mut self, op: Op) {
         match op {
-            Op::Add { id, at, pages, shape, read_only } => self.add(id, at, pages, shape, read_only),
+            Op::Add { id, smm, at, pages, shape, read_only } => self.add(id, space(smm), at, pages, shape, read_only),
             Op::Delete(id) => self.delete(SlotId(id.into())),
             Op::Move(id, at) => self.move_slot(SlotId(id.into()), self.gfn(at)),
             Op::Flags { id, read_only } => self.flags(SlotId(id.into()), read_only),
             Op::Touch { second, at, access } => self.touch(second.into(), self.gfn(at), access),
             Op::Zap(at, pages) => self.zap(self.range(at, pages)),
             Op::ZapAll => self.zap_all(),
-            Op::Turn { second, five } => {
+            Op::Turn { second, five, smm, plain } => {
                 let level = if five { Level::L5 } else { Level::L4 };
-                self.cpus[usize::from(second)].set_role(Role::new(level).expect("roots have these levels"));
+                let bits = if plain { AdBits::Off } else { AdBits::On };
+                let role = Role::new(level).expect("roots have these levels").in_space(space(smm)).with_ad_bits(bits);
+                self.cpus[usize::from(second)].set_role(role);
             }
             Op::Invalidate(at, pages, moved) => self.invalidate(self.range(at, pages), moved, None),
             Op::TouchDuring(at, pages, touch) => {
@@ -178,7 +186,7 @@ impl<F: Cpu> Single<F> {
         }
     }
 
-    fn add(&mut self, id: u8, at: Spot, pages: u64, lie: Lie, read_only: bool) {
+    fn add(&mut self, id: u8, space: AddressSpace, at: Spot, pages: u64, lie: Lie, read_only: bool) {
         let start = self.gfn(at);
         let lead = 3;
         let phase = start.0.wrapping_sub(lead) % (1 << 18);
@@ -192,8 +200,8 @@ impl<F: Cpu> Single<F> {
         let object = self.mmu.host().ghost().make_object(shape);
         let flags = if read_only { SlotFlags::READ_ONLY } else { SlotFlags::empty() };
         let id = SlotId(id.into());
-        let config = SlotConfig { id, base: start.gpa(), size: pages << 12, flags, backing: object };
-        let right = self.answer_to_add(id, start, pages);
+        let config = SlotConfig { id, space, base: start.gpa(), size: pages << 12, flags, backing: object };
+        let right = self.answer_to_add(id, space, start, pages);
         self.mmu.host().ghost().adding(&config);
         let got = self.worker.add_slot(config);
         self.mmu.host().ghost().added(&config, got.is_ok());
@@ -204,7 +212,7 @@ impl<F: Cpu> Single<F> {
     }
 
     /// What adding should answer; an overlap is named by any of the slots that it may name.
-    fn answer_to_add(&self, id: SlotId, start: Gfn, pages: u64) -> Result<(), SlotError> {
+    fn answer_to_add(&self, id: SlotId, space: AddressSpace, start: Gfn, pages: u64) -> Result<(), SlotError> {
         let ghost = self.mmu.host().ghost();
         let places = ghost.placements();
         if pages == 0 {
@@ -214,7 +222,7 @@ impl<F: Cpu> Single<F> {
         } else if places.len() >= self.mmu.config().slots {
             Err(SlotError::TooMany)
         } else {
-            overlap(places, GfnRange { start, end: Gfn(start.0 + pages) }, None)
+            overlap(places, space, GfnRange { start, end: Gfn(start.0 + pages) }, None)
         }
     }
 
@@ -246,7 +254,7 @@ impl<F: Cpu> Single<F> {
     fn move_slot(&mut self, id: SlotId, start: Gfn) {
         let right = self.place(id).ok_or(SlotError::NotFound).and_then(|place| {
             let range = GfnRange { start, end: Gfn(start.0 + place.range.pages()) };
-            overlap(self.mmu.host().ghost().placements(), range, Some(id))
+            overlap(self.mmu.host().ghost().placements(), place.space, range, Some(id))
         });
         self.mmu.host().ghost().moving(id, start);
         let got = self.worker.move_slot(id, start.gpa());
@@ -274,7 +282,7 @@ impl<F: Cpu> Single<F> {
         }
         let right = {
             let ghost = self.mmu.host().ghost();
-            match ghost.placement_at(gfn) {
+            match ghost.placement_at(self.cpus[cpu].role().space(), gfn) {
                 None => Done::Mmio,
                 Some(place) if access == Access::Write && !ghost.may_write(&place) => Done::ReadOnly,
                 Some(_) => Done::Memory,
@@ -294,16 +302,16 @@ impl<F: Cpu> Single<F> {
         if !matches!(F::see(last.raw, level), Seen::Leaf(..)) {
             self.complain(format!("{gfn:?} was reached and is not mapped: {last:x?}"));
         }
-        let possible = self.possible(gfn);
+        let possible = self.possible(self.cpus[cpu].role().space(), gfn);
         // Smaller than possible only below a table that serves other frames too or did when it was made.
         if last.level > possible {
             self.complain(format!("{gfn:?} is mapped by {:?}, only {possible:?} is possible", last.level));
         }
     }
 
-    fn possible(&self, gfn: Gfn) -> Level {
+    fn possible(&self, space: AddressSpace, gfn: Gfn) -> Level {
         let ghost = self.mmu.host().ghost();
-        let Some(place) = ghost.placement_at(gfn) else { return Level::K4 };
+        let Some(place) = ghost.placement_at(space, gfn) else { return Level::K4 };
         let Some(object) = ghost.object(place.object) else { return Level::K4 };
         let fits = |level: Level| {
             let block = GfnRange::block(level, gfn);
@@ -356,7 +364,7 @@ impl<F: Cpu> Single<F> {
         let pages = machine.ghost().taken(range);
         if let Some(gfn) = touch {
             let done = self.cpus[0].run_one(gfn, Access::Read);
-            let memory = machine.ghost().placement_at(gfn).is_some();
+            let memory = machine.ghost().placement_at(self.cpus[0].role().space(), gfn).is_some();
             if memory && range.contains(gfn) && done == Done::Memory {
                 let what = format!("{gfn:?} was reached while {range:?} is invalidated");
                 machine.ghost().violation(Some(gfn), what);
@@ -381,10 +389,12 @@ impl<F: Cpu> Single<F> {
         self.worker.collect();
         check_tables(&self.mmu);
         let ghost = self.mmu.host().ghost();
-        let mut right: Vec<_> = ghost.placements().iter().map(|place| (place.range.start, place.id)).collect();
+        let mut right: Vec<_> =
+            ghost.placements().iter().map(|place| (place.space, place.range.start, place.id)).collect();
         drop(ghost);
         right.sort_unstable();
-        let got: Vec<_> = self.worker.slots().iter().map(|slot| (slot.range().start, slot.id())).collect();
+        let got: Vec<_> =
+            self.worker.slots().iter().map(|slot| (slot.space(), slot.range().start, slot.id())).collect();
         self.expect_same("slots", &got, &right);
     }
 
@@ -427,8 +437,18 @@ pub fn finish<F: Cpu>(mmu: Arc<Mmu<Machine<F>>>) -> Vec<Violation> {
     found
 }
 
-fn overlap(places: &[Placement], range: GfnRange, except: Option<SlotId>) -> Result<(), SlotError> {
-    let mut others = places.iter().filter(|place| Some(place.id) != except && place.range.overlaps(range));
+fn space(smm: bool) -> AddressSpace {
+    if smm { AddressSpace::Smm } else { AddressSpace::Main }
+}
+
+fn overlap(
+    places: &[Placement],
+    space: AddressSpace,
+    range: GfnRange,
+    except: Option<SlotId>,
+) -> Result<(), SlotError> {
+    let here = |place: &&Placement| place.space == space && Some(place.id) != except;
+    let mut others = places.iter().filter(here).filter(|place| place.range.overlaps(range));
     others.next().map_or(Ok(()), |other| Err(SlotError::Overlap(other.id)))
 }
 

@@ -12,7 +12,8 @@ use std::sync::RwLock;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 
 use nestling::{
-    Access, Config, Counters, Gfn, GfnRange, Level, Mmu, Role, SlotConfig, SlotFlags, SlotId, SlotZap, VcpuId, Worker,
+    Access, AdBits, AddressSpace, Config, Counters, Gfn, GfnRange, Level, Mmu, Role, SlotConfig, SlotFlags, SlotId,
+    SlotZap, VcpuId, Worker,
 };
 
 use super::single::finish;
@@ -130,6 +131,8 @@ struct World<'a, F: Cpu> {
     care: Care,
     limit: u64,
     only_zaps: bool,
+    /// Whether vCPUs turn to other roles.
+    roles: bool,
     /// Operations that were begun.
     operations: AtomicU64,
     /// Workers that are not done.
@@ -158,7 +161,10 @@ impl<F: Cpu> World<'_, F> {
             self.look();
             if roles {
                 let level = if rng.once_in(2) { Level::L5 } else { Level::L4 };
-                cpu.set_role(Role::new(level).expect("roots have these levels"));
+                let space = if rng.once_in(3) { AddressSpace::Smm } else { AddressSpace::Main };
+                let bits = if rng.once_in(3) { AdBits::Off } else { AdBits::On };
+                let role = Role::new(level).expect("roots have these levels");
+                cpu.set_role(role.in_space(space).with_ad_bits(bits));
             }
             let length = if roles { 1 + rng.below(64) } else { 512 };
             self.piece(cpu, length, &mut rng);
@@ -167,6 +173,7 @@ impl<F: Cpu> World<'_, F> {
     }
 
     fn piece(&self, cpu: &mut GuestCpu<F>, length: u64, rng: &mut Rng) {
+        let space = cpu.role().space();
         let code = (0..length).map_while(|_| {
             if rng.once_in(8) {
                 // In guest mode: so that workers find the vCPU there also when there are fewer CPUs than threads.
@@ -176,7 +183,7 @@ impl<F: Cpu> World<'_, F> {
             // Mostly where memory is: accesses without memory are cheap and would take most of the time.
             let mut gfn = spot(rng);
             for _ in 0..rng.below(4) {
-                if self.mmu.host().ghost().placement_at(gfn).is_none() {
+                if self.mmu.host().ghost().placement_at(space, gfn).is_none() {
                     gfn = spot(rng);
                 }
             }
@@ -234,8 +241,9 @@ impl<F: Cpu> World<'_, F> {
             writable: !rng.once_in(8),
         };
         let backing = machine.ghost().make_object(shape);
+        let space = if self.roles && rng.once_in(3) { AddressSpace::Smm } else { AddressSpace::Main };
         let flags = if rng.once_in(4) { SlotFlags::READ_ONLY } else { SlotFlags::empty() };
-        let config = SlotConfig { id, base: range.start.gpa(), size: range.pages() << 12, flags, backing };
+        let config = SlotConfig { id, space, base: range.start.gpa(), size: range.pages() << 12, flags, backing };
         machine.ghost().adding(&config);
         let done = worker.add_slot(config).is_ok();
         machine.ghost().added(&config, done);
@@ -335,6 +343,7 @@ pub fn run<F: Cpu>(plan: Plan) -> Report {
         care: plan.care,
         limit: plan.operations,
         only_zaps: plan.only_zaps,
+        roles: plan.roles,
         operations: AtomicU64::new(0),
         working: AtomicUsize::new(workers.into()),
         hits: AtomicU64::new(0),

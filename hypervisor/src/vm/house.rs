@@ -16,7 +16,7 @@ use core::arch::x86_64::{__cpuid, __cpuid_count, CpuidResult};
 use core::fmt::Display;
 use core::sync::atomic::{AtomicUsize, Ordering};
 
-use nestling::{Config, Counters, GfnRange, Gpa, Hpa, Level, Mmu, SlotConfig, SlotFlags, SlotId};
+use nestling::{AddressSpace, Config, Counters, GfnRange, Gpa, Hpa, Level, Mmu, SlotConfig, SlotFlags, SlotId};
 use nestling_control::bundle::Bundle;
 use nestling_control::config::{GuestKind, HugePages, RunConfig};
 use nestling_control::message::{
@@ -133,6 +133,7 @@ fn memory(config: &RunConfig) -> Result<Arc<Mmu<Machine>>, String> {
     for (id, (bank, range)) in slots.enumerate() {
         let slot = SlotConfig {
             id: SlotId(id as u32),
+            space: AddressSpace::Main,
             base: range.start.gpa(),
             size: range.pages() * frames::FRAME,
             flags: SlotFlags::empty(),

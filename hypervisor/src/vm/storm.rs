@@ -247,7 +247,7 @@ impl Engine<'_> {
         let slot = slots.get(self.random.below(slots.len() as u64) as usize)?;
         let (range, flags) = (slot.range(), SlotFlags::empty());
         let (base, size) = (range.start.gpa(), range.pages() * FRAME);
-        Some(SlotConfig { id: slot.id(), base, size, flags, backing: slot.backing() })
+        Some(SlotConfig { id: slot.id(), space: slot.space(), base, size, flags, backing: slot.backing() })
     }
 
     /// Does something to a random page, or in one of four cases to all around it.

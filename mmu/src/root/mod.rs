@@ -23,6 +23,14 @@
 //! | all | the exclusive guard | host invalidation, memslot delete and move |
 //! | defunct, its own | `invalidate_all`, once | the back half of zap-all |
 //!
+//! Each set can be narrowed to the roots of one address space ([`Spaces`]): a slot is mapped in its own space only.
+//!
+//! # Roles
+//! Two vCPUs share a root when everything that its tables depend on is the same for both: the address space, which
+//! decides what is where; the number of levels; and whether accessed and dirty bits mean anything. Without them
+//! ([`AdBits::Off`]) a leaf that lets the guest write counts as written from the start, so that its dirty bit never says
+//! less than was done; cleaning it takes the write right away, and its age shows when an access-tracked entry faults.
+//!
 //! Sets are cursors over serial numbers, not lists: nothing is allocated, and a root made after the cursor was, which
 //! by then cannot map what the caller is about to remove, is not visited.
 
@@ -37,21 +45,64 @@ use crate::host::Host;
 use crate::leaf_lock::LeafLock;
 use crate::lock::{Exclusive, Shared};
 use crate::mutants::{self, Mutant};
-use crate::sync::{AtomicBool, Ordering};
+use crate::slots::AddressSpace;
+use crate::sync::{AtomicU32, Ordering};
 use crate::tlb::Flushed;
 use crate::{Mmu, OutOfMemory};
 pub(crate) use loaded::Loaded;
 
-/// What makes two roots different: vCPUs whose roles are equal share one.
+/// What makes two roots different: vCPUs whose roles are equal share one (module head).
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub struct Role {
     level: Level,
+    space: AddressSpace,
+    ad_bits: AdBits,
+}
+
+/// Whether the CPU sets accessed and dirty bits in the tables.
+///
+/// EPT can do without (EPTP bit 6, SDM vol 3, 30.3.5). NPT can not; there [`AdBits::Off`] says that nobody relies on
+/// what it sets.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
+pub enum AdBits {
+    /// It does.
+    #[default]
+    On,
+    /// It does not, or what it sets is not looked at: writes show by write protection, accesses by access tracking.
+    Off,
 }
 
 impl Role {
-    /// Roots whose table is of `level`: [`Level::L4`] or [`Level::L5`], otherwise `None`.
+    /// Roots of the main address space whose table is of `level`: [`Level::L4`] or [`Level::L5`], otherwise `None`.
     pub const fn new(level: Level) -> Option<Self> {
-        if level.number() >= Level::L4.number() { Some(Self { level }) } else { None }
+        if level.number() < Level::L4.number() {
+            return None;
+        }
+        Some(Self { level, space: AddressSpace::Main, ad_bits: AdBits::On })
+    }
+
+    /// The same in another address space.
+    #[must_use]
+    pub const fn in_space(self, space: AddressSpace) -> Self {
+        Self { space, ..self }
+    }
+
+    /// The same with accessed and dirty bits, or without.
+    #[must_use]
+    pub const fn with_ad_bits(self, ad_bits: AdBits) -> Self {
+        Self { ad_bits, ..self }
+    }
+
+    /// The address space whose slots it maps.
+    #[inline]
+    pub const fn space(self) -> AddressSpace {
+        self.space
+    }
+
+    /// Whether accessed and dirty bits are relied on.
+    #[inline]
+    pub const fn ad_bits(self) -> AdBits {
+        self.ad_bits
     }
 
     /// The root table's level.
@@ -68,9 +119,14 @@ struct Root {
     role: Role,
     /// Never given twice; later roots have higher ones.
     serial: u64,
-    /// One way, under the exclusive lock.
-    invalid: AtomicBool,
+    /// [`INVALID`] and [`WITHOUT_AD`]: one word, so that the usual fault finds out by one look that neither is the case.
+    state: AtomicU32,
 }
+
+/// The root was invalidated: one way, under the exclusive lock.
+const INVALID: u32 = 1;
+/// Its role is without accessed and dirty bits: from its birth, or never.
+const WITHOUT_AD: u32 = 2;
 
 /// A counted reference to a root. Given up with [`RootRef::put`]; the last one frees the root's frame.
 #[derive(Debug)]
@@ -95,9 +151,16 @@ impl RootRef {
         !self.is_obsolete() || mutants::is(Mutant::FaultIntoObsoleteRoot)
     }
 
+    /// Whether the root may be filled, and with nothing but what the usual role asks for: leaves whose dirty bit the CPU
+    /// sets.
+    #[inline]
+    pub(crate) fn is_usual<H: Host>(&self, _inside: &Shared<'_, H>) -> bool {
+        self.0.state.load(Ordering::Acquire) == 0 || mutants::is(Mutant::FaultIntoObsoleteRoot)
+    }
+
     /// Whether the root was invalidated; a vCPU asks this of each of its roots when it is told to drop obsolete ones.
     pub(crate) fn is_obsolete(&self) -> bool {
-        self.0.invalid.load(Ordering::Acquire)
+        self.0.state.load(Ordering::Acquire) & INVALID != 0
     }
 
     fn another(&self) -> Self {
@@ -109,7 +172,7 @@ impl RootRef {
     pub(crate) fn put<H: Host>(self, host: &H, counters: &SeatCounters) {
         if let Some(root) = Arc::into_inner(self.0) {
             // (A model checker does not know what the counter of references orders.)
-            let invalid = cfg!(feature = "loom") || root.invalid.load(Ordering::Relaxed);
+            let invalid = cfg!(feature = "loom") || root.state.load(Ordering::Relaxed) & INVALID != 0;
             debug_assert!(invalid, "the last reference to a valid root is the MMU's own");
             counters.add(Counter::TableFrames, 1u64.wrapping_neg());
             host.free_table(root.frame);
@@ -155,7 +218,8 @@ impl Roots {
         let total = lists.valid.len() + 1;
         lists.defunct.try_reserve(total)?;
         let frame = frame.take().ok_or(OutOfMemory)?;
-        let root = RootRef(Arc::new(Root { frame, role, serial: lists.next_serial, invalid: AtomicBool::new(false) }));
+        let state = AtomicU32::new(if role.ad_bits == AdBits::Off { WITHOUT_AD } else { 0 });
+        let root = RootRef(Arc::new(Root { frame, role, serial: lists.next_serial, state }));
         lists.next_serial += 1;
         lists.valid.push(root.another());
         Ok(root)
@@ -180,15 +244,35 @@ pub(crate) trait RootSet<H: Host> {
     fn next(&mut self, mmu: &Mmu<H>) -> Option<RootRef>;
 }
 
+/// Of which address spaces.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Spaces {
+    /// All of them: what is said is of frames, and whoever says it need not know who has memory there.
+    All,
+    /// One: what is said is of a slot.
+    One(AddressSpace),
+}
+
+impl Spaces {
+    fn hold(self, root: &RootRef) -> bool {
+        match self {
+            Self::All => true,
+            Self::One(space) => root.role().space == space,
+        }
+    }
+}
+
 /// The valid roots. Had from a shared guard: `Shared::valid_roots`.
 #[derive(Debug)]
 pub(crate) struct ValidRoots {
+    spaces: Spaces,
     after: u64,
 }
 
 /// All roots, valid or not, that existed when the exclusive lock was held. Had from an exclusive guard only.
 #[derive(Debug)]
 pub(crate) struct AllRoots {
+    spaces: Spaces,
     after: u64,
     end: u64,
 }
@@ -204,15 +288,15 @@ pub(crate) struct Defunct {
 
 impl<'a, H: Host> Shared<'a, H> {
     /// The roots that a holder of the shared side may walk.
-    pub(crate) fn valid_roots(&self) -> ValidRoots {
-        ValidRoots { after: 0 }
+    pub(crate) fn valid_roots(&self, spaces: Spaces) -> ValidRoots {
+        ValidRoots { spaces, after: 0 }
     }
 }
 
 impl<'a, H: Host> Exclusive<'a, H> {
-    /// All roots that can map anything now.
-    pub(crate) fn all_roots(&self) -> AllRoots {
-        AllRoots { after: 0, end: self.mmu.roots.lists.lock(|| self.mmu.host.relax()).next_serial }
+    /// All roots of `spaces` that can map anything now.
+    pub(crate) fn all_roots(&self, spaces: Spaces) -> AllRoots {
+        AllRoots { spaces, after: 0, end: self.mmu.roots.lists.lock(|| self.mmu.host.relax()).next_serial }
     }
 
     /// The front half of zap-all: makes every root obsolete, and every vCPU leave guest mode with the request to drop
@@ -229,7 +313,7 @@ impl<'a, H: Host> Exclusive<'a, H> {
         let Lists { valid, defunct, .. } = &mut *lists;
         debug_assert!(defunct.capacity() - defunct.len() >= valid.len(), "room is made when a root is");
         for root in valid.drain(..) {
-            root.0.invalid.store(true, Ordering::Release);
+            root.0.state.fetch_or(INVALID, Ordering::Release);
             defunct.push((generation, root));
         }
         drop(lists);
@@ -245,7 +329,7 @@ impl<'a, H: Host> Exclusive<'a, H> {
 impl<H: Host> RootSet<H> for ValidRoots {
     fn next(&mut self, mmu: &Mmu<H>) -> Option<RootRef> {
         let lists = mmu.roots.lists.lock(|| mmu.host.relax());
-        let root = first_after(lists.valid.iter(), self.after)?;
+        let root = first_after(lists.valid.iter().filter(|root| self.spaces.hold(root)), self.after)?;
         self.after = root.0.serial;
         Some(root)
     }
@@ -256,7 +340,8 @@ impl<H: Host> RootSet<H> for AllRoots {
         let lists = mmu.roots.lists.lock(|| mmu.host.relax());
         let defunct = lists.defunct.iter().filter(|_| !mutants::is(Mutant::NotifierOnValidRootsOnly));
         let all = lists.valid.iter().chain(defunct.map(|(_, root)| root));
-        let root = first_after(all.filter(|root| root.0.serial < self.end), self.after)?;
+        let wanted = all.filter(|root| root.0.serial < self.end && self.spaces.hold(root));
+        let root = first_after(wanted, self.after)?;
         self.after = root.0.serial;
         Some(root)
     }

@@ -20,6 +20,13 @@
 //! invalidation is in progress: an invalidation names frames where the embedder found the memory, and would not hold
 //! back a fault on a new place of the same memory (invariant I20).
 //!
+//! # Address spaces
+//! A guest in system-management mode sees other memory at the same addresses (APM vol 2, 10.3; KVM: `as_id`). Each
+//! [`AddressSpace`] has its own slots; a fault looks in that of its vCPU's role, and a slot's change is zapped in the
+//! roots of its space alone. All spaces are one published set with one generation: an update in one of them makes what
+//! vCPUs remember of the other stale as well, which costs a lookup, and saves a fault from asking which generation is
+//! its own. The same goes for MMIO entries.
+//!
 //! MMIO entries carry the low bits of the generation and are stale in any other. Before these bits come round again,
 //! all of them are zapped, or one of long ago would be valid again.
 
@@ -41,6 +48,27 @@ pub(crate) use set::SlotSet;
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub struct SlotId(pub u32);
 
+/// Which of a VM's guest-physical address spaces.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Default)]
+pub enum AddressSpace {
+    /// The one that a vCPU runs in.
+    #[default]
+    Main,
+    /// The one of vCPUs in system-management mode.
+    Smm,
+}
+
+impl AddressSpace {
+    /// How many there are.
+    pub const COUNT: usize = Self::ALL.len();
+    /// All of them.
+    pub const ALL: [Self; 2] = [Self::Main, Self::Smm];
+
+    pub(crate) const fn index(self) -> usize {
+        self as usize
+    }
+}
+
 bitflags::bitflags! {
     /// What is special about a slot.
     #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -55,6 +83,8 @@ bitflags::bitflags! {
 pub struct SlotConfig {
     /// Its number.
     pub id: SlotId,
+    /// The address space that it is in.
+    pub space: AddressSpace,
     /// First guest-physical address, 4 KiB aligned.
     pub base: Gpa,
     /// Length in bytes, a multiple of 4 KiB, not zero.
@@ -78,6 +108,7 @@ pub enum SlotState {
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Slot {
     id: SlotId,
+    space: AddressSpace,
     range: GfnRange,
     flags: SlotFlags,
     backing: u64,
@@ -88,6 +119,7 @@ impl Slot {
     /// No slot of any set: it has no frames.
     pub(crate) const EMPTY: Self = Self {
         id: SlotId(0),
+        space: AddressSpace::Main,
         range: GfnRange { start: Gfn(0), end: Gfn(0) },
         flags: SlotFlags::empty(),
         backing: 0,
@@ -95,7 +127,7 @@ impl Slot {
     };
 
     fn new(config: SlotConfig) -> Result<Self, SlotError> {
-        let SlotConfig { id, base, size, flags, backing } = config;
+        let SlotConfig { id, space, base, size, flags, backing } = config;
         if size == 0 {
             return Err(SlotError::Empty);
         }
@@ -103,12 +135,18 @@ impl Slot {
             return Err(SlotError::Unaligned);
         }
         let range = GfnRange::new(base.gfn(), size >> PAGE_SHIFT).ok_or(SlotError::TooHigh)?;
-        Ok(Self { id, range, flags, backing, state: SlotState::Ready })
+        Ok(Self { id, space, range, flags, backing, state: SlotState::Ready })
     }
 
     /// Its number.
     pub const fn id(&self) -> SlotId {
         self.id
+    }
+
+    /// The address space that it is in.
+    #[inline]
+    pub const fn space(&self) -> AddressSpace {
+        self.space
     }
 
     /// Its frames.
@@ -142,8 +180,8 @@ impl Slot {
     }
 
     fn config(&self) -> SlotConfig {
-        let Self { id, range, flags, backing, .. } = *self;
-        SlotConfig { id, base: range.start.gpa(), size: range.pages() << PAGE_SHIFT, flags, backing }
+        let Self { id, space, range, flags, backing, .. } = *self;
+        SlotConfig { id, space, base: range.start.gpa(), size: range.pages() << PAGE_SHIFT, flags, backing }
     }
 }
 
@@ -156,7 +194,7 @@ pub enum SlotError {
     Unaligned,
     /// The slot would pass the last address that the root's levels can translate, or 2^52.
     TooHigh,
-    /// Frames of it belong to another slot.
+    /// Frames of it belong to another slot of the same address space.
     Overlap(SlotId),
     /// The number is taken.
     InUse,
@@ -282,7 +320,7 @@ impl Updates {
             return Err(SlotError::TooHigh);
         }
         let set = slots.set.read_exclusive(&mut self.right);
-        match set.overlapping(slot.range, except) {
+        match set.overlapping(slot.space, slot.range, except) {
             Some(other) => Err(SlotError::Overlap(other)),
             None => Ok(()),
         }
@@ -344,8 +382,8 @@ pub(crate) struct Begun {
 }
 
 impl Begun {
-    /// The frames whose mappings must go before the change is finished.
-    pub(crate) fn range(&self) -> GfnRange {
-        self.changing.range
+    /// The slot as it was: its mappings, in its address space, must go before the change is finished.
+    pub(crate) fn slot(&self) -> &Slot {
+        &self.changing
     }
 }

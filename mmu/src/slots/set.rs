@@ -1,4 +1,4 @@
-//! One immutable set of slots, sorted by frame, in chunks.
+//! One immutable set of slots: for each address space its own, sorted by frame, in chunks.
 //!
 //! A change makes a new set that shares all chunks but one with the old, so that it costs a chunk and the list of
 //! chunks (about √n each) and not the whole: 32 k slots are added one by one in a blink. A lookup is a binary search
@@ -7,7 +7,7 @@
 use alloc::sync::Arc;
 use alloc::vec::Vec;
 
-use super::{Slot, SlotId};
+use super::{AddressSpace, Slot, SlotId};
 use crate::addr::{Gfn, GfnRange};
 
 /// A chunk that grows past this is cut in two.
@@ -23,13 +23,16 @@ struct Chunk {
 #[derive(Debug)]
 pub(crate) struct SlotSet {
     generation: u64,
-    /// Each with its first slot's first frame, so that the search touches this list alone.
-    chunks: Vec<(Gfn, Arc<Chunk>)>,
+    spaces: [Chunks; AddressSpace::COUNT],
 }
+
+/// The slots of one address space. Each chunk with its first slot's first frame, so that the search touches this list
+/// alone.
+type Chunks = Vec<(Gfn, Arc<Chunk>)>;
 
 impl SlotSet {
     pub(super) fn empty() -> Self {
-        Self { generation: 1, chunks: Vec::new() }
+        Self { generation: 1, spaces: [const { Vec::new() }; AddressSpace::COUNT] }
     }
 
     #[inline]
@@ -37,25 +40,27 @@ impl SlotSet {
         self.generation
     }
 
-    /// The slot that holds `gfn`.
-    pub(crate) fn find(&self, gfn: Gfn) -> Option<&Arc<Slot>> {
-        let chunk = self.chunks.partition_point(|(first, _)| *first <= gfn).checked_sub(1)?;
-        let slots = &self.chunks[chunk].1.slots;
+    /// The slot of `space` that holds `gfn`.
+    pub(crate) fn find(&self, space: AddressSpace, gfn: Gfn) -> Option<&Arc<Slot>> {
+        let chunks = &self.spaces[space.index()];
+        let chunk = chunks.partition_point(|(first, _)| *first <= gfn).checked_sub(1)?;
+        let slots = &chunks[chunk].1.slots;
         let slot = slots.partition_point(|slot| slot.range.start <= gfn).checked_sub(1)?;
         Some(&slots[slot]).filter(|slot| slot.range.contains(gfn))
     }
 
-    /// All slots in order.
+    /// All slots in order, one address space after the other.
     pub(crate) fn iter(&self) -> impl Iterator<Item = &Arc<Slot>> {
-        self.chunks.iter().flat_map(|(_, chunk)| &chunk.slots)
+        self.spaces.iter().flatten().flat_map(|(_, chunk)| &chunk.slots)
     }
 
-    /// A slot other than `except` that shares a frame with `range`.
-    pub(super) fn overlapping(&self, range: GfnRange, except: Option<SlotId>) -> Option<SlotId> {
+    /// A slot of `space` other than `except` that shares a frame with `range`.
+    pub(super) fn overlapping(&self, space: AddressSpace, range: GfnRange, except: Option<SlotId>) -> Option<SlotId> {
         // Slots are disjoint: those that begin before the range's end and reach into it are at the end of that list,
         // one that only begins before it can be only the first seen from there.
-        let after = self.chunks.partition_point(|(first, _)| *first < range.end);
-        let backwards = self.chunks[..after].iter().rev().flat_map(|(_, chunk)| chunk.slots.iter().rev());
+        let chunks = &self.spaces[space.index()];
+        let after = chunks.partition_point(|(first, _)| *first < range.end);
+        let backwards = chunks[..after].iter().rev().flat_map(|(_, chunk)| chunk.slots.iter().rev());
         backwards
             .skip_while(|slot| slot.range.start >= range.end)
             .take_while(|slot| slot.range.end > range.start)
@@ -65,12 +70,12 @@ impl SlotSet {
 
     /// The next generation of the set: without `remove` (which is in it), with `insert` (which overlaps nothing).
     pub(super) fn changed(&self, remove: Option<&Slot>, insert: Option<Arc<Slot>>) -> Self {
-        let mut new = Self { generation: self.generation + 1, chunks: self.chunks.clone() };
+        let mut new = Self { generation: self.generation + 1, spaces: self.spaces.clone() };
         if let Some(slot) = remove {
-            new.edit(slot.range.start, |slots| slots.retain(|other| other.range.start != slot.range.start));
+            new.edit(slot.space, slot.range.start, |slots| slots.retain(|other| other.range.start != slot.range.start));
         }
         if let Some(slot) = insert {
-            new.edit(slot.range.start, |slots| {
+            new.edit(slot.space, slot.range.start, |slots| {
                 let place = slots.partition_point(|other| other.range.start < slot.range.start);
                 slots.insert(place, slot);
             });
@@ -79,15 +84,16 @@ impl SlotSet {
     }
 
     /// Replaces the chunk that `gfn` belongs to by an edited copy, dropping it when empty and cutting it when long.
-    fn edit(&mut self, gfn: Gfn, edit: impl FnOnce(&mut Vec<Arc<Slot>>)) {
-        let index = self.chunks.partition_point(|(first, _)| *first <= gfn).saturating_sub(1);
-        let mut slots = self.chunks.get(index).map(|(_, chunk)| chunk.slots.clone()).unwrap_or_default();
+    fn edit(&mut self, space: AddressSpace, gfn: Gfn, edit: impl FnOnce(&mut Vec<Arc<Slot>>)) {
+        let list = &mut self.spaces[space.index()];
+        let index = list.partition_point(|(first, _)| *first <= gfn).saturating_sub(1);
+        let mut slots = list.get(index).map(|(_, chunk)| chunk.slots.clone()).unwrap_or_default();
         edit(&mut slots);
         let tail = if slots.len() > CHUNK { slots.split_off(slots.len() / 2) } else { Vec::new() };
         let chunks = [slots, tail].into_iter().filter(|slots| !slots.is_empty());
         let chunks = chunks.map(|slots| (slots[0].range.start, Arc::new(Chunk { slots })));
-        let replaced = index..(index + 1).min(self.chunks.len());
-        self.chunks.splice(replaced, chunks);
+        let replaced = index..(index + 1).min(list.len());
+        list.splice(replaced, chunks);
     }
 }
 
@@ -98,9 +104,11 @@ mod tests {
     use proptest::prelude::*;
     use rangemap::RangeMap;
 
+    const SPACE: AddressSpace = AddressSpace::Smm;
+
     fn slot(id: u32, start: u64, pages: u64) -> Slot {
         let range = GfnRange::new(Gfn(start), pages).unwrap();
-        Slot { id: SlotId(id), range, flags: SlotFlags::empty(), backing: 0, state: SlotState::Ready }
+        Slot { id: SlotId(id), space: SPACE, range, flags: SlotFlags::empty(), backing: 0, state: SlotState::Ready }
     }
 
     proptest! {
@@ -113,7 +121,7 @@ mod tests {
                 if add {
                     let mut others: Vec<u32> = oracle.overlapping(start..start + pages).map(|(_, id)| *id).collect();
                     others.sort_unstable();
-                    match set.overlapping(new.range, None) {
+                    match set.overlapping(SPACE, new.range, None) {
                         Some(other) => prop_assert!(others.binary_search(&other.0).is_ok()),
                         None => {
                             prop_assert!(others.is_empty());
@@ -121,14 +129,14 @@ mod tests {
                             oracle.insert(start..start + pages, id as u32);
                         }
                     }
-                } else if let Some(found) = set.find(Gfn(start)).cloned() {
+                } else if let Some(found) = set.find(SPACE, Gfn(start)).cloned() {
                     prop_assert_eq!(oracle.get(&start), Some(&found.id.0));
                     set = set.changed(Some(&found), None);
                     oracle.remove(found.range.start.0..found.range.end.0);
                 }
             }
             for gfn in 0..4010 {
-                prop_assert_eq!(set.find(Gfn(gfn)).map(|slot| slot.id.0), oracle.get(&gfn).copied());
+                prop_assert_eq!(set.find(SPACE, Gfn(gfn)).map(|slot| slot.id.0), oracle.get(&gfn).copied());
             }
             prop_assert_eq!(set.iter().count(), oracle.iter().count());
         }
@@ -142,10 +150,11 @@ mod tests {
             let place = u64::from(id) * 7919 % (32 * 1024);
             set = set.changed(None, Some(Arc::new(slot(id, place * 4, 3))));
         }
-        assert!(set.chunks.iter().all(|(_, chunk)| chunk.slots.len() <= CHUNK) && set.chunks.len() < 300);
+        let chunks = &set.spaces[SPACE.index()];
+        assert!(chunks.iter().all(|(_, chunk)| chunk.slots.len() <= CHUNK) && chunks.len() < 300);
         for place in 0..32 * 1024u64 {
-            assert_eq!(set.find(Gfn(place * 4 + 2)).map(|slot| slot.range.start), Some(Gfn(place * 4)));
-            assert!(set.find(Gfn(place * 4 + 3)).is_none());
+            assert_eq!(set.find(SPACE, Gfn(place * 4 + 2)).map(|slot| slot.range.start), Some(Gfn(place * 4)));
+            assert!(set.find(SPACE, Gfn(place * 4 + 3)).is_none());
         }
     }
 }

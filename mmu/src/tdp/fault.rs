@@ -22,7 +22,7 @@ use crate::host::{Access, Extent, Host};
 use crate::lock::Shared;
 use crate::mutants::{self, Mutant};
 use crate::notify::Snapshot;
-use crate::root::RootRef;
+use crate::root::{AdBits, RootRef};
 use crate::sync::{AtomicU64, load_for_update};
 use crate::table::Table;
 use crate::vcpu::{FaultError, Outcome};
@@ -109,8 +109,16 @@ impl Mapping {
         Hfn(hfn.wrapping_sub(self.gfn.0 & (level.pages() - 1)))
     }
 
+    /// Whether the access that faulted writes. On a write the CPU would set the dirty bit at once; on a read it stays
+    /// clear, so that it means written.
     #[inline]
-    fn leaf(&self, level: Level) -> Leaf {
+    fn writes(&self) -> bool {
+        matches!(self.access, Access::Write)
+    }
+
+    /// The leaf, whose dirty bit says whether the guest may have written.
+    #[inline]
+    fn leaf(&self, level: Level, dirty: bool) -> Leaf {
         let mut rights = Rights::READ.union(Rights::EXECUTE);
         if self.writable {
             rights = rights.union(Rights::WRITE);
@@ -121,19 +129,19 @@ impl Mapping {
             host_writable: self.writable,
             mmu_writable: self.writable,
             accessed: true,
-            // On a write the CPU would set it at once; on a read it stays clear, so that the dirty bit means written.
-            dirty: matches!(self.access, Access::Write),
+            dirty,
             memory: self.extent.memory,
         }
     }
 }
 
-/// Maps the page of `want` under `root` if that takes one absent entry of a level-1 table; whether it did.
+/// Maps the page of `want` under `root`, which is a usual one ([`RootRef::is_usual`]), if that takes one absent entry of a
+/// level-1 table; whether it did.
 #[inline]
 pub(crate) fn map_page<H: Host>(inside: &Shared<'_, H>, root: &RootRef, want: &Mapping) -> bool {
     // Where there is a table of level 1, nothing larger can be mapped, whatever would fit.
     let Some(table) = Table::leaves(inside, root, want.gfn) else { return false };
-    let leaf = H::Format::leaf(Level::K4, want.leaf(Level::K4));
+    let leaf = H::Format::leaf(Level::K4, want.leaf(Level::K4, want.writes()));
     entry::fill::<H::Format>(table.entry(want.gfn), Level::K4, leaf, inside.counters()).is_ok()
 }
 
@@ -160,7 +168,9 @@ impl<H: Host> Obstructed<'_, H> {
         if overtaken || !root.is_valid(&inside) {
             return Ok(Outcome::Retry);
         }
-        Walk { inside: &inside, cache, want }.map(root, level)
+        // Where nobody looks at dirty bits, or none are set, the leaf counts as written as soon as it may be.
+        let dirty = want.writes() || root.role().ad_bits() == AdBits::Off && want.writable;
+        Walk { inside: &inside, cache, want, dirty }.map(root, level)
     }
 }
 
@@ -169,6 +179,8 @@ struct Walk<'w, 'a, H: Host> {
     inside: &'w Shared<'a, H>,
     cache: &'w mut TableCache,
     want: Mapping,
+    /// The dirty bit of its leaf.
+    dirty: bool,
 }
 
 enum Step<'g, H: Host> {
@@ -254,10 +266,10 @@ impl<'w, H: Host> Walk<'w, '_, H> {
         match H::Format::decode(raw, level) {
             // An MMIO entry of an older memslot generation, or one that raced with us: there is memory now.
             State::Absent | State::Mmio { .. } => {
-                Met::Replace(H::Format::leaf(level, want.leaf(level)), Books::LeafAdded)
+                Met::Replace(H::Format::leaf(level, want.leaf(level, self.dirty)), Books::LeafAdded)
             }
             State::Leaf(old) | State::AccessTracked(old) => {
-                let new = want.leaf(level);
+                let new = want.leaf(level, self.dirty);
                 let moved = old.hfn != new.hfn && !mutants::is(Mutant::LeafChangedInPlace);
                 if moved || old.memory != new.memory {
                     return Met::Step(Step::Done(Err(FaultError::BackingChanged)));
@@ -266,7 +278,7 @@ impl<'w, H: Host> Walk<'w, '_, H> {
                 Met::Replace(H::Format::leaf(level, leaf), Books::None)
             }
             State::Frozen if mutants::is(Mutant::FrozenFilled) => {
-                Met::Replace(H::Format::leaf(level, want.leaf(level)), Books::LeafAdded)
+                Met::Replace(H::Format::leaf(level, want.leaf(level, self.dirty)), Books::LeafAdded)
             }
             State::Frozen => Met::Step(Step::Done(Ok(Outcome::Retry))),
             State::Table(_) => unreachable!("tables were followed above"),

@@ -1,5 +1,5 @@
 //! Extended page tables: Intel SDM vol 3, 30.3.2 (entries) and 30.3.3.1 (misconfigurations), with accessed and dirty
-//! bits on (EPTP bit 6) and execute-only not supported.
+//! bits as EPTP bit 6 says, and execute-only not supported.
 
 use nestling::format::Ept;
 
@@ -8,6 +8,7 @@ use super::{Allows, Cpu, Seen, TOO_HIGH, block_low_bits, frame};
 impl Cpu for Ept {
     const ACCESSED: u64 = 1 << 8;
     const DIRTY: u64 = 1 << 9;
+    const AD_IS_OPTIONAL: bool = true;
 
     fn see(raw: u64, level: u8) -> Seen {
         let rights = raw & 7;

@@ -64,6 +64,8 @@ pub trait Cpu: Format {
     const ACCESSED: u64;
     /// The dirty bit of a leaf.
     const DIRTY: u64;
+    /// Whether it can be told not to set them.
+    const AD_IS_OPTIONAL: bool;
     /// What `raw`, in a table of `level`, means to the CPU. Software bits are not looked at.
     fn see(raw: u64, level: u8) -> Seen;
 }

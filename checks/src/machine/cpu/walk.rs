@@ -5,7 +5,7 @@
 
 use std::sync::atomic::Ordering;
 
-use nestling::{Access, Cause, Gfn, Hfn, Level};
+use nestling::{Access, AdBits, Cause, Gfn, Hfn, Level};
 
 use super::tlb::{CachedLeaf, CachedTable};
 use super::{Allows, Cpu, Seen};
@@ -28,14 +28,20 @@ pub fn root(arena: &Arena, frame: Hfn, level: Level) -> Option<CachedTable> {
     (life % 2 == 1).then_some(CachedTable { gfn: Gfn(0), level, frame, life, allows: Allows::ALL })
 }
 
-/// Walks from `table` to the leaf of `gfn`; `visit` sees each table on the way.
+/// Walks from `table` to the leaf of `gfn`, under a root pointer that says `ad_bits`; `visit` sees each table on the way.
 pub fn walk<F: Cpu>(
     arena: &Arena,
     mut table: CachedTable,
     gfn: Gfn,
     access: Access,
+    ad_bits: AdBits,
     mut visit: impl FnMut(CachedTable),
 ) -> Walked {
+    // Without them a CPU writes nothing to its tables, and has nothing to write before a first write either.
+    let (accessed, dirty) = match ad_bits {
+        AdBits::Off if F::AD_IS_OPTIONAL => (0, 0),
+        _ => (F::ACCESSED, F::DIRTY),
+    };
     loop {
         let Some(cell) = arena.entry(table.frame, table.life, table.level.index(gfn)) else {
             return Walked::Freed(table.frame);
@@ -48,7 +54,7 @@ pub fn walk<F: Cpu>(
             Seen::Absent => return Walked::Fault(Cause::Translation),
             Seen::Reserved => return Walked::Fault(Cause::Reserved),
             Seen::Table(frame, allows) => {
-                let wanted = raw | F::ACCESSED;
+                let wanted = raw | accessed;
                 if wanted != raw && cell.compare_exchange(raw, wanted, Ordering::AcqRel, Ordering::Relaxed).is_err() {
                     continue;
                 }
@@ -63,13 +69,13 @@ pub fn walk<F: Cpu>(
                 if !allows.permits(access) {
                     return Walked::Fault(Cause::Translation);
                 }
-                let dirty = if access == Access::Write { F::DIRTY } else { 0 };
-                let wanted = raw | F::ACCESSED | dirty;
+                let written = if access == Access::Write { dirty } else { 0 };
+                let wanted = raw | accessed | written;
                 if wanted != raw && cell.compare_exchange(raw, wanted, Ordering::AcqRel, Ordering::Relaxed).is_err() {
                     continue;
                 }
                 let (level, gfn) = (table.level, table.level.align_down(gfn));
-                return Walked::Leaf(CachedLeaf { gfn, level, hfn, allows, dirty: wanted & F::DIRTY != 0, born: 0 });
+                return Walked::Leaf(CachedLeaf { gfn, level, hfn, allows, dirty: wanted & dirty == dirty, born: 0 });
             }
         }
     }
