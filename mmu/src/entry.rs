@@ -17,11 +17,37 @@
 //!
 //! Never legal: a present leaf that becomes a leaf of another host frame (KVM BUGs on it, invariant I9). The way is
 //! zap, flush, fill. [`legal`] states the table above; it is asserted on every change in debug builds.
+//!
+//! # What the types say
+//! An [`Entry`] has no store: the functions here are the only way to change one. What takes something away wants to see
+//! that a hold is open in which the flush is owed ([`Owed`]), what gives an entry free again that it was paid
+//! ([`Flushed`]).
 
 use crate::addr::{ENTRIES, Level};
 use crate::events::{Counter, SeatCounters};
 use crate::format::{Format, State};
-use crate::sync::{AtomicU64, Ordering};
+use crate::reclaim::Owed;
+use crate::sync::{AtomicU64, Ordering, load_for_update};
+use crate::tlb::Flushed;
+
+/// One entry of a table that the CPU may be walking. Read anywhere inside the lock, changed by the functions below.
+#[derive(Debug)]
+#[repr(transparent)]
+pub(crate) struct Entry(AtomicU64);
+
+impl Entry {
+    /// What it holds: the value to hand to [`change`].
+    #[inline]
+    pub(crate) fn read(&self) -> u64 {
+        load_for_update(&self.0)
+    }
+
+    /// What it holds, unordered: for a look on which nothing rests that another thread wrote elsewhere.
+    #[inline]
+    pub(crate) fn glance(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+}
 
 /// Whether an entry of `level` may go from `old` to `new`, and nothing but rights differ where a leaf stays a leaf.
 pub(crate) fn legal<F: Format>(old: u64, new: u64, level: Level) -> bool {
@@ -60,7 +86,7 @@ fn books<F: Format>(old: u64, new: u64, level: Level) -> Books {
 /// caller goes on from the value it learns.
 #[inline]
 pub(crate) fn change<F: Format>(
-    cell: &AtomicU64,
+    cell: &Entry,
     level: Level,
     old: u64,
     new: u64,
@@ -69,7 +95,7 @@ pub(crate) fn change<F: Format>(
 ) -> Result<(), u64> {
     debug_assert!(legal::<F>(old, new, level), "{} {level:?}: {old:#x} -> {new:#x}", F::NAME);
     debug_assert_eq!(books::<F>(old, new, level), book, "{} {level:?}: {old:#x} -> {new:#x}", F::NAME);
-    match cell.compare_exchange(old, new, Ordering::AcqRel, Ordering::Acquire) {
+    match cell.0.compare_exchange(old, new, Ordering::AcqRel, Ordering::Acquire) {
         Ok(_) => {
             if book == Books::LeafAdded {
                 seat.leaf(level, 1);
@@ -86,16 +112,22 @@ pub(crate) fn change<F: Format>(
 /// Gives an absent entry its first leaf, or says what `cell` holds. Nobody has to have looked that it is absent, so a
 /// refusal is not counted as a lost race; see [`change`] for the ordering.
 #[inline]
-pub(crate) fn fill<F: Format>(cell: &AtomicU64, level: Level, leaf: u64, seat: &SeatCounters) -> Result<(), u64> {
+pub(crate) fn fill<F: Format>(cell: &Entry, level: Level, leaf: u64, seat: &SeatCounters) -> Result<(), u64> {
     debug_assert!(matches!(F::decode(leaf, level), State::Leaf(_)), "{} {level:?}: {leaf:#x}", F::NAME);
-    cell.compare_exchange(F::ABSENT, leaf, Ordering::AcqRel, Ordering::Acquire)?;
+    cell.0.compare_exchange(F::ABSENT, leaf, Ordering::AcqRel, Ordering::Acquire)?;
     seat.leaf(level, 1);
     Ok(())
 }
 
 /// Freezes `cell`, which held `old`; fails with what it holds now. The caller becomes the entry's owner and owes a
-/// flush if `old` was present.
-pub(crate) fn freeze<F: Format>(cell: &AtomicU64, level: Level, old: u64, seat: &SeatCounters) -> Result<(), u64> {
+/// flush if `old` was present, in the hold that `_owed` stands for.
+pub(crate) fn freeze<F: Format>(
+    cell: &Entry,
+    level: Level,
+    old: u64,
+    seat: &SeatCounters,
+    _owed: Owed<'_>,
+) -> Result<(), u64> {
     change::<F>(cell, level, old, F::FROZEN, Books::None, seat)?;
     note_removed::<F>(old, level, seat);
     Ok(())
@@ -105,14 +137,15 @@ pub(crate) fn freeze<F: Format>(cell: &AtomicU64, level: Level, old: u64, seat: 
 /// they were, and hands what led to tables to `below`. A fault that is still walking the table loses its
 /// compare-and-swap against this, or won before and is undone by it.
 pub(crate) fn seize<F: Format>(
-    entries: &[AtomicU64; ENTRIES],
+    entries: &[Entry; ENTRIES],
     level: Level,
     seat: &SeatCounters,
+    _owed: Owed<'_>,
     mut below: impl FnMut(u64),
 ) -> u64 {
     let mut leaves = 0u64;
     for cell in entries {
-        let old = cell.swap(F::DEAD, Ordering::AcqRel);
+        let old = cell.0.swap(F::DEAD, Ordering::AcqRel);
         if old == F::ABSENT {
             continue;
         }
@@ -128,10 +161,10 @@ pub(crate) fn seize<F: Format>(
     leaves
 }
 
-/// Ends the ownership of a frozen entry: it becomes absent. To be called after the flush that freezing it owed.
-pub(crate) fn thaw<F: Format>(cell: &AtomicU64) {
+/// Ends the ownership of a frozen entry: it becomes absent. `_flushed` is the proof that what freezing it owed was paid.
+pub(crate) fn thaw<F: Format>(cell: &Entry, _flushed: &Flushed) {
     // Only one thing can have happened to it: another zap unlinked its table and made it dead, and so it stays.
-    let thawed = cell.compare_exchange(F::FROZEN, F::ABSENT, Ordering::AcqRel, Ordering::Relaxed);
+    let thawed = cell.0.compare_exchange(F::FROZEN, F::ABSENT, Ordering::AcqRel, Ordering::Relaxed);
     debug_assert!(thawed.is_ok() || thawed == Err(F::DEAD), "a frozen entry was changed: {thawed:x?}");
 }
 
@@ -183,32 +216,34 @@ mod tests {
     #[test]
     fn the_loser_of_a_race_learns_the_winner() {
         let seat = SeatCounters::new();
-        let cell = AtomicU64::new(leaf(1, Rights::all()));
+        let (owed, flushed) = (Owed::in_a_test(), Flushed::in_a_test());
+        let cell = Entry(AtomicU64::new(leaf(1, Rights::all())));
         let lost = change::<Npt>(&cell, Level::K4, Npt::ABSENT, leaf(2, Rights::all()), Books::LeafAdded, &seat);
         assert_eq!(lost, Err(leaf(1, Rights::all())));
-        freeze::<Npt>(&cell, Level::K4, leaf(1, Rights::all()), &seat).unwrap();
-        thaw::<Npt>(&cell);
-        assert_eq!(cell.load(Ordering::Relaxed), Npt::ABSENT);
+        freeze::<Npt>(&cell, Level::K4, leaf(1, Rights::all()), &seat, owed).unwrap();
+        thaw::<Npt>(&cell, &flushed);
+        assert_eq!(cell.read(), Npt::ABSENT);
     }
 
     #[test]
     fn a_seized_table_is_dead_and_its_leaves_are_booked() {
         let seat = SeatCounters::new();
-        let entries = [const { AtomicU64::new(Npt::ABSENT) }; ENTRIES];
+        let (owed, flushed) = (Owed::in_a_test(), Flushed::in_a_test());
+        let entries = [const { Entry(AtomicU64::new(Npt::ABSENT)) }; ENTRIES];
         fill::<Npt>(&entries[3], Level::K4, leaf(1, Rights::all()), &seat).unwrap();
         fill::<Npt>(&entries[511], Level::K4, leaf(2, Rights::READ), &seat).unwrap();
-        entries[4].store(Npt::FROZEN, Ordering::Relaxed);
-        let leaves = seize::<Npt>(&entries, Level::K4, &seat, |raw| panic!("{raw:#x} leads to no table"));
+        entries[4].0.store(Npt::FROZEN, Ordering::Relaxed);
+        let leaves = seize::<Npt>(&entries, Level::K4, &seat, owed, |raw| panic!("{raw:#x} leads to no table"));
         let booked = crate::events::Counters::sum([&seat].into_iter());
         assert_eq!((leaves, booked.leaves_4k, booked.leaves_zapped), (2, 0, 2));
-        thaw::<Npt>(&entries[4]);
-        assert!(entries.iter().all(|cell| cell.load(Ordering::Relaxed) == Npt::DEAD), "dead entries stay dead");
+        thaw::<Npt>(&entries[4], &flushed);
+        assert!(entries.iter().all(|cell| cell.read() == Npt::DEAD), "dead entries stay dead");
         let new = leaf(1, Rights::all());
         assert_eq!(fill::<Npt>(&entries[3], Level::K4, new, &seat), Err(Npt::DEAD), "a late fault loses");
         let tables = core::cell::Cell::new(0);
-        let upper = [const { AtomicU64::new(Npt::ABSENT) }; ENTRIES];
-        upper[7].store(Npt::table(Hfn(9)), Ordering::Relaxed);
-        assert_eq!(seize::<Npt>(&upper, Level::M2, &seat, |raw| tables.set(tables.get() + raw)), 0);
+        let upper = [const { Entry(AtomicU64::new(Npt::ABSENT)) }; ENTRIES];
+        upper[7].0.store(Npt::table(Hfn(9)), Ordering::Relaxed);
+        assert_eq!(seize::<Npt>(&upper, Level::M2, &seat, owed, |raw| tables.set(tables.get() + raw)), 0);
         assert_eq!(tables.get(), Npt::table(Hfn(9)));
     }
 }

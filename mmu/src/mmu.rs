@@ -196,7 +196,7 @@ impl<H: Host> Drop for Mmu<H> {
             self.host.free_table(table);
         }
         for (frame, level) in self.roots.take() {
-            crate::table::free_tree(&self.host, frame, level);
+            crate::table::free_tree(self, frame, level);
         }
     }
 }

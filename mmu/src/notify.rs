@@ -14,6 +14,9 @@
 //!
 //! How many have ended and how many are in progress share one word, so that a fault that nothing interferes with finds
 //! that out by one comparison.
+//!
+//! An invalidation that its embedder forgets (`mem::forget`) stays in progress, and its range is never filled again: a
+//! leak, and not an answer that is wrong. Were so many forgotten that the count is full, it stays full.
 
 use crate::addr::{Gfn, GfnRange, Level};
 use crate::host::Host;
@@ -21,7 +24,8 @@ use crate::lock::Exclusive;
 use crate::mutants::{self, Mutant};
 use crate::sync::{AtomicU64, Ordering};
 
-/// One invalidation in progress, in the sequence word. Each borrows a worker, of which there are at most 256.
+/// One invalidation in progress, in the sequence word. Each borrows a worker, of which there are at most 256; more only
+/// where an embedder forgets them.
 const BEGUN: u64 = 1;
 const IN_PROGRESS: u64 = (1 << 16) - 1;
 /// One invalidation that has ended, in the sequence word. 48 bits of them, of which a fault compares all: it would have
@@ -97,16 +101,19 @@ impl Notify {
     pub(crate) fn begin<H: Host>(&self, range: GfnRange, _alone: &Exclusive<'_, H>) {
         let mut union = range;
         // Read by an addition of nothing, for the reason of `load_for_update`.
-        if self.sequence.fetch_add(0, Ordering::Relaxed) & IN_PROGRESS != 0 {
+        let in_progress = self.sequence.fetch_add(0, Ordering::Relaxed) & IN_PROGRESS;
+        if in_progress != 0 {
             let start = Gfn(self.start.load(Ordering::Relaxed));
             union = range.union(GfnRange { start, end: Gfn(self.end.load(Ordering::Relaxed)) });
         }
         self.start.store(union.start.0, Ordering::Relaxed);
         self.end.store(union.end.0, Ordering::Relaxed);
-        self.sequence.fetch_add(BEGUN, Ordering::Release);
+        let begun = if in_progress == IN_PROGRESS { 0 } else { BEGUN };
+        self.sequence.fetch_add(begun, Ordering::Release);
     }
 
     pub(crate) fn end<H: Host>(&self, _alone: &Exclusive<'_, H>) {
-        self.sequence.fetch_add(ENDED - BEGUN, Ordering::Release);
+        let stuck = self.sequence.fetch_add(0, Ordering::Relaxed) & IN_PROGRESS == IN_PROGRESS;
+        self.sequence.fetch_add(if stuck { ENDED } else { ENDED - BEGUN }, Ordering::Release);
     }
 }

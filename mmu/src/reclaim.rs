@@ -2,7 +2,8 @@
 //!
 //! # Protocol
 //! A [`Batch`] collects, during one hold of the shared side, the entries that were frozen and the tables that were
-//! unlinked. [`Zapping`] binds the two together: when it ends (dropped, or yielded), it pays in this order:
+//! unlinked. [`hold`] binds the two together: it runs a closure inside the lock, and when that is over (or panics) it
+//! pays in this order:
 //! 1. flush all vCPUs (still inside the lock: nobody may conclude "absent, so in no TLB" before);
 //! 2. thaw the frozen entries: from now on a fault may fill them, possibly with another host frame;
 //! 3. leave the lock;
@@ -12,6 +13,10 @@
 //! every mark that was odd after the unlinking has changed. The flush of step 1 came before, so the TLBs and
 //! paging-structure caches have forgotten it too; `Reclaim::defer` takes the [`Flushed`] proof to say so.
 //!
+//! A closure, because a guard that the caller owned could be forgotten, and its debts with it. The closure is lent the
+//! hold and can end it in no other way than by returning; what it borrowed (tables, entries, its place in a walk) ends
+//! there too. Freezing and seizing entries takes [`Owed`], which is to be had in a hold only.
+//!
 //! Two zaps at once: each entry has one freezer (compare-and-swap), each table one unlinker. If a zap unlinks the
 //! table in which another one froze an entry, the first overwrites it with the dead encoding and the other's thaw
 //! finds that and leaves it alone.
@@ -19,16 +24,16 @@
 #![expect(unsafe_code, reason = "frozen entries are remembered by pointer for the length of one hold of the lock")]
 
 use alloc::vec::Vec;
+use core::marker::PhantomData;
 use core::ptr::NonNull;
 
 use crate::addr::{Hfn, Level};
-use crate::entry;
+use crate::entry::{self, Entry};
 use crate::events::{Counter, Event, SeatCounters, Side};
 use crate::host::Host;
 use crate::leaf_lock::LeafLock;
 use crate::lock::{Shared, Ticket};
 use crate::mutants::{self, Mutant};
-use crate::sync::AtomicU64;
 use crate::tlb::Flushed;
 use crate::{Mmu, OutOfMemory};
 
@@ -42,7 +47,7 @@ const STEP: usize = 512 + 4;
 /// Room for what one hold of the lock freezes and unlinks. Allocated before the lock is taken, used again and again.
 #[derive(Debug)]
 pub(crate) struct Batch {
-    frozen: Vec<NonNull<AtomicU64>>,
+    frozen: Vec<NonNull<Entry>>,
     tables: Vec<Hfn>,
     /// A flush is owed although nothing was frozen in this hold.
     flush: bool,
@@ -62,16 +67,27 @@ impl Batch {
 
 /// Who may have what is zapped in its TLB.
 #[derive(Clone, Copy, Debug)]
-pub(crate) enum Reach {
+pub(crate) enum Reach<'r> {
     /// vCPUs may be running on it: the hold ends with a flush.
     Live,
     /// No vCPU can reach it since this flush, nor will one: nothing is left to flush. (The tables of defunct roots.)
-    Unreachable(Flushed),
+    Unreachable(&'r Flushed),
 }
 
-/// One hold of the shared side in which entries are frozen and tables unlinked. Ends by paying what it owes.
+/// Runs `work` in one hold of the shared side in which entries may be frozen and tables unlinked, then pays what it owes.
+pub(crate) fn hold<H: Host, R>(
+    mmu: &Mmu<H>,
+    ticket: &mut Ticket,
+    batch: &mut Batch,
+    reach: Reach<'_>,
+    work: impl FnOnce(&mut Zapping<'_, H>) -> R,
+) -> R {
+    work(&mut Zapping::enter(mmu, ticket, batch, reach))
+}
+
+/// One hold, as its work sees it; dropping it, which [`hold`] does, pays.
 pub(crate) struct Zapping<'a, H: Host> {
-    reach: Reach,
+    reach: Reach<'a>,
     // Dropped in `Drop` between step 2 and step 4.
     inside: Option<Shared<'a, H>>,
     mmu: &'a Mmu<H>,
@@ -80,8 +96,7 @@ pub(crate) struct Zapping<'a, H: Host> {
 }
 
 impl<'a, H: Host> Zapping<'a, H> {
-    /// Enters the shared side.
-    pub(crate) fn enter(mmu: &'a Mmu<H>, ticket: &'a mut Ticket, batch: &'a mut Batch, reach: Reach) -> Self {
+    fn enter(mmu: &'a Mmu<H>, ticket: &'a mut Ticket, batch: &'a mut Batch, reach: Reach<'a>) -> Self {
         debug_assert!(batch.frozen.is_empty() && batch.tables.is_empty());
         let inside = Shared::enter(mmu, ticket);
         if H::TRACE {
@@ -94,7 +109,7 @@ impl<'a, H: Host> Zapping<'a, H> {
     /// The guard that walks need, and the debts that they run up.
     pub(crate) fn parts(&mut self) -> (&Shared<'a, H>, Debts<'_>) {
         let inside = self.inside.as_ref().expect("the guard is there until drop");
-        (inside, Debts { batch: self.batch, counters: self.counters })
+        (inside, Debts { batch: self.batch, counters: self.counters, owed: Owed(PhantomData) })
     }
 
     fn leave(&mut self) {
@@ -104,12 +119,12 @@ impl<'a, H: Host> Zapping<'a, H> {
         }
     }
 
-    fn thaw(&mut self) {
+    fn thaw(&mut self, flushed: &Flushed) {
         debug_assert!(self.inside.is_some());
         for cell in self.batch.frozen.drain(..) {
             // SAFETY: the pointer was made from a reference into a table during this hold of the shared side, which
             // has not ended yet, so the table has not been freed.
-            entry::thaw::<H::Format>(unsafe { cell.as_ref() });
+            entry::thaw::<H::Format>(unsafe { cell.as_ref() }, flushed);
         }
     }
 
@@ -121,17 +136,35 @@ impl<'a, H: Host> Zapping<'a, H> {
     }
 }
 
+/// Proof that a hold is open, at whose end a flush is paid for: what takes something away wants to see one.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Owed<'z>(PhantomData<&'z ()>);
+
+#[cfg(test)]
+impl Owed<'_> {
+    /// For unit tests of what wants to see one.
+    pub(crate) const fn in_a_test() -> Self {
+        Self(PhantomData)
+    }
+}
+
 /// Where a zap step writes down what it owes. Borrowed from the hold, so nothing can be owed outside one.
 pub(crate) struct Debts<'z> {
     batch: &'z mut Batch,
     pub(crate) counters: &'z SeatCounters,
+    owed: Owed<'z>,
 }
 
-impl Debts<'_> {
+impl<'z> Debts<'z> {
+    /// What seizing an unlinked table wants to see.
+    pub(crate) fn owed(&self) -> Owed<'z> {
+        self.owed
+    }
+
     /// Freezes `cell` if it still holds `old`, and remembers to flush and thaw it.
-    pub(crate) fn freeze<H: Host>(&mut self, cell: &AtomicU64, level: Level, old: u64) -> Result<(), u64> {
+    pub(crate) fn freeze<H: Host>(&mut self, cell: &Entry, level: Level, old: u64) -> Result<(), u64> {
         debug_assert!(self.batch.frozen.len() < FROZEN_CAPACITY, "a zap step outgrew its room");
-        entry::freeze::<H::Format>(cell, level, old, self.counters)?;
+        entry::freeze::<H::Format>(cell, level, old, self.counters, self.owed)?;
         self.batch.frozen.push(NonNull::from(cell));
         Ok(())
     }
@@ -163,13 +196,17 @@ impl<H: Host> Drop for Zapping<'_, H> {
             self.batch.tables.clear();
         }
         if mutants::is(Mutant::ThawBeforeFlush) {
-            self.thaw();
+            self.thaw(&Flushed::of_a_mutant(Mutant::ThawBeforeFlush));
         }
+        let own;
         let flushed = match self.reach {
-            Reach::Live => self.mmu.tlb.flush(&self.mmu.host, self.counters),
+            Reach::Live => {
+                own = self.mmu.tlb.flush(&self.mmu.host, self.counters);
+                &own
+            }
             Reach::Unreachable(flushed) => flushed,
         };
-        self.thaw();
+        self.thaw(flushed);
         self.leave();
         if !self.batch.tables.is_empty() {
             self.mmu.reclaim.defer(self.mmu, &self.batch.tables, flushed, self.counters);
@@ -199,7 +236,7 @@ impl Reclaim {
 
     /// Frees `tables` when every reader that may be walking them has left; the caller is not inside the lock, and has
     /// flushed the TLBs since it unlinked them, which `_flushed` is the proof of.
-    fn defer<H: Host>(&self, mmu: &Mmu<H>, tables: &[Hfn], _flushed: Flushed, counters: &SeatCounters) {
+    fn defer<H: Host>(&self, mmu: &Mmu<H>, tables: &[Hfn], _flushed: &Flushed, counters: &SeatCounters) {
         mmu.host.heavy_fence();
         if self.remember(mmu, tables).is_err() {
             // No memory to remember them: wait instead, which a caller outside the lock can always do.

@@ -6,17 +6,18 @@
 
 #![expect(unsafe_code, reason = "the one place that follows a frame number to a table")]
 
+use crate::Mmu;
 use crate::addr::{ENTRIES, Gfn, Hfn, Level};
+use crate::entry::Entry;
 use crate::format::Format;
 use crate::host::Host;
 use crate::lock::Shared;
 use crate::root::RootRef;
-use crate::sync::{AtomicU64, Ordering, load_for_update};
 
 /// One table page of `level`, borrowed from the guard of lifetime `'g`.
 pub(crate) struct Table<'g, H: Host> {
     host: &'g H,
-    entries: &'g [AtomicU64; ENTRIES],
+    entries: &'g [Entry; ENTRIES],
     pub(crate) level: Level,
 }
 
@@ -43,23 +44,23 @@ impl<'g, H: Host> Table<'g, H> {
     pub(crate) fn leaves(inside: &'g Shared<'_, H>, root: &RootRef, gfn: Gfn) -> Option<Self> {
         let mut table = Self::root(inside, root);
         if table.level == Level::L5 {
-            table = table.next(load_for_update(table.entry(gfn)))?;
+            table = table.next(table.entry(gfn).read())?;
         }
         for level in [Level::L4, Level::G1, Level::M2] {
             // A root's level is 4 or 5: `Config` is checked for that.
             debug_assert_eq!(table.level, level);
             table.level = level;
-            table = table.next(load_for_update(table.entry(gfn)))?;
+            table = table.next(table.entry(gfn).read())?;
         }
         Some(table)
     }
 
     #[inline]
     fn at(host: &'g H, frame: Hfn, level: Level) -> Self {
-        let entries = host.table(frame).cast::<[AtomicU64; ENTRIES]>();
+        let entries = host.table(frame).cast::<[Entry; ENTRIES]>();
         // SAFETY: `frame` is a root's frame or was read from a table entry under the guard of `'g`, so it is a table
         // frame that is not freed before the guard is dropped (module head); `TableFrames` promises a valid, aligned
-        // pointer to 512 entries for it, which everyone accesses as atomics only.
+        // pointer to 512 entries for it, which everyone accesses as atomics only; `Entry` is a transparent atomic.
         Self { host, entries: unsafe { entries.as_ref() }, level }
     }
 
@@ -72,31 +73,31 @@ impl<'g, H: Host> Table<'g, H> {
 
     /// The entry for `gfn`.
     #[inline]
-    pub(crate) fn entry(&self, gfn: Gfn) -> &'g AtomicU64 {
+    pub(crate) fn entry(&self, gfn: Gfn) -> &'g Entry {
         &self.entries[self.level.index(gfn)]
     }
 
     /// All entries in order.
-    pub(crate) fn entries(&self) -> &'g [AtomicU64; ENTRIES] {
+    pub(crate) fn entries(&self) -> &'g [Entry; ENTRIES] {
         self.entries
     }
 }
 
 /// Frees the tables below and including the root table in `frame`, of `level`, which nobody can reach any more: at the
-/// end of the MMU, when no guard can exist.
-pub(crate) fn free_tree<H: Host>(host: &H, frame: Hfn, level: Level) {
+/// end of the MMU, when no guard can exist, because each borrows the MMU that is borrowed mutably here.
+pub(crate) fn free_tree<H: Host>(mmu: &mut Mmu<H>, frame: Hfn, level: Level) {
     fn free_below<H: Host>(table: Table<'_, H>) {
         if table.level == Level::K4 {
             return;
         }
         for cell in table.entries {
-            let raw = cell.load(Ordering::Relaxed);
+            let raw = cell.glance();
             if let (Some(next), Some(frame)) = (table.next(raw), H::Format::next_table(raw, table.level)) {
                 free_below(next);
                 table.host.free_table(frame);
             }
         }
     }
-    free_below(Table::at(host, frame, level));
-    host.free_table(frame);
+    free_below(Table::at(&mmu.host, frame, level));
+    mmu.host.free_table(frame);
 }

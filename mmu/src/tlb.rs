@@ -56,11 +56,17 @@ pub(crate) struct Tlb {
 }
 
 /// Proof that a flush was carried out: no vCPU uses a translation removed before it. What is freed or thawed wants to
-/// see one.
-#[derive(Clone, Copy, Debug)]
+/// see one. Not `Clone`: it speaks for what was removed before the flush, and is not to be kept for what comes later.
+#[derive(Debug)]
 pub(crate) struct Flushed(());
 
 impl Flushed {
+    /// For unit tests of what wants to see one.
+    #[cfg(test)]
+    pub(crate) const fn in_a_test() -> Self {
+        Self(())
+    }
+
     /// A proof that proves nothing, for mutants that are to go on without a flush.
     pub(crate) fn of_a_mutant(mutant: Mutant) -> Self {
         assert!(mutants::is(mutant), "a flush is proved by flushing");

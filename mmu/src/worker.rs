@@ -13,13 +13,13 @@ use crate::events::{Counter, Event};
 use crate::host::Host;
 use crate::lock::{Exclusive, Shared, Ticket};
 use crate::mutants::{self, Mutant};
-use crate::reclaim::{Batch, Reach};
-use crate::root::{Role, Spaces};
+use crate::reclaim::Batch;
+use crate::root::{AllRoots, Role, Spaces};
 use crate::slots::{
     AddressSpace, Change, Prepared, Published, Slot, SlotConfig, SlotError, SlotFlags, SlotId, Updates,
 };
 use crate::tdp::inspect::{Walk, walk};
-use crate::tdp::zap::{Zapped, zap_range};
+use crate::tdp::zap::{Gone, Zapped, zap_range};
 use crate::{Level, Mmu, OutOfMemory, SlotZap};
 
 /// See the module head.
@@ -90,11 +90,11 @@ impl<H: Host> Worker<H> {
     /// have made new ones.
     pub fn zap(&mut self, range: GfnRange) -> Zapped {
         let mut valid = Shared::enter(&self.mmu, &mut self.ticket).valid_roots(Spaces::All);
-        let zapped = zap_range(&self.mmu, &mut self.ticket, &mut self.batch, &mut valid, range, Reach::Live);
+        let gone = zap_range(&self.mmu, &mut self.ticket, &mut self.batch, &mut valid, range);
         // A root that became obsolete before its turn was missed. Whoever made it so holds the exclusive lock until no
         // vCPU runs on it any more: to enter is to wait for that.
         drop(Shared::enter(&self.mmu, &mut self.ticket));
-        zapped
+        gone.zapped
     }
 
     /// Removes everything, at a front cost that does not depend on how much is mapped: all roots become obsolete at
@@ -106,17 +106,17 @@ impl<H: Host> Worker<H> {
         let mmu = &self.mmu;
         self.ticket.counters().add(Counter::ZapAll, 1);
         let mut defunct = Exclusive::enter(mmu, &mut self.ticket).invalidate_all_roots();
-        let reach = Reach::Unreachable(defunct.flushed);
         let everything = GfnRange { start: Gfn(0), end: Level::L5.root_limit() };
-        let mut zapped = Zapped::default();
-        if !mutants::is(Mutant::ObsoleteRootsNotEmptied) {
-            zapped = zap_range(mmu, &mut self.ticket, &mut self.batch, &mut defunct, everything, reach);
-        }
-        defunct.put_emptied(mmu, self.ticket.counters());
+        let gone = if mutants::is(Mutant::ObsoleteRootsNotEmptied) {
+            Gone::of_a_mutant(Mutant::ObsoleteRootsNotEmptied, everything)
+        } else {
+            zap_range(mmu, &mut self.ticket, &mut self.batch, &mut defunct, everything)
+        };
+        defunct.put_emptied(&gone, mmu, self.ticket.counters());
         if mutants::is(Mutant::RequestAfterUnlock) {
             mmu.tlb.flush_and_free_obsolete_roots(&mmu.host, self.ticket.counters());
         }
-        zapped
+        gone.zapped
     }
 
     /// Takes `range`, in all address spaces, from the guest until the returned value is dropped: when this returns, no vCPU reaches what
@@ -127,10 +127,12 @@ impl<H: Host> Worker<H> {
         // All of them: also a root that is obsolete and not yet empty leads to the memory that is given back.
         let mut all = alone.all_roots(Spaces::All);
         drop(alone);
-        if !mutants::is(Mutant::LeafChangedInPlace) {
-            zap_range(&self.mmu, &mut self.ticket, &mut self.batch, &mut all, range, Reach::Live);
-        }
-        Invalidation { worker: self }
+        let gone = if mutants::is(Mutant::LeafChangedInPlace) {
+            Gone::of_a_mutant(Mutant::LeafChangedInPlace, range)
+        } else {
+            zap_range(&self.mmu, &mut self.ticket, &mut self.batch, &mut all, range)
+        };
+        Invalidation { worker: self, gone }
     }
 
     /// The entries that translate `gfn` under the root of `role`. `None` if no vCPU has loaded such a root.
@@ -162,8 +164,8 @@ impl<H: Host> Worker<H> {
         // nothing leads to the old slot's memory any more.
         let spaces = Spaces::One(begun.slot().space());
         let mut all = Exclusive::enter(&mmu, &mut self.ticket).all_roots(spaces);
-        zap_range(&mmu, &mut self.ticket, &mut self.batch, &mut all, begun.slot().range(), Reach::Live);
-        let prepared = updates.finish(&mmu.slots, begun);
+        let gone = zap_range(&mmu, &mut self.ticket, &mut self.batch, &mut all, begun.slot().range());
+        let prepared = updates.finish(&mmu.slots, begun, &gone);
         self.publish_between_invalidations(&mmu, &mut updates, prepared);
         Ok(())
     }
@@ -209,6 +211,20 @@ impl<H: Host> Drop for Worker<H> {
 #[derive(Debug)]
 pub struct Invalidation<'w, H: Host> {
     worker: &'w mut Worker<H>,
+    /// There is none without it: the embedder takes this value for the promise that all roots have let go.
+    gone: Gone<AllRoots>,
+}
+
+impl<H: Host> Invalidation<'_, H> {
+    /// The frames that are taken.
+    pub fn range(&self) -> GfnRange {
+        self.gone.range
+    }
+
+    /// What was mapped there.
+    pub fn zapped(&self) -> Zapped {
+        self.gone.zapped
+    }
 }
 
 impl<H: Host> Drop for Invalidation<'_, H> {

@@ -45,8 +45,10 @@ use crate::host::Host;
 use crate::leaf_lock::LeafLock;
 use crate::lock::{Exclusive, Shared};
 use crate::mutants::{self, Mutant};
+use crate::reclaim::Reach;
 use crate::slots::AddressSpace;
 use crate::sync::{AtomicU32, Ordering};
+use crate::tdp::zap::Gone;
 use crate::tlb::Flushed;
 use crate::{Mmu, OutOfMemory};
 pub(crate) use loaded::Loaded;
@@ -231,7 +233,7 @@ impl Roots {
     }
 
     /// All roots, for the end of the MMU, when nobody else holds any.
-    pub(crate) fn take(&mut self) -> impl Iterator<Item = (Hfn, Level)> {
+    pub(crate) fn take(&mut self) -> impl Iterator<Item = (Hfn, Level)> + use<> {
         let lists = self.lists.get_mut();
         let defunct = core::mem::take(&mut lists.defunct).into_iter().map(|(_, root)| root);
         core::mem::take(&mut lists.valid).into_iter().chain(defunct).map(|root| (root.frame(), root.role().level()))
@@ -242,6 +244,11 @@ impl Roots {
 pub(crate) trait RootSet<H: Host> {
     /// The next root of the set. The caller puts it.
     fn next(&mut self, mmu: &Mmu<H>) -> Option<RootRef>;
+
+    /// Who may have in a TLB what the roots of the set map.
+    fn reach(&self) -> Reach<'_> {
+        Reach::Live
+    }
 }
 
 /// Of which address spaces.
@@ -283,7 +290,7 @@ pub(crate) struct AllRoots {
 pub(crate) struct Defunct {
     generation: u64,
     after: u64,
-    pub(crate) flushed: Flushed,
+    flushed: Flushed,
 }
 
 impl<'a, H: Host> Shared<'a, H> {
@@ -355,6 +362,10 @@ impl<H: Host> RootSet<H> for Defunct {
         self.after = root.0.serial;
         Some(root)
     }
+
+    fn reach(&self) -> Reach<'_> {
+        Reach::Unreachable(&self.flushed)
+    }
 }
 
 /// The one with the lowest serial above `after`.
@@ -363,8 +374,8 @@ fn first_after<'l>(roots: impl Iterator<Item = &'l RootRef>, after: u64) -> Opti
 }
 
 impl Defunct {
-    /// Ends the life of the roots, which are empty now: the MMU's own references are put.
-    pub(crate) fn put_emptied<H: Host>(self, mmu: &Mmu<H>, counters: &SeatCounters) {
+    /// Ends the life of the roots, which are empty now, as `_gone` says: the MMU's own references are put.
+    pub(crate) fn put_emptied<H: Host>(self, _gone: &Gone<Self>, mmu: &Mmu<H>, counters: &SeatCounters) {
         loop {
             let mut lists = mmu.roots.lists.lock(|| mmu.host.relax());
             let own = |(generation, _): &(u64, RootRef)| *generation == self.generation;

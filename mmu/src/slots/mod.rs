@@ -40,7 +40,9 @@ use core::fmt;
 use crate::addr::{Gfn, GfnRange, Gpa, PAGE_SHIFT, PAGE_SIZE};
 use crate::format::MMIO_GENERATION_MASK;
 use crate::rcu::{RcuCell, Replaced, UpdateRight};
+use crate::root::AllRoots;
 use crate::sync::{AtomicU64, Ordering, Padded};
+use crate::tdp::zap::Gone;
 use crate::{Host, OutOfMemory};
 pub(crate) use set::SlotSet;
 
@@ -356,8 +358,9 @@ impl Updates {
         Ok((Begun { changing, new: new.map(Arc::new) }, prepared))
     }
 
-    /// Last step: prepares what the slot has become.
-    pub(crate) fn finish(&mut self, slots: &Slots, begun: Begun) -> Prepared {
+    /// Last step, when nothing leads to the slot's memory any more: prepares what the slot has become.
+    pub(crate) fn finish(&mut self, slots: &Slots, begun: Begun, gone: &Gone<AllRoots>) -> Prepared {
+        debug_assert_eq!(gone.range, begun.slot().range());
         match &begun.new {
             Some(new) => self.by_id.insert(new.id, Arc::clone(new)),
             None => self.by_id.remove(&begun.changing.id),

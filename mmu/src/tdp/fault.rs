@@ -16,14 +16,13 @@
 //! - A frozen entry is being zapped: the fault is retried by the guest, the zap will have ended soon.
 
 use crate::addr::{Gfn, GfnRange, Hfn, Level};
-use crate::entry::{self, Books, change};
+use crate::entry::{self, Books, Entry, change};
 use crate::format::{Format, Leaf, Rights, State};
 use crate::host::{Access, Extent, Host};
 use crate::lock::Shared;
 use crate::mutants::{self, Mutant};
 use crate::notify::Snapshot;
 use crate::root::{AdBits, RootRef};
-use crate::sync::{AtomicU64, load_for_update};
 use crate::table::Table;
 use crate::vcpu::{FaultError, Outcome};
 
@@ -199,7 +198,7 @@ impl<'w, H: Host> Walk<'w, '_, H> {
         let mut table = Table::root(self.inside, root);
         loop {
             let cell = table.entry(self.want.gfn);
-            let raw = load_for_update(cell);
+            let raw = cell.read();
             let step = if let Some(next) = table.next(raw) {
                 Step::Into(next)
             } else if table.level > level {
@@ -215,7 +214,7 @@ impl<'w, H: Host> Walk<'w, '_, H> {
     }
 
     /// `cell`, above the level that is wanted, leads to no table yet.
-    fn grow(&mut self, table: &Table<'w, H>, cell: &AtomicU64, mut raw: u64) -> Step<'w, H> {
+    fn grow(&mut self, table: &Table<'w, H>, cell: &Entry, mut raw: u64) -> Step<'w, H> {
         loop {
             if let Some(next) = table.next(raw) {
                 return Step::Into(next);
@@ -240,7 +239,7 @@ impl<'w, H: Host> Walk<'w, '_, H> {
     }
 
     /// `cell` is where the leaf belongs, or holds a larger one already.
-    fn fill(&self, table: &Table<'w, H>, cell: &AtomicU64, mut raw: u64) -> Step<'w, H> {
+    fn fill(&self, table: &Table<'w, H>, cell: &Entry, mut raw: u64) -> Step<'w, H> {
         let level = table.level;
         loop {
             let (new, book) = match self.meet(table, raw) {
@@ -298,7 +297,7 @@ pub(crate) fn map_mmio<H: Host>(
     let mut table = Table::root(inside, root);
     loop {
         let cell = table.entry(gfn);
-        let raw = load_for_update(cell);
+        let raw = cell.read();
         if let Some(next) = table.next(raw) {
             table = next;
             continue;

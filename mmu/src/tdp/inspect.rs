@@ -8,7 +8,6 @@ use crate::format::{Format, Rights, State};
 use crate::host::Host;
 use crate::lock::Shared;
 use crate::root::RootRef;
-use crate::sync::load_for_update;
 use crate::table::Table;
 
 /// One entry read on a walk.
@@ -47,7 +46,7 @@ pub(crate) fn walk<H: Host>(inside: &Shared<'_, H>, root: &RootRef, gfn: Gfn) ->
     let mut walk = Walk::default();
     let (mut table, mut frame) = (Table::root(inside, root), root.frame());
     for step in &mut walk.steps {
-        let raw = load_for_update(table.entry(gfn));
+        let raw = table.entry(gfn).read();
         let address = Hpa(frame.hpa().0 + 8 * table.level.index(gfn) as u64);
         *step = Some(WalkStep { level: table.level, address, raw, state: H::Format::decode(raw, table.level) });
         match (table.next(raw), H::Format::next_table(raw, table.level)) {
@@ -63,7 +62,7 @@ pub(crate) fn walk<H: Host>(inside: &Shared<'_, H>, root: &RootRef, gfn: Gfn) ->
 #[inline]
 pub(crate) fn translate<H: Host>(inside: &Shared<'_, H>, root: &RootRef, gpa: Gpa, rights: Rights) -> Option<Hpa> {
     let Some(table) = Table::leaves(inside, root, gpa.gfn()) else { return translate_huge(inside, root, gpa, rights) };
-    let raw = load_for_update(table.entry(gpa.gfn()));
+    let raw = table.entry(gpa.gfn()).read();
     leaf_address::<H::Format>(raw, Level::K4, gpa, rights)
 }
 

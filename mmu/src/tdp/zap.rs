@@ -15,17 +15,18 @@
 //!
 //! A huge leaf that reaches over the range's end is zapped whole: the rest comes back by faults. Root tables stay.
 
+use core::marker::PhantomData;
+
 use crate::Mmu;
 use crate::addr::{Gfn, GfnRange, Level};
-use crate::entry::seize;
+use crate::entry::{Entry, seize};
 use crate::events::{Counter, Event};
 use crate::format::{Format, State};
 use crate::host::Host;
 use crate::lock::{Shared, Ticket};
 use crate::mutants::{self, Mutant};
-use crate::reclaim::{Batch, Debts, Reach, Zapping};
+use crate::reclaim::{Batch, Debts, hold};
 use crate::root::{RootRef, RootSet};
-use crate::sync::{AtomicU64, Ordering, load_for_update};
 use crate::table::Table;
 
 /// What a zap removed.
@@ -37,32 +38,48 @@ pub struct Zapped {
     pub tables: u64,
 }
 
+/// Proof that a range was removed from every root of a set. What may happen only then wants to see one, and of which set
+/// is part of its type: valid roots are not enough for who gives memory back.
+#[derive(Debug)]
+pub(crate) struct Gone<S> {
+    pub(crate) range: GfnRange,
+    pub(crate) zapped: Zapped,
+    roots: PhantomData<S>,
+}
+
+impl<S> Gone<S> {
+    /// A proof that proves nothing, for mutants that are to go on without a zap.
+    pub(crate) fn of_a_mutant(mutant: Mutant, range: GfnRange) -> Self {
+        assert!(mutants::is(mutant), "a zap is proved by zapping");
+        Self { range, zapped: Zapped::default(), roots: PhantomData }
+    }
+}
+
 /// Removes every mapping of `range` from each root of `roots`. When it returns, no vCPU uses one any more.
 ///
 /// Faults may fill the range again at any time unless the caller keeps them from it: a slot that is changing, an
 /// invalidation in progress, roots that are defunct.
-pub(crate) fn zap_range<H: Host>(
+pub(crate) fn zap_range<H: Host, S: RootSet<H>>(
     mmu: &Mmu<H>,
     ticket: &mut Ticket,
     batch: &mut Batch,
-    roots: &mut impl RootSet<H>,
+    roots: &mut S,
     range: GfnRange,
-    reach: Reach,
-) -> Zapped {
+) -> Gone<S> {
     let mut total = Zapped::default();
     while let Some(root) = roots.next(mmu) {
         let end = range.end.min(root.role().level().root_limit());
         let mut next = range.start;
         while next < end {
-            let mut hold = Zapping::enter(mmu, ticket, batch, reach);
-            loop {
-                let (inside, debts) = hold.parts();
-                next = Step { inside, debts, range, zapped: &mut total }.run(&root, next);
-                if next >= end || hold.should_end() {
-                    break;
+            hold(mmu, ticket, batch, roots.reach(), |hold| {
+                loop {
+                    let (inside, debts) = hold.parts();
+                    next = Step { inside, debts, range, zapped: &mut total }.run(&root, next);
+                    if next >= end || hold.should_end() {
+                        break;
+                    }
                 }
-            }
-            drop(hold);
+            });
             if next < end {
                 ticket.counters().add(Counter::Yield, 1);
                 mmu.host.yield_now();
@@ -73,7 +90,7 @@ pub(crate) fn zap_range<H: Host>(
     if H::TRACE {
         mmu.host.trace(Event::Zap { range, leaves: total.leaves, tables: total.tables });
     }
-    total
+    Gone { range, zapped: total, roots: PhantomData }
 }
 
 struct Step<'s, 'a, H: Host> {
@@ -92,7 +109,7 @@ impl<H: Host> Step<'_, '_, H> {
         let after = loop {
             path[usize::from(table.level.number()) - 1] = Some(table);
             let cell = table.entry(gfn);
-            let raw = load_for_update(cell);
+            let raw = cell.read();
             let Some(next) = table.next(raw) else {
                 self.zap_entry(&table, gfn, raw);
                 break table.level.next_block(gfn);
@@ -105,7 +122,7 @@ impl<H: Host> Step<'_, '_, H> {
                 }
                 let mut at = gfn;
                 while at < block.end && at < self.range.end {
-                    self.zap_entry(&next, at, load_for_update(next.entry(at)));
+                    self.zap_entry(&next, at, next.entry(at).read());
                     at = Gfn(at.0 + 1);
                 }
                 break at;
@@ -151,11 +168,11 @@ impl<H: Host> Step<'_, '_, H> {
     /// Takes the table that `raw` leads to apart: nothing leads to it any more.
     fn bury(&mut self, parent: &Table<'_, H>, raw: u64) {
         let (Some(table), Some(frame)) = (parent.next(raw), H::Format::next_table(raw, parent.level)) else { return };
-        let counters = self.debts.counters;
+        let (counters, owed) = (self.debts.counters, self.debts.owed());
         if mutants::is(Mutant::UnlinkedTableNotSeized) {
             return self.debts.unlinked(frame);
         }
-        let leaves = seize::<H::Format>(table.entries(), table.level, counters, |raw| self.bury(&table, raw));
+        let leaves = seize::<H::Format>(table.entries(), table.level, counters, owed, |raw| self.bury(&table, raw));
         self.zapped.leaves += leaves;
         self.zapped.tables += 1;
         self.debts.unlinked(frame);
@@ -171,7 +188,7 @@ impl<H: Host> Step<'_, '_, H> {
                 return;
             }
             let Some(table) = path[usize::from(level.number()) - 1] else { continue };
-            let raw = load_for_update(table.entry(gfn));
+            let raw = table.entry(gfn).read();
             if table.next(raw).is_some_and(|next| next.entries().iter().all(|cell| is_empty::<H>(cell, next.level))) {
                 self.unlink(&table, gfn, raw);
             }
@@ -179,8 +196,8 @@ impl<H: Host> Step<'_, '_, H> {
     }
 }
 
-fn is_empty<H: Host>(cell: &AtomicU64, level: Level) -> bool {
-    let raw = cell.load(Ordering::Relaxed);
+fn is_empty<H: Host>(cell: &Entry, level: Level) -> bool {
+    let raw = cell.glance();
     // Frozen entries are those of level-1 tables that this very zap has unlinked and will thaw: overwritten by the
     // dead encoding when this table is buried, they stay so.
     raw == H::Format::ABSENT || matches!(H::Format::decode(raw, level), State::Frozen)
