@@ -20,4 +20,5 @@ pub mod machine;
 pub mod model;
 pub mod program;
 pub mod rng;
+pub mod rules;
 pub mod scene;
