@@ -97,7 +97,7 @@ pub unsafe fn enter(number: usize) -> ! {
         match job {
             Some(job) => job(),
             // SAFETY: ring 0, interrupts off, no lock held.
-            None => unsafe { instructions::halt() },
+            None => local::this().away(|| unsafe { instructions::halt() }),
         }
     }
 }

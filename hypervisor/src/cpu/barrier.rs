@@ -8,6 +8,12 @@
 //! Two callers at once may share one NMI. That is right: a counter read after the caller's own fence, and seen to have
 //! moved, means that the target's locked increment came after that read.
 //!
+//! A CPU that is away, in a guest or halted, is not asked. It says so after everything that it did, and when it comes back
+//! it withdraws that and executes a full fence, before it does anything that is ordered here. So a caller that finds it
+//! away, having fenced itself, sees all that the CPU did before; and if it withdraws only then, its own fence comes after the
+//! caller's, which is all that was asked of it. On a machine whose CPUs are mostly in their guests that is most of them, and
+//! where a CPU is a thread of an emulator, it need not be waited for until that thread has its turn.
+//!
 //! CPU 0 is left out. It is never on the cheap side while another CPU is on the expensive one: it sets a VM up before vCPUs
 //! run and takes it down after, and in between it touches nothing that the fence orders ([`crate::vm`] says what it does
 //! instead). Nor is it safe to ask it under QEMU: the bug told of there, another CPU's write-back of CPU 0's flags, could
@@ -34,13 +40,14 @@ pub fn light() {
     compiler_fence(Ordering::SeqCst);
 }
 
-/// The expensive half: when it returns, every online CPU but CPU 0 has executed a full fence since the call.
+/// The expensive half: when it returns, every online CPU but CPU 0 has executed a full fence since the call, or will before
+/// it does anything that is ordered by it.
 pub fn heavy() {
     fence(Ordering::SeqCst);
     let me = local::this().number();
     let mut before = [None; MAX_CPUS];
     for (cpu, seen) in local::all().iter().zip(&mut before) {
-        if cpu.is_online() && cpu.number() != me && cpu.number() != 0 {
+        if cpu.is_online() && cpu.number() != me && cpu.number() != 0 && !cpu.is_away() {
             *seen = Some(cpu.nmis());
             apic::send(cpu.apic_id(), Command::Nmi);
         }

@@ -5,7 +5,7 @@
 
 use core::arch::asm;
 use core::mem::offset_of;
-use core::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicU64, AtomicUsize, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicU64, AtomicUsize, Ordering, fence};
 
 use super::{MAX_CPUS, instructions};
 
@@ -25,6 +25,7 @@ pub struct Local {
     number: AtomicUsize,
     apic_id: AtomicU32,
     online: AtomicBool,
+    away: AtomicBool,
 }
 
 /// Offset of the NMI counter, for the handler.
@@ -42,6 +43,7 @@ impl Local {
             number: AtomicUsize::new(0),
             apic_id: AtomicU32::new(0),
             online: AtomicBool::new(false),
+            away: AtomicBool::new(false),
         }
     }
 
@@ -61,6 +63,23 @@ impl Local {
     #[must_use]
     pub fn is_online(&self) -> bool {
         self.online.load(Ordering::Acquire)
+    }
+
+    /// Whether the CPU is in a guest or halted: see [`super::barrier`].
+    #[must_use]
+    pub(super) fn is_away(&self) -> bool {
+        self.away.load(Ordering::Acquire)
+    }
+
+    /// Lets this CPU be away while `run` runs a guest or halts, and does nothing that [`super::barrier`] orders.
+    #[inline]
+    pub fn away<R>(&self, run: impl FnOnce() -> R) -> R {
+        // Release: who sees it sees what was done before.
+        self.away.store(true, Ordering::Release);
+        let result = run();
+        self.away.store(false, Ordering::Relaxed);
+        fence(Ordering::SeqCst);
+        result
     }
 
     /// How many NMIs it has taken. A full fence stands behind each increment.

@@ -285,7 +285,7 @@ fn rest_until(deadline: u64) {
     local::this().timer_fired.store(false, Ordering::Relaxed);
     clock::set_timer_at(deadline);
     // SAFETY: ring 0, interrupts off, no lock held. The timer ends it at the latest.
-    unsafe { instructions::halt() };
+    local::this().away(|| unsafe { instructions::halt() });
 }
 
 /// A small generator of numbers that look random (SplitMix64), the same ones for the same seed.

@@ -176,7 +176,7 @@ impl<C: GuestCpu> Vcpu<C> {
             self.cpu.flush();
         }
         self.stall.entering(&vm.storm);
-        let exit = self.cpu.run();
+        let exit = local::this().away(|| self.cpu.run());
         drop(inside);
         reach.back();
         self.stall.left(&vm.storm, exit);
@@ -332,7 +332,7 @@ impl<C: GuestCpu> Vcpu<C> {
         let timer = local::this().timer_fired.load(Ordering::Relaxed);
         if !(reach.lapic.has_pending() || vm.stopping() || self.first_has_news() || line || timer) {
             // SAFETY: ring 0, interrupts off, and no lock is held.
-            unsafe { instructions::halt() };
+            local::this().away(|| unsafe { instructions::halt() });
         }
         reach.back();
     }
