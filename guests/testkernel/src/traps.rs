@@ -24,6 +24,8 @@ const CODE: u16 = 0x08;
 const FIRST_TSS: u16 = 0x28;
 const SPURIOUS: u64 = 0xff;
 const STACK_BYTES: usize = 16 << 10;
+/// DR6 when nothing is noted in it.
+pub(crate) const DR6_CLEAN: u64 = 0xffff_0ff0;
 
 /// What is known about a processor's events.
 pub(crate) struct Events {
@@ -32,6 +34,11 @@ pub(crate) struct Events {
     code: AtomicU64,
     cr2: AtomicU64,
     rip: AtomicU64,
+    /// DR6 at its last #DB, and RFLAGS in the frame of its last exception.
+    dr6: AtomicU64,
+    flags: AtomicU64,
+    /// Where it last was interrupted by an NMI.
+    nmi_rip: AtomicU64,
     /// What its NMI handler does.
     on_nmi: AtomicU32,
 }
@@ -44,6 +51,8 @@ pub(crate) enum OnNmi {
     Nothing = 0,
     /// It sends itself another, once, and sees to it that this does not come before it is through.
     Again = 1,
+    /// It executes an IRET that faults, and then the one that does not.
+    Fault = 2,
 }
 
 static EVENTS: [Events; MOST] = [const {
@@ -53,6 +62,9 @@ static EVENTS: [Events; MOST] = [const {
         code: AtomicU64::new(0),
         cr2: AtomicU64::new(0),
         rip: AtomicU64::new(0),
+        dr6: AtomicU64::new(0),
+        flags: AtomicU64::new(0),
+        nmi_rip: AtomicU64::new(0),
         on_nmi: AtomicU32::new(0),
     }
 }; MOST];
@@ -256,6 +268,17 @@ pub(crate) fn last() -> (u64, u64, u64) {
     (events.code.load(Ordering::SeqCst), events.cr2.load(Ordering::SeqCst), events.rip.load(Ordering::SeqCst))
 }
 
+/// DR6 at this processor's last #DB, and the flags in the frame of its last exception.
+pub(crate) fn last_debug() -> (u64, u64) {
+    let events = &EVENTS[processor()];
+    (events.dr6.load(Ordering::SeqCst), events.flags.load(Ordering::SeqCst))
+}
+
+/// Where this processor last was interrupted by an NMI.
+pub(crate) fn last_nmi() -> u64 {
+    EVENTS[processor()].nmi_rip.load(Ordering::SeqCst)
+}
+
 /// Where this processor keeps the address to go on at after its next exception.
 pub(crate) fn resume_at() -> *mut u64 {
     EVENTS[processor()].resume.as_ptr()
@@ -272,9 +295,20 @@ extern "C" fn trap(frame: &mut Frame) {
     let events = &EVENTS[number];
     events.counts[frame.vector as usize & 0xff].fetch_add(1, Ordering::SeqCst);
     if frame.vector as u8 == NMI {
-        if events.on_nmi.swap(OnNmi::Nothing as u32, Ordering::SeqCst) == OnNmi::Again as u32 {
-            apic::send(0, apic::NMI | apic::SELF | apic::ASSERT);
-            check_nmi_waits(number);
+        events.nmi_rip.store(frame.rip, Ordering::SeqCst);
+        match events.on_nmi.swap(OnNmi::Nothing as u32, Ordering::SeqCst) {
+            0 => {}
+            what => {
+                apic::send(0, apic::NMI | apic::SELF | apic::ASSERT);
+                check_nmi_waits(number);
+                if what == OnNmi::Fault as u32 {
+                    // Its handler ends with an IRET that does not fault, and with that the mask, while this NMI's stack is
+                    // still in use.
+                    move_nmi_stack(number, -8192);
+                    faulting_iret();
+                    move_nmi_stack(number, 8192);
+                }
+            }
         }
         return;
     }
@@ -297,6 +331,13 @@ extern "C" fn trap(frame: &mut Frame) {
     events.code.store(frame.code, Ordering::SeqCst);
     events.cr2.store(cr2, Ordering::SeqCst);
     events.rip.store(frame.rip, Ordering::SeqCst);
+    events.flags.store(frame.rflags, Ordering::SeqCst);
+    if frame.vector as u8 == DEBUG {
+        let dr6: u64;
+        // SAFETY: what it says is noted; nobody else needs it.
+        unsafe { asm!("mov {0}, dr6", "mov dr6, {1}", out(reg) dr6, in(reg) DR6_CLEAN, options(nostack)) };
+        events.dr6.store(dr6, Ordering::SeqCst);
+    }
     match events.resume.swap(0, Ordering::SeqCst) {
         0 if [DEBUG, BREAKPOINT].contains(&(frame.vector as u8)) => frame.rflags &= !(1 << 8),
         0 => {
@@ -310,6 +351,30 @@ extern "C" fn trap(frame: &mut Frame) {
             frame.rip = address;
             frame.rflags &= !(1 << 8);
         }
+    }
+}
+
+/// Moves the stack on which this processor's next NMI is handled, by so many bytes.
+fn move_nmi_stack(number: usize, by: i32) {
+    let tss = (&raw mut TSS).cast::<Tss>().wrapping_add(number);
+    // SAFETY: a processor's TSS is written by that processor only. Stacks lie below 4 GiB.
+    unsafe {
+        let low = &raw mut (*tss).words[11];
+        low.write_volatile(low.read_volatile().wrapping_add_signed(by));
+    }
+}
+
+/// Executes an IRET to a segment that does not exist, and goes on behind the fault.
+fn faulting_iret() {
+    let resume = resume_at();
+    // SAFETY: the fault is expected; the stack pointer is put back behind it.
+    unsafe {
+        asm!(
+            "mov {sp}, rsp", "lea {s}, [rip + 55f]", "mov [{resume}], {s}",
+            "push 0", "push {sp}", "pushfq", "push 0x1ff8", "push {s}", "iretq",
+            "55:", "mov rsp, {sp}",
+            sp = out(reg) _, s = out(reg) _, resume = in(reg) resume,
+        );
     }
 }
 

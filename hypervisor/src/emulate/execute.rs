@@ -77,12 +77,7 @@ impl<B: Bus> Machine<'_, '_, B> {
 
     /// Moves RIP behind the instruction.
     pub(super) fn finish(&mut self, instruction: &Instruction) {
-        let next = instruction.next_ip();
-        self.registers.rip = match self.space.cpu.code_size() {
-            CodeSize::Bits64 => next,
-            CodeSize::Bits32 => next & 0xffff_ffff,
-            CodeSize::Bits16 => next & 0xffff,
-        };
+        self.registers.rip = self.space.cpu.wrap(instruction.next_ip());
     }
 
     /// Bytes of operand `index`.

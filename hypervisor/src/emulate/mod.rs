@@ -25,7 +25,7 @@ pub mod walk;
 #[cfg(test)]
 mod tests;
 
-use iced_x86::{Code, Decoder, DecoderError, DecoderOptions, Instruction};
+use iced_x86::{Code, Decoder, DecoderError, DecoderOptions, Instruction, Mnemonic};
 
 use crate::guest::entry::Segment;
 use operand::Space;
@@ -105,6 +105,21 @@ impl Cpu {
             CodeSize::Bits32
         } else {
             CodeSize::Bits16
+        }
+    }
+
+    /// Registers are 64 bits wide.
+    #[must_use]
+    pub fn is_64_bit(&self) -> bool {
+        self.code_size() == CodeSize::Bits64
+    }
+
+    /// An instruction pointer as wide as it is here.
+    const fn wrap(&self, rip: u64) -> u64 {
+        match self.code_size() {
+            CodeSize::Bits64 => rip,
+            CodeSize::Bits32 => rip & 0xffff_ffff,
+            CodeSize::Bits16 => rip & 0xffff,
         }
     }
 
@@ -235,15 +250,43 @@ pub fn step(cpu: &Cpu, bus: &mut impl Bus) -> Outcome {
     Outcome { registers, end, instruction }
 }
 
+/// An instruction that somebody else executes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Seen {
+    /// Which it is.
+    pub what: Kind,
+    /// Where the next begins.
+    pub next_rip: u64,
+}
+
+/// Instructions that are told apart by [`see`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// VMCALL.
+    Vmcall,
+    /// INT1.
+    Int1,
+    /// Any other.
+    Other,
+}
+
+/// Looks at the instruction at RIP. `None`: it can't be fetched, or is none.
+#[must_use]
+pub fn see(cpu: &Cpu, bus: &mut impl Bus) -> Option<Seen> {
+    let decoded = fetch(&mut Space { cpu, bus }, &mut [0; MAX_INSTRUCTION]).ok()?;
+    let what = match decoded.mnemonic() {
+        Mnemonic::Vmcall => Kind::Vmcall,
+        Mnemonic::Int1 => Kind::Int1,
+        _ => Kind::Other,
+    };
+    Some(Seen { what, next_rip: cpu.wrap(decoded.next_ip()) })
+}
+
 /// Fetches and decodes. The part of it that lies on a second page counts only if the instruction reaches so far.
 fn fetch<B: Bus>(space: &mut Space<'_, B>, bytes: &mut [u8; MAX_INSTRUCTION]) -> Result<Instruction, Stop> {
     let cpu = space.cpu;
     let size = cpu.code_size();
-    let rip = match size {
-        CodeSize::Bits64 => cpu.registers.rip,
-        CodeSize::Bits32 => cpu.registers.rip & 0xffff_ffff,
-        CodeSize::Bits16 => cpu.registers.rip & 0xffff,
-    };
+    let rip = cpu.wrap(cpu.registers.rip);
     let first = match size {
         CodeSize::Bits64 => rip,
         _ => cpu.segments[segment::CS].base.wrapping_add(rip) & 0xffff_ffff,

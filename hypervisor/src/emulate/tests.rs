@@ -566,3 +566,16 @@ fn any_bytes_in_any_mode_end_well() {
         assert!(machine.events.len() <= 64, "{code:x?}");
     }
 }
+
+#[test]
+fn what_is_seen_of_an_instruction_that_others_execute() {
+    let seen = |code: &[u8]| {
+        let (cpu, mut machine) = (cpu(false), Machine::new());
+        machine.ram[CODE as usize..CODE as usize + code.len()].copy_from_slice(code);
+        see(&cpu, &mut machine).map(|seen| (seen.what, seen.next_rip - CODE))
+    };
+    assert_eq!(seen(&[0x0f, 0x01, 0xc1]), Some((Kind::Vmcall, 3)));
+    assert_eq!(seen(&[0x2e, 0xf1]), Some((Kind::Int1, 2)));
+    assert_eq!(seen(&[0x0f, 0x0b]), Some((Kind::Other, 2)));
+    assert_eq!(seen(&[0x0f, 0x04]), None);
+}

@@ -10,13 +10,14 @@ use crate::vm::exit::{Direction, Exit, Intercepted, PortAccess};
 pub fn decode(code: u64, info1: u64, info2: u64) -> Exit {
     match code {
         0x41 => Exit::Exception(Intercepted::Debug),
+        0x46 => Exit::InvalidOpcode,
         0x51 => Exit::Exception(Intercepted::AlignmentCheck),
         0x60 => Exit::Interrupt,
         0x61 => Exit::Nmi,
         0x64 => Exit::InterruptWindow,
         0x6f => Exit::NoCounters,
         0x72 => Exit::Cpuid,
-        0x74 => Exit::Iret,
+        0x74 => Exit::NmiWindow,
         0x76 | 0x89 => Exit::CacheFlush,
         0x78 => Exit::Halt,
         0x7b => decode_port(info1, info2).map_or(Exit::Unexpected, Exit::Port),
@@ -24,6 +25,7 @@ pub fn decode(code: u64, info1: u64, info2: u64) -> Exit {
         0x7c => Exit::ReadMsr,
         0x7f => Exit::Shutdown,
         0x81 => Exit::Hypercall,
+        0x88 => Exit::Int1,
         // RSM outside SMM, INVLPGA, VMRUN, VMLOAD, VMSAVE, STGI, CLGI, SKINIT, MONITOR, MWAIT, RDPRU.
         0x73 | 0x7a | 0x80 | 0x82..=0x86 | 0x8a..=0x8c | 0x8e => Exit::Undefined,
         0x8d => Exit::SetExtendedControl,

@@ -19,6 +19,8 @@
 //! below: when a nested fault interrupts the delivery of a virtual interrupt, QEMU reports it in EXITINTINFO *and* leaves
 //! V_IRQ set, while the manual has only one of them. One event must come out of it, not two.
 
+mod nmi;
+
 use alloc::boxed::Box;
 use core::ptr;
 
@@ -34,23 +36,28 @@ use crate::emulate;
 use crate::guest::{VcpuInit, entry as start};
 use crate::memory::frames::{self, FRAME};
 use crate::vm::exit::{Exit, Intercepted, Raised, RawExit};
-use crate::vm::guest_cpu::GuestCpu;
+use crate::vm::guest_cpu::{GuestCpu, NmiWindow};
 use crate::vm::policy::msr::VmcbMsrs;
 use crate::vm::policy::msr_list::VmcbField;
+use nmi::NmiState;
 
 const RFLAGS_IF: u64 = 1 << 9;
 const RFLAGS_TF: u64 = 1 << 8;
+const RFLAGS_RF: u64 = 1 << 16;
 const RFLAGS_FIXED: u64 = 1 << 1;
 const CR0_RESET: u64 = 0x6000_0010;
 const PAT_RESET: u64 = 0x0007_0406_0007_0406;
 /// The guest's ASID. One VM, one vCPU a CPU: the number only has to differ from the host's, 0.
 const ASID: u32 = 1;
-/// #DB and #AC, so that their delivery can't loop ([`Intercepted`]), and #MC, which is the host's.
-const EXCEPTIONS: u32 = 1 << 1 | 1 << 17 | 1 << 18;
+/// #DB and #AC, so that their delivery can't loop ([`Intercepted`]), #UD, behind which a hypercall of the other vendor may
+/// be, and #MC, which is the host's.
+const EXCEPTIONS: u32 = 1 << 1 | 1 << 6 | 1 << 17 | 1 << 18;
 const RBX: usize = 3;
 const RSI: usize = 6;
 /// DR6: the exception is that of a single step.
 const DR6_BS: u64 = 1 << 14;
+/// DR7: any access to a debug register raises #DB, whose delivery clears this.
+const DR7_GD: u64 = 1 << 13;
 
 /// EVENTINJ and EXITINTINFO (15.20).
 mod event {
@@ -62,22 +69,6 @@ mod event {
     pub(super) const SOFTWARE: u64 = 4 << 8;
     pub(super) const KIND: u64 = 7 << 8;
     pub(super) const CODE_SHIFT: u32 = 32;
-}
-
-/// Whether the guest takes NMIs.
-///
-/// They are masked from one NMI to the completion of the next IRET. The intercept comes before the IRET, whose stack a
-/// second NMI would overwrite if it used the same one; so the IRET is stepped over, and the trap behind it ends the mask.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-enum NmiState {
-    Open,
-    /// IRET is intercepted.
-    Masked,
-    /// IRET is being executed with the trap flag set.
-    Returning {
-        /// The guest had set the flag itself.
-        stepped: bool,
-    },
 }
 
 /// One virtual CPU.
@@ -129,7 +120,6 @@ impl Vcpu {
             | Intercepts1::SHUTDOWN)
             .bits();
         control.intercepts_2 = Intercepts2::all().bits();
-        control.exceptions = EXCEPTIONS;
         control.io_map = maps.io();
         control.msr_map = maps.msr();
         control.asid = ASID;
@@ -159,6 +149,7 @@ impl Vcpu {
         let control = &mut self.vmcb_mut().control;
         control.virtual_interrupt = virtual_interrupt::MASKING | virtual_interrupt::IGNORE_TPR;
         control.shadow = 0;
+        control.exceptions = EXCEPTIONS;
         control.intercepts_1 &= !(Intercepts1::VINTR | Intercepts1::IRET).bits();
         // SAFETY: all zeros is a valid `Save`.
         self.vmcb_mut().save = unsafe { core::mem::zeroed() };
@@ -224,6 +215,13 @@ impl Vcpu {
             | virtual_interrupt::REQUEST
             | u64::from(vector) << virtual_interrupt::VECTOR_SHIFT;
     }
+
+    /// Puts in a fault, `what` of EVENTINJ. Its frame says that the instruction at RIP was met already: a breakpoint there
+    /// does not come again when it is tried again (13.1.2).
+    fn raise_fault(&mut self, what: u64) {
+        self.save_mut().rflags |= RFLAGS_RF;
+        self.event = event::VALID | event::EXCEPTION | what;
+    }
 }
 
 impl GuestCpu for Vcpu {
@@ -264,6 +262,7 @@ impl GuestCpu for Vcpu {
         let vmcb = self.vmcb_mut();
         vmcb.save.rip = rip;
         vmcb.control.shadow = 0;
+        vmcb.save.rflags &= !RFLAGS_RF;
         // The trap behind an instruction that a debugger steps over (APM vol. 2, 13.1.4) is ours to raise: the CPU has not
         // executed it.
         if vmcb.save.rflags & RFLAGS_TF != 0 {
@@ -312,16 +311,14 @@ impl GuestCpu for Vcpu {
         unsafe { entry::enter(&mut self.switch) };
         self.settle_events();
         let RawExit { code, info1, info2 } = self.raw_exit();
-        match exit::decode(code, info1, info2) {
-            Exit::Exception(Intercepted::Debug) if matches!(self.nmi, NmiState::Returning { .. }) => Exit::Iret,
-            exit => exit,
-        }
+        self.settle_nmi(exit::decode(code, info1, info2))
     }
 
     #[inline]
     fn can_take_interrupt(&self) -> bool {
         let vmcb = self.vmcb();
-        self.latched.is_none() && self.event == 0 && vmcb.save.rflags & RFLAGS_IF != 0 && vmcb.control.shadow & 1 == 0
+        let free = self.latched.is_none() && self.event == 0 && !self.is_stepping();
+        free && vmcb.save.rflags & RFLAGS_IF != 0 && vmcb.control.shadow & 1 == 0
     }
 
     #[inline]
@@ -331,7 +328,8 @@ impl GuestCpu for Vcpu {
     }
 
     fn open_interrupt_window(&mut self) {
-        if self.latched.is_none() {
+        // Behind a step the question is asked again.
+        if self.latched.is_none() && !self.is_stepping() {
             let control = &mut self.vmcb_mut().control;
             control.intercepts_1 |= Intercepts1::VINTR.bits();
             control.virtual_interrupt |= virtual_interrupt::REQUEST;
@@ -354,30 +352,16 @@ impl GuestCpu for Vcpu {
         self.event == 0 && self.nmi == NmiState::Open && self.vmcb().control.shadow & 1 == 0
     }
 
-    fn nmi(&mut self) {
-        self.event = event::VALID | event::NMI | 2;
-        self.nmi = NmiState::Masked;
-        self.vmcb_mut().control.intercepts_1 |= Intercepts1::IRET.bits();
+    fn nmis_masked(&self) -> bool {
+        matches!(self.nmi, NmiState::Masked) || self.is_stepping()
     }
 
-    fn nmi_done(&mut self) {
-        let vmcb = self.vmcb_mut();
-        vmcb.control.intercepts_1 &= !Intercepts1::IRET.bits();
-        match self.nmi {
-            NmiState::Masked => {
-                let stepped = self.save().rflags & RFLAGS_TF != 0;
-                self.save_mut().rflags |= RFLAGS_TF;
-                self.nmi = NmiState::Returning { stepped };
-            }
-            NmiState::Returning { stepped: true } => {
-                self.nmi = NmiState::Open;
-                self.raise(Raised::Again(Intercepted::Debug));
-            }
-            NmiState::Returning { stepped: false } | NmiState::Open => {
-                self.nmi = NmiState::Open;
-                self.save_mut().dr6 &= !DR6_BS;
-            }
-        }
+    fn nmi(&mut self) {
+        self.inject_nmi();
+    }
+
+    fn open_nmi_window(&mut self) -> NmiWindow {
+        self.watch_for_nmi()
     }
 
     fn raise(&mut self, raised: Raised) {
@@ -390,11 +374,16 @@ impl GuestCpu for Vcpu {
                 self.save_mut().cr2 = address;
                 coded(14, code)
             }
-            Raised::Again(Intercepted::Debug) => 1,
+            // A trap, or the fault of a breakpoint, whose frame has what the flags have.
+            Raised::Again(Intercepted::Debug) => {
+                self.save_mut().dr7 &= !DR7_GD;
+                self.event = event::VALID | event::EXCEPTION | 1;
+                return;
+            }
             // The code of #AC is always 0.
             Raised::Again(Intercepted::AlignmentCheck) => coded(17, 0),
         };
-        self.event = event::VALID | event::EXCEPTION | what;
+        self.raise_fault(what);
     }
 
     fn has_event(&self) -> bool {
@@ -566,7 +555,7 @@ mod tests {
 
     const WINDOW: u32 = Intercepts1::VINTR.bits();
 
-    fn vcpu() -> Vcpu {
+    pub(super) fn vcpu() -> Vcpu {
         testing::machine();
         let mut vcpu = Vcpu::new(Features::NONE, &Maps::new().unwrap()).unwrap();
         vcpu.save_mut().rflags |= RFLAGS_IF;
@@ -574,7 +563,7 @@ mod tests {
     }
 
     /// What the CPU does at an exit with the words that tell of events.
-    fn exit(vcpu: &mut Vcpu, still_requested: bool, interrupted: u64) {
+    pub(super) fn exit(vcpu: &mut Vcpu, still_requested: bool, interrupted: u64) {
         vcpu.event = 0;
         let control = &mut vcpu.vmcb_mut().control;
         if !still_requested {
@@ -657,21 +646,24 @@ mod tests {
     }
 
     #[test]
-    fn shadow_and_nmi_hold_events_back() {
+    fn a_shadow_holds_events_back() {
         let mut vcpu = vcpu();
         vcpu.vmcb_mut().control.shadow = 1;
         assert!(!vcpu.can_take_interrupt() && !vcpu.can_take_nmi());
         vcpu.advance(2);
-        assert!(vcpu.can_take_nmi());
-        vcpu.nmi();
-        assert!(!vcpu.can_take_nmi() && !vcpu.can_take_interrupt());
-        exit(&mut vcpu, false, 0);
-        assert!(!vcpu.can_take_nmi() && vcpu.can_take_interrupt(), "an NMI is masked until IRET, interrupts are not");
-        vcpu.nmi_done();
-        assert!(!vcpu.can_take_nmi(), "the IRET is still to be executed");
-        assert!(vcpu.save().rflags & RFLAGS_TF != 0);
-        vcpu.nmi_done();
-        assert!(vcpu.can_take_nmi(), "and now it was");
+        assert!(vcpu.can_take_interrupt() && vcpu.can_take_nmi());
+    }
+
+    #[test]
+    fn the_resume_flag_is_as_the_cpu_leaves_it() {
+        let mut vcpu = vcpu();
+        vcpu.raise(Raised::GeneralProtection);
+        assert!(vcpu.save().rflags & RFLAGS_RF != 0, "in the frame of a fault");
+        vcpu.advance(2);
+        assert!(vcpu.save().rflags & RFLAGS_RF == 0, "not behind an instruction");
+        vcpu.save_mut().dr7 |= DR7_GD;
+        vcpu.raise(Raised::Again(Intercepted::Debug));
+        assert_eq!((vcpu.save().rflags & RFLAGS_RF, vcpu.save().dr7), (0, 0x400));
     }
 
     #[test]

@@ -64,6 +64,8 @@ bitflags! {
         const CLGI = 1 << 5;
         /// SKINIT.
         const SKINIT = 1 << 6;
+        /// INT1, also called ICEBP.
+        const INT1 = 1 << 8;
         /// WBINVD and WBNOINVD.
         const WBINVD = 1 << 9;
         /// MONITOR.

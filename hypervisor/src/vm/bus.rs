@@ -131,13 +131,24 @@ impl Bus for GuestBus<'_> {
 }
 
 impl<C: GuestCpu> Vcpu<C> {
+    /// This vCPU's memory and ports.
+    fn bus(&mut self) -> GuestBus<'_> {
+        let now = self.now();
+        let (vm, lapic) = (&*self.vm, &mut self.lapic);
+        GuestBus { vm, vcpu: self.number, lapic, now, attend: false, timer_changed: false, lost: None }
+    }
+
+    /// What is at RIP, if it can be fetched and is an instruction.
+    pub(super) fn see(&mut self) -> Option<emulate::Seen> {
+        let state = self.cpu.emulated(self.policy.physical_bits);
+        emulate::see(&state, &mut self.bus())
+    }
+
     /// Executes the instruction at RIP in software.
     #[cold]
     pub(super) fn emulate(&mut self) -> Next {
         let state = self.cpu.emulated(self.policy.physical_bits);
-        let now = self.now();
-        let (vm, lapic) = (&*self.vm, &mut self.lapic);
-        let mut bus = GuestBus { vm, vcpu: self.number, lapic, now, attend: false, timer_changed: false, lost: None };
+        let mut bus = self.bus();
         let outcome = emulate::step(&state, &mut bus);
         let GuestBus { attend, timer_changed, lost, .. } = bus;
         self.attend |= attend;

@@ -67,8 +67,8 @@ pub enum Exit {
     Nmi,
     /// The guest can take an interrupt now; it was asked to say so.
     InterruptWindow,
-    /// The guest is about to execute IRET, or just has; it was asked to say so.
-    Iret,
+    /// The guest has come nearer to where it can take an NMI; it was asked to say so.
+    NmiWindow,
     /// CPUID.
     Cpuid,
     /// HLT.
@@ -83,6 +83,10 @@ pub enum Exit {
     Fault(Fault),
     /// VMMCALL.
     Hypercall,
+    /// INT1: the instruction, not yet executed, raises #DB behind itself.
+    Int1,
+    /// An instruction has raised #UD, which did not reach the guest.
+    InvalidOpcode,
     /// INVD or WBINVD: the guest's caches are coherent without it.
     CacheFlush,
     /// An instruction that this guest's CPU does not have.
@@ -102,14 +106,14 @@ pub enum Exit {
 }
 
 /// How many kinds there are.
-pub const KINDS: usize = 19;
+pub const KINDS: usize = 21;
 
 /// A name a kind, by [`Exit::index`].
 pub const NAMES: [&str; KINDS] = [
     "interrupt",
     "nmi",
     "interrupt_window",
-    "iret",
+    "nmi_window",
     "cpuid",
     "hlt",
     "rdmsr",
@@ -125,6 +129,8 @@ pub const NAMES: [&str; KINDS] = [
     "shutdown",
     "invalid",
     "unexpected",
+    "int1",
+    "invalid_opcode",
 ];
 
 impl Exit {
@@ -136,7 +142,7 @@ impl Exit {
             Self::Interrupt => 0,
             Self::Nmi => 1,
             Self::InterruptWindow => 2,
-            Self::Iret => 3,
+            Self::NmiWindow => 3,
             Self::Cpuid => 4,
             Self::Halt => 5,
             Self::ReadMsr => 6,
@@ -152,6 +158,8 @@ impl Exit {
             Self::Shutdown => 16,
             Self::Invalid => 17,
             Self::Unexpected => 18,
+            Self::Int1 => 19,
+            Self::InvalidOpcode => 20,
         }
     }
 }

@@ -14,6 +14,16 @@ use super::policy::msr::VmcbMsrs;
 use crate::emulate;
 use crate::guest::VcpuInit;
 
+/// How an exit comes about when an NMI can be taken.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum NmiWindow {
+    /// The CPU sees to it: there will be an [`Exit::NmiWindow`] or an [`Exit::InterruptWindow`].
+    Watched,
+    /// Another event goes first, and when it is in an NMI can be taken: whoever runs the vCPU has it interrupted as soon
+    /// as it enters.
+    BehindEvent,
+}
+
 /// One virtual CPU.
 pub trait GuestCpu: VmcbMsrs + Debug + Send + 'static {
     /// Takes the calling CPU for this vCPU. Once, before the first [`GuestCpu::run`], which is then called there only.
@@ -88,11 +98,14 @@ pub trait GuestCpu: VmcbMsrs + Debug + Send + 'static {
     /// Whether an NMI can be taken now.
     fn can_take_nmi(&self) -> bool;
 
+    /// Whether the guest is handling an NMI: it takes the next one behind its IRET.
+    fn nmis_masked(&self) -> bool;
+
     /// Gives an NMI. Only when [`GuestCpu::can_take_nmi`]. No other can be taken before the guest's IRET.
     fn nmi(&mut self);
 
-    /// The guest's IRET was reached, or was executed after that: what [`Exit::Iret`] says.
-    fn nmi_done(&mut self);
+    /// Asks for an exit when an NMI can be taken. Only when not [`GuestCpu::can_take_nmi`].
+    fn open_nmi_window(&mut self) -> NmiWindow;
 
     /// Raises an exception at the current instruction.
     fn raise(&mut self, raised: Raised);

@@ -21,21 +21,17 @@ mod length {
     pub(super) const MSR: u64 = 2;
     pub(super) const HLT: u64 = 1;
     pub(super) const INVD_WBINVD: u64 = 2;
-    pub(super) const VMMCALL: u64 = 3;
 }
-
-/// What KVM's hypercall interface, which the hypervisor leaves stand for, answers to a call that it does not have.
-const NO_SUCH_CALL: u64 = 1000u64.wrapping_neg();
 
 pub(super) const MSR_TSC_AUX: u32 = 0xc000_0103;
 
 /// CPUID 1, EDX: there is a local APIC, and it is enabled.
 const CPUID_APIC: u32 = 1 << 9;
 
-const RAX: usize = 0;
-const RCX: usize = 1;
-const RDX: usize = 2;
-const RBX: usize = 3;
+pub(super) const RAX: usize = 0;
+pub(super) const RCX: usize = 1;
+pub(super) const RDX: usize = 2;
+pub(super) const RBX: usize = 3;
 
 /// What happens after an exit was handled.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -79,14 +75,12 @@ impl<C: GuestCpu> Vcpu<C> {
                 self.cpu.close_interrupt_window();
                 self.attend = true;
             }
-            Exit::Iret => self.cpu.nmi_done(),
+            Exit::NmiWindow => self.attend = true,
             // Both came for the host; an NMI was taken when the exit set GIF again.
             Exit::Interrupt | Exit::Nmi => {}
             Exit::CacheFlush => self.cpu.advance(length::INVD_WBINVD),
-            Exit::Hypercall => {
-                self.cpu.set_register(RAX, NO_SUCH_CALL);
-                self.cpu.advance(length::VMMCALL);
-            }
+            Exit::Hypercall => self.hypercall(),
+            Exit::InvalidOpcode | Exit::Int1 => return Ok(self.met(exit)),
             Exit::Undefined | Exit::SetExtendedControl => self.cpu.raise(Raised::InvalidOpcode),
             Exit::Exception(exception) => self.cpu.raise(Raised::Again(exception)),
             Exit::NoCounters => self.cpu.raise(Raised::GeneralProtection),

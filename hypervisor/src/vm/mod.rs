@@ -22,6 +22,7 @@ pub mod exit;
 pub mod guest_cpu;
 mod handle;
 mod house;
+mod hypercall;
 pub mod marker;
 pub mod policy;
 pub mod ring;

@@ -16,7 +16,7 @@ use nestling::{FaultError, Hpa, VcpuId};
 use nestling_control::message::{DeathReason, VcpuState};
 
 use super::exit::{self, Exit};
-use super::guest_cpu::GuestCpu;
+use super::guest_cpu::{GuestCpu, NmiWindow};
 use super::handle::{MSR_TSC_AUX, Next, Policy};
 use super::ring::Ring;
 use super::shared::{End, Place, Shared};
@@ -24,7 +24,7 @@ use super::storm::Stall;
 use crate::cpu::{apic, clock, instructions, local};
 use crate::devices::lapic::{Lapic, LapicConfig};
 use crate::guest::VcpuInit;
-use crate::memory::embedder::Machine;
+use crate::memory::embedder::{self, Machine};
 
 /// What a local APIC answers when it has nothing after all.
 const SPURIOUS: u8 = 0xff;
@@ -67,7 +67,10 @@ pub struct Vcpu<C> {
     pub(super) attend: bool,
     /// The guest's next deadline may have changed.
     pub(super) timer_changed: bool,
-    nmi_pending: bool,
+    /// NMIs that wait: at most one while the guest handles one, at most two otherwise.
+    nmis: u8,
+    /// The guest is to be left as soon as it is entered: behind the event that goes in, there is another.
+    leave_at_once: bool,
     /// What the CPU's timer was started for, as a TSC value; `u64::MAX`: it is off.
     armed: u64,
     /// The port devices' deadline that it was started with, on vCPU 0.
@@ -103,7 +106,8 @@ impl<C: GuestCpu> Vcpu<C> {
             activity: Activity::WaitingForStartup,
             attend: true,
             timer_changed: true,
-            nmi_pending: false,
+            nmis: 0,
+            leave_at_once: false,
             armed: u64::MAX,
             ports_seen: u64::MAX,
             exits: [0; exit::KINDS],
@@ -175,6 +179,10 @@ impl<C: GuestCpu> Vcpu<C> {
         if inside.take_flush() {
             self.cpu.flush();
         }
+        if core::mem::take(&mut self.leave_at_once) {
+            // With interrupts off it stays pending, and ends the run behind the event's delivery (15.13.1, 15.20).
+            embedder::kick(self.number);
+        }
         self.stall.entering(&vm.storm);
         let exit = local::this().away(|| self.cpu.run());
         drop(inside);
@@ -236,7 +244,7 @@ impl<C: GuestCpu> Vcpu<C> {
         if pending.init {
             self.lapic.init();
             self.activity = Activity::WaitingForStartup;
-            self.nmi_pending = false;
+            self.nmis = 0;
             self.timer_changed = true;
         }
         if let Some(page) = pending.startup
@@ -244,7 +252,10 @@ impl<C: GuestCpu> Vcpu<C> {
         {
             self.start(&VcpuInit::startup(page));
         }
-        self.nmi_pending |= pending.nmi;
+        // A CPU takes the first before the second arrives, and keeps one that arrives while it handles another. Here both may
+        // have arrived since the last look.
+        let most = if self.cpu.nmis_masked() { 1 } else { 2 };
+        self.nmis = (self.nmis + pending.nmis).min(most);
     }
 
     /// Gives the guest the most important event that it can take; says whether it has something to run.
@@ -263,14 +274,16 @@ impl<C: GuestCpu> Vcpu<C> {
     /// Gives the guest one event; says whether there may be more.
     #[cold]
     fn deliver_one(&mut self) -> bool {
-        if self.nmi_pending && self.cpu.can_take_nmi() {
-            self.nmi_pending = false;
+        if self.nmis != 0 && self.cpu.can_take_nmi() {
+            self.nmis -= 1;
             self.cpu.nmi();
             self.activity = Activity::Running;
+        } else if self.nmis != 0 {
+            self.leave_at_once |= self.cpu.open_nmi_window() == NmiWindow::BehindEvent;
         }
         let external = self.number == 0 && self.vm.line() && self.lapic.accepts_extint();
         if !external && self.lapic.deliverable().is_none() {
-            return self.nmi_pending;
+            return self.nmis != 0;
         }
         if self.cpu.can_take_interrupt() {
             let vector = if external {

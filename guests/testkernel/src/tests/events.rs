@@ -3,7 +3,7 @@
 use core::arch::asm;
 
 use super::memory::{self, PRESENT};
-use super::provoke;
+use super::{provoke, windows};
 use crate::apic::{self, ASSERT, SELF};
 use crate::check;
 use crate::cpu::{cli, sti};
@@ -21,7 +21,9 @@ pub(super) fn run() {
         non_maskable();
         shadows();
         single_steps();
+        windows::run();
     });
+    windows::from_others();
     double_fault();
     restart();
 }

@@ -9,6 +9,7 @@ mod memory;
 mod mmio;
 mod platform;
 mod timers;
+mod windows;
 
 use crate::{check, machine};
 

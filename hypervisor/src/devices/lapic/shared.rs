@@ -16,14 +16,16 @@ const EVENT_VECTORS: u32 = 1 << 0;
 const EVENT_NMI: u32 = 1 << 1;
 const EVENT_INIT: u32 = 1 << 2;
 const EVENT_STARTUP: u32 = 1 << 3;
+/// Another NMI was posted behind [`EVENT_NMI`].
+const EVENT_SECOND_NMI: u32 = 1 << 4;
 const STARTUP_SHIFT: u32 = 8;
 
 /// What has been posted that is not a vector. An INIT comes before a start-up IPI in the same value.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[must_use]
 pub struct Pending {
-    /// A non-maskable interrupt.
-    pub nmi: bool,
+    /// Non-maskable interrupts: 0, 1, or 2, which stands for more too.
+    pub nmis: u8,
     /// INIT.
     pub init: bool,
     /// A start-up IPI with its vector.
@@ -61,9 +63,10 @@ impl LapicShared {
     pub fn post(&self, kind: IpiKind) -> bool {
         match kind {
             IpiKind::Fixed(vector) | IpiKind::LowestPriority(vector) => self.post_vector(vector),
-            IpiKind::Nmi => self.post_event(EVENT_NMI),
+            IpiKind::Nmi => self.post_nmi(),
             IpiKind::Init => {
-                let update = |events: u32| Some(events & (EVENT_VECTORS | EVENT_NMI) | EVENT_INIT);
+                let kept = EVENT_VECTORS | EVENT_NMI | EVENT_SECOND_NMI;
+                let update = |events: u32| Some(events & kept | EVENT_INIT);
                 let before = self.events.fetch_update(Ordering::SeqCst, Ordering::SeqCst, update);
                 before.unwrap_or_else(|events| events) & EVENT_INIT == 0
             }
@@ -105,6 +108,13 @@ impl LapicShared {
         self.events.load(Ordering::SeqCst) != 0
     }
 
+    /// Two are told apart: a vCPU that handles none takes the first and keeps the second.
+    fn post_nmi(&self) -> bool {
+        let update = |events: u32| Some(events | EVENT_NMI | (events & EVENT_NMI) * (EVENT_SECOND_NMI / EVENT_NMI));
+        let before = self.events.fetch_update(Ordering::SeqCst, Ordering::SeqCst, update);
+        before.unwrap_or_else(|events| events) & EVENT_NMI == 0
+    }
+
     fn post_event(&self, event: u32) -> bool {
         self.events.fetch_or(event, Ordering::SeqCst) & event == 0
     }
@@ -128,7 +138,7 @@ impl LapicShared {
             }
         }
         Pending {
-            nmi: events & EVENT_NMI != 0,
+            nmis: u8::from(events & EVENT_NMI != 0) + u8::from(events & EVENT_SECOND_NMI != 0),
             init: events & EVENT_INIT != 0,
             startup: (events & EVENT_STARTUP != 0).then_some((events >> STARTUP_SHIFT) as u8),
         }

@@ -74,8 +74,9 @@ fn posted_vectors_and_events_arrive_once() {
     assert!(!shared.post(IpiKind::Fixed(0xff)), "the first post's kick covers the second");
     assert!(shared.post(IpiKind::Nmi));
     assert!(!shared.post(IpiKind::Nmi));
+    assert!(!shared.post(IpiKind::Nmi));
     assert!(shared.has_pending());
-    assert_eq!(lapic.sync(&shared), Pending { nmi: true, init: false, startup: None });
+    assert_eq!(lapic.sync(&shared), Pending { nmis: 2, init: false, startup: None });
     assert!(!shared.has_pending());
     assert_eq!(lapic.sync(&shared), Pending::default());
     assert_eq!(lapic.acknowledge(), Some(0xff));
@@ -89,11 +90,12 @@ fn init_forgets_an_earlier_startup_and_keeps_a_later_one() {
     let mut lapic = lapic(1);
     shared.post(IpiKind::Startup(0x11));
     shared.post(IpiKind::Init);
-    assert_eq!(lapic.sync(&shared), Pending { nmi: false, init: true, startup: None });
+    assert_eq!(lapic.sync(&shared), Pending { nmis: 0, init: true, startup: None });
+    shared.post(IpiKind::Nmi);
     shared.post(IpiKind::Init);
     assert!(shared.post(IpiKind::Startup(0x9a)));
     assert!(!shared.post(IpiKind::Startup(0x9b)));
-    assert_eq!(lapic.sync(&shared), Pending { nmi: false, init: true, startup: Some(0x9a) });
+    assert_eq!(lapic.sync(&shared), Pending { nmis: 1, init: true, startup: Some(0x9a) });
 }
 
 #[test]

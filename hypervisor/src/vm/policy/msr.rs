@@ -79,6 +79,7 @@ pub struct MsrState {
     tsc_offset: u64,
     tsc_adjust: u64,
     tsc_aux: u32,
+    misc_enable: u64,
     mtrrs: Mtrrs,
     mcg_status: u64,
     hwcr: u64,
@@ -99,8 +100,11 @@ const EFER_NXE: u64 = 1 << 11;
 const EFER_FFXSR: u64 = 1 << 14;
 const CR0_PG: u64 = 1 << 31;
 
-/// Fast strings are on.
-const MISC_ENABLE: u64 = 1 << 0;
+/// After reset: fast strings are on, neither branch traces nor precise sampling is there. The latter two, and that there are
+/// no performance counters, is not the guest's to change; the rest is kept as written, within what the manual defines.
+const MISC_ENABLE: u64 = 1 << 0 | MISC_ENABLE_FIXED;
+const MISC_ENABLE_FIXED: u64 = 1 << 11 | 1 << 12;
+const MISC_ENABLE_KEPT: u64 = 1 << 0 | 1 << 3 | 1 << 16 | 1 << 18 | 1 << 22 | 1 << 23 | 1 << 34;
 /// What KVM's guests have long been told; nothing can be loaded.
 const MICROCODE_REVISION: u64 = 0x0100_0065;
 /// HWCR bit 24: the TSC counts at the P0 rate. The others are kept as written: IGNNE, WBINVD and FFDIS emulation, monitor
@@ -121,6 +125,7 @@ impl MsrState {
             tsc_offset: config.tsc_offset,
             tsc_adjust: 0,
             tsc_aux: 0,
+            misc_enable: MISC_ENABLE,
             mtrrs: Mtrrs::new(config.physical_bits),
             mcg_status: 0,
             hwcr: HWCR_TSC_FREQ_SEL,
@@ -193,7 +198,7 @@ pub fn rdmsr(state: &mut MsrState, lapic: &mut Lapic, vmcb: &impl VmcbMsrs, now:
             SoftMsr::ApicBase => lapic.apic_base(),
             SoftMsr::X2Apic => return lapic.rdmsr(now, msr),
             SoftMsr::Mtrr => return state.mtrrs.read(msr),
-            SoftMsr::MiscEnable => MISC_ENABLE,
+            SoftMsr::MiscEnable => state.misc_enable,
             SoftMsr::MicrocodeRevision => MICROCODE_REVISION,
             SoftMsr::McgStatus => state.mcg_status,
             SoftMsr::Hwcr => state.hwcr,
@@ -254,7 +259,11 @@ fn write_soft(
         }
         // Nothing in it can be changed, and kernels write back what they read; microcode "revision" is cleared before it
         // is read, as some CPUs want it.
-        SoftMsr::MiscEnable | SoftMsr::MicrocodeRevision | SoftMsr::DeCfg => MsrEffect::None,
+        SoftMsr::MicrocodeRevision | SoftMsr::DeCfg => MsrEffect::None,
+        SoftMsr::MiscEnable => {
+            state.misc_enable = value & MISC_ENABLE_KEPT | MISC_ENABLE_FIXED;
+            MsrEffect::None
+        }
         SoftMsr::McgStatus => {
             state.mcg_status = within(value, MCG_STATUS_VALID)?;
             MsrEffect::None
@@ -430,6 +439,16 @@ mod tests {
         }
         assert_eq!(vcpu.write(0x277, 0x0002_0000_0000_0000), Err(Gp));
         assert_eq!(vcpu.write(0x277, 0x0407_0506_0007_0106), Ok(MsrEffect::None));
+    }
+
+    #[test]
+    fn misc_enable_is_kept_within_what_it_has() {
+        let mut vcpu = Vcpu::new();
+        assert_eq!(vcpu.read(0x1a0), Ok(0x1801));
+        assert!(vcpu.write(0x1a0, u64::MAX).is_ok());
+        assert_eq!(vcpu.read(0x1a0), Ok(0x4_00c5_1809));
+        assert!(vcpu.write(0x1a0, 0).is_ok());
+        assert_eq!(vcpu.read(0x1a0), Ok(0x1800));
     }
 
     #[test]
