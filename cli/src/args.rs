@@ -31,6 +31,8 @@ Exit status: 0 the guest powered off or reset (in check mode: and passed); an od
 pub enum Command {
     /// Boot a guest. With a terminal: a shell in it, left with Ctrl-A x. Without: its self-check and a verdict.
     Run(Box<RunArgs>),
+    /// Run random machine code, guest after guest, in one session of the hypervisor, and count what is not as before.
+    Fuzz(FuzzArgs),
     /// Say what is there, what is missing and how to get it.
     Doctor,
 }
@@ -89,6 +91,44 @@ pub struct RunArgs {
     /// How QEMU runs the hypervisor
     #[arg(long, value_enum, default_value_t = Accel::Auto)]
     pub accel: Accel,
+    /// Show all that the hypervisor says, and QEMU's command line
+    #[arg(long, short)]
+    pub verbose: bool,
+}
+
+/// What can be said about random guests.
+#[derive(Args, Clone, Debug)]
+pub struct FuzzArgs {
+    /// Begin no guest after this long
+    #[arg(long, value_name = "SECONDS", default_value = "60", value_parser = seconds)]
+    pub seconds: Duration,
+    /// The first guest's seed; the next guests' follow it [default: another one each time]
+    #[arg(long, value_name = "N")]
+    pub seed: Option<u64>,
+    /// No more guests than this
+    #[arg(long, value_name = "N")]
+    pub guests: Option<u64>,
+    /// Milliseconds that a guest has before it is ended from outside
+    #[arg(long, value_name = "MS", default_value_t = 1000, value_parser = clap::value_parser!(u64).range(1..=600_000))]
+    pub slice: u64,
+    /// Virtual CPUs, each on a CPU of its own
+    #[arg(long, value_name = "N", default_value_t = 2)]
+    pub vcpus: u32,
+    /// Guest memory: a number and M or G
+    #[arg(long, short, value_name = "SIZE", default_value = "64M", value_parser = memory_bytes)]
+    pub memory: u64,
+    /// The largest page with which guest memory is mapped; every fourth guest has 4 KiB pages in any case
+    #[arg(long, value_name = "SIZE", value_enum, default_value_t = PageSize::M2)]
+    pub huge_pages: PageSize,
+    /// Write what came of it as JSON
+    #[arg(long, value_name = "FILE")]
+    pub report: Option<PathBuf>,
+    /// How QEMU runs the hypervisor
+    #[arg(long, value_enum, default_value_t = Accel::Auto)]
+    pub accel: Accel,
+    /// A hypervisor that is built already [default: built from this source tree]
+    #[arg(long, value_name = "FILE")]
+    pub hypervisor: Option<PathBuf>,
     /// Show all that the hypervisor says, and QEMU's command line
     #[arg(long, short)]
     pub verbose: bool,

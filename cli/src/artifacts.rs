@@ -34,6 +34,16 @@ pub fn hypervisor(progress: Progress) -> Result<PathBuf, Error> {
     })
 }
 
+/// Builds the Multiboot test kernel and returns its file.
+///
+/// # Errors
+/// If the source tree is gone or the build fails.
+pub fn test_kernel(progress: Progress) -> Result<PathBuf, Error> {
+    build(progress, "the test kernel", "nestling-testkernel", "bare-metal", "test-kernel", |cargo| {
+        cargo.args(["--features", "bare-metal"]);
+    })
+}
+
 /// Builds the default guest's init and returns its file.
 ///
 /// # Errors

@@ -17,6 +17,7 @@ pub mod artifacts;
 pub mod console;
 pub mod doctor;
 pub mod error;
+pub mod fuzz;
 pub mod guest;
 pub mod outcome;
 pub mod plan;

@@ -3,14 +3,16 @@
 use std::{
     io::{self, Write},
     process::ExitCode,
+    sync::{Arc, Mutex},
     thread,
 };
 
 use clap::Parser;
 use nestling_cli::{
-    args::{Cli, Command, RunArgs},
+    args::{Cli, Command, FuzzArgs, RunArgs},
     doctor,
     error::Error,
+    fuzz,
     guest::plan::Seat,
     progress::{Progress, Step},
     run,
@@ -27,6 +29,7 @@ fn main() -> ExitCode {
     match cli.command {
         Some(Command::Doctor) => ExitCode::from(u8::from(!doctor::print(&doctor::examine()))),
         Some(Command::Run(args)) => run_guest(&args),
+        Some(Command::Fuzz(args)) => fuzz_guests(&args),
         None => run_guest(&cli.run),
     }
 }
@@ -38,6 +41,33 @@ fn run_guest(args: &RunArgs) -> ExitCode {
         run::prepare(args, seat, progress).and_then(|prepared| prepared.run(|remote| console(remote, seat, progress)));
     match outcome {
         Ok(outcome) => ExitCode::from(outcome.exit_status()),
+        Err(error) => {
+            eprintln!("nestling: {error}");
+            ExitCode::from(error.status() as u8)
+        }
+    }
+}
+
+fn fuzz_guests(args: &FuzzArgs) -> ExitCode {
+    let outcome = fuzz::prepare(args, Progress::for_stderr()).and_then(|prepared| {
+        let mut signals = Signals::new([SIGHUP, SIGINT, SIGTERM]).map_err(Error::io("listen for signals"))?;
+        let machine: Arc<Mutex<Option<Remote>>> = Arc::default();
+        let signalled = Arc::clone(&machine);
+        thread::spawn(move || {
+            for number in signals.forever() {
+                if let Ok(Some(remote)) = signalled.lock().as_deref() {
+                    remote.signal(number);
+                }
+            }
+        });
+        prepared.run(|remote| {
+            if let Ok(mut machine) = machine.lock() {
+                *machine = Some(remote);
+            }
+        })
+    });
+    match outcome {
+        Ok(summary) => ExitCode::from(summary.status()),
         Err(error) => {
             eprintln!("nestling: {error}");
             ExitCode::from(error.status() as u8)

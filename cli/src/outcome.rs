@@ -84,6 +84,9 @@ impl Outcome {
                 Some(status) => format!("the hypervisor died without a word (QEMU: {status})"),
                 None => "the hypervisor stopped talking".into(),
             },
+            Ending::Hypervisor(HypervisorFailure::Stuck { after }) => {
+                format!("the hypervisor said nothing for {} s", after.as_secs())
+            }
             Ending::Hypervisor(HypervisorFailure::Silent) => "the hypervisor did not come up".into(),
             Ending::Hypervisor(HypervisorFailure::Protocol { version }) => {
                 format!("the hypervisor speaks protocol {version}: build it and the command from the same tree")
@@ -134,6 +137,8 @@ mod tests {
             ending,
             hello: None,
             report,
+            series: None,
+            seed: None,
             death: None,
             console: judge,
             boot_wall: None,

@@ -39,19 +39,23 @@ impl Plan {
     /// The first thing that cannot be done, by the option that asked for it.
     pub fn new(args: &RunArgs, seat: Seat) -> Result<Self, Error> {
         let guest = GuestPlan::new(&args.guest, seat)?;
-        let acceleration = match (args.accel, accel::nested_svm()) {
-            (Accel::Tcg, _) | (Accel::Auto, Err(_)) => Acceleration::Tcg,
-            (Accel::Counted, _) => Acceleration::Counted,
-            (Accel::Kvm, Err(reason)) => return Err(Error::NoKvm(reason)),
-            (Accel::Kvm | Accel::Auto, Ok(())) => Acceleration::Kvm,
-        };
+        let acceleration = acceleration(args.accel)?;
         let limited = guest.mode == Mode::Check || guest.config.kind == GuestKind::Multiboot;
         let timeout = args.timeout.or(limited.then_some(CHECK_TIMEOUT));
         let plan = Self { guest, acceleration, timeout, verbose: args.verbose };
-        let needed = plan.host_memory_bytes(0);
+        plan.check_host_memory()?;
+        Ok(plan)
+    }
+
+    /// Whether this host has the memory.
+    ///
+    /// # Errors
+    /// If it has not.
+    pub fn check_host_memory(&self) -> Result<(), Error> {
+        let needed = self.host_memory_bytes(0);
         match setup::available_memory_bytes() {
             Some(available) if available < needed => Err(Error::HostMemory { needed, available }),
-            _ => Ok(plan),
+            _ => Ok(()),
         }
     }
 
@@ -68,5 +72,18 @@ impl Plan {
             HugePages::None | HugePages::M2 => guest,
         };
         guest + guest / 256 + HYPERVISOR_BYTES + bundle_bytes.next_multiple_of(1 << 20)
+    }
+}
+
+/// How QEMU is to run.
+///
+/// # Errors
+/// If hardware virtualisation was demanded where it cannot be had.
+pub fn acceleration(asked: Accel) -> Result<Acceleration, Error> {
+    match (asked, accel::nested_svm()) {
+        (Accel::Tcg, _) | (Accel::Auto, Err(_)) => Ok(Acceleration::Tcg),
+        (Accel::Counted, _) => Ok(Acceleration::Counted),
+        (Accel::Kvm, Err(reason)) => Err(Error::NoKvm(reason)),
+        (Accel::Kvm | Accel::Auto, Ok(())) => Ok(Acceleration::Kvm),
     }
 }

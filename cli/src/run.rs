@@ -63,6 +63,7 @@ impl Prepared {
                 bundle: &self.loaded.bundle,
                 vcpus: self.plan.guest.config.vcpus,
                 storm: self.plan.guest.config.storm.is_some(),
+                random: false,
                 memory_bytes,
                 acceleration: self.plan.acceleration,
             },

@@ -7,6 +7,7 @@
 //!
 //! The loop ends in one of these ways, each with a bound of its own:
 //! - the hypervisor says `Done`: then QEMU has [`END_GRACE`] to end by itself;
+//! - a guest of a series does not end within its slice and [`NEXT_GUEST_WITHIN`];
 //! - the control channel closes, or nothing comes on it for [`HELLO_WITHIN`]: the hypervisor has failed;
 //! - somebody leaves, or the time limit is over: the hypervisor is asked to stop, so that its report comes, and has
 //!   [`STOP_GRACE`];
@@ -24,11 +25,13 @@ use std::{
 use nestling_control::{
     PROTOCOL_VERSION,
     frame::{self, Decoder, FrameError},
-    message::{DeathReport, GuestExit, Hello, LogLevel, Report, ToCommand, ToHypervisor},
+    message::{DeathReport, GuestExit, Hello, LogLevel, Report, SeriesReport, ToCommand, ToHypervisor},
 };
 
 use crate::{console::Judge, error::Error, plan::Plan, qemu::Machine};
 
+/// From the end of a guest's slice to the beginning of the series' next guest.
+pub const NEXT_GUEST_WITHIN: Duration = Duration::from_secs(90);
 /// From QEMU's start to the hypervisor's first message. It takes a fraction of a second; this is for a loaded emulator.
 pub const HELLO_WITHIN: Duration = Duration::from_secs(60);
 /// From the request to stop to the hypervisor's report.
@@ -99,6 +102,11 @@ pub enum HypervisorFailure {
     },
     /// It never said a word.
     Silent,
+    /// It said nothing of the next guest of a series.
+    Stuck {
+        /// For this long.
+        after: Duration,
+    },
     /// It speaks another protocol.
     Protocol {
         /// Its version.
@@ -115,6 +123,10 @@ pub struct Record {
     pub hello: Option<Hello>,
     /// What the run cost.
     pub report: Option<Report>,
+    /// What came of a series of guests, the last that was said of it.
+    pub series: Option<SeriesReport>,
+    /// The seed of the series' last guest.
+    pub seed: Option<u64>,
     /// How the guest died.
     pub death: Option<DeathReport>,
     /// The console.
@@ -182,6 +194,9 @@ pub fn watch(
         phase: Phase::Greeting,
         hello: None,
         report: None,
+        series: None,
+        seed: None,
+        began: start,
         death: None,
         console: Judge::default(),
         boot_wall: None,
@@ -190,7 +205,7 @@ pub fn watch(
         control_open: true,
     };
     let ending = session.watch_until_end(&queue.receiver, &mut control)?;
-    let Session { hello, report, death, console, boot_wall, .. } = session;
+    let Session { hello, report, series, seed, death, console, boot_wall, .. } = session;
     // Whoever ended by itself is given time to leave, anything else is killed at once.
     let grace = match &ending {
         Ending::Guest(_) | Ending::Hypervisor(HypervisorFailure::Died { .. }) => END_GRACE,
@@ -201,7 +216,8 @@ pub fn watch(
         Ending::Hypervisor(HypervisorFailure::Died { .. }) => Ending::Hypervisor(HypervisorFailure::Died { status }),
         ending => ending,
     };
-    Ok(Record { ending, hello, report, death, console, boot_wall, wall: start.elapsed(), qemu_output })
+    let wall = start.elapsed();
+    Ok(Record { ending, hello, report, series, seed, death, console, boot_wall, wall, qemu_output })
 }
 
 struct Session<'a> {
@@ -212,6 +228,10 @@ struct Session<'a> {
     phase: Phase,
     hello: Option<Hello>,
     report: Option<Report>,
+    series: Option<SeriesReport>,
+    seed: Option<u64>,
+    /// When the last guest of a series began.
+    began: Instant,
     death: Option<DeathReport>,
     console: Judge,
     boot_wall: Option<Duration>,
@@ -281,7 +301,17 @@ impl Session<'_> {
         let greeting = (self.start + HELLO_WITHIN, SILENT);
         match &self.phase {
             Phase::Greeting => limit.into_iter().chain([greeting]).min_by_key(|(at, _)| *at),
-            Phase::Running => limit,
+            Phase::Running => {
+                let after = self
+                    .plan
+                    .guest
+                    .config
+                    .series
+                    .map(|series| Duration::from_millis(series.slice_ms) + NEXT_GUEST_WITHIN);
+                let stuck =
+                    after.map(|after| (self.began + after, Ending::Hypervisor(HypervisorFailure::Stuck { after })));
+                limit.into_iter().chain(stuck).min_by_key(|(at, _)| *at)
+            }
             Phase::Stopping { ending, until } | Phase::Ended { ending, until } => Some((*until, ending.clone())),
         }
     }
@@ -348,6 +378,11 @@ impl Session<'_> {
             ToCommand::GuestReady { guest_ns } => {
                 self.say(LogLevel::Info, &format!("guest ready after {:.2} s of its time", guest_ns as f64 / 1e9));
             }
+            ToCommand::GuestBegins { seed } => {
+                self.say(LogLevel::Debug, &format!("guest {seed}"));
+                (self.seed, self.began) = (Some(seed), Instant::now());
+            }
+            ToCommand::Series(report) => self.series = Some(*report),
             ToCommand::Death(death) => self.death = Some(death),
             ToCommand::Report(report) => self.report = Some(*report),
             ToCommand::Done(exit) => self.end(Ending::Guest(exit)),
@@ -413,6 +448,7 @@ mod tests {
         let config = RunConfig {
             kind: nestling_control::config::GuestKind::Linux,
             storm: None,
+            series: None,
             vcpus: 1,
             memory_bytes: 64 << 20,
             huge_pages: HugePages::M2,

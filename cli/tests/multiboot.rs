@@ -10,7 +10,7 @@ use std::{
     sync::OnceLock,
 };
 
-use common::{Finished, kernel, run};
+use common::{Finished, kernel, run, subcommand};
 
 /// Seconds. A check takes a hundredth of it on an idle machine.
 const LIMIT: &str = "240";
@@ -102,6 +102,24 @@ fn pages_that_the_host_forgets() {
 #[test]
 fn exceptions_and_nmis() {
     passes("events");
+}
+
+/// Random machine code, guest after guest: the hypervisor ends them all, and nothing of them is left.
+#[test]
+fn random_guests_leave_nothing_behind() {
+    let lock = path("machine.lock");
+    let lock = File::create(&lock).unwrap_or_else(|cause| panic!("{}: {cause}", lock.display()));
+    lock.lock().expect("a lock");
+    let report = path("random.json");
+    let text = report.to_str().expect("a path in text");
+    let arguments = ["--seed", "1", "--guests", "40", "--seconds", "120", "--slice", "200", "--report", text];
+    let finished = subcommand("fuzz", arguments);
+    finished.expect_status(0);
+    let report: serde_json::Value = serde_json::from_slice(&fs::read(&report).expect("a report")).expect("JSON");
+    // Where QEMU died, its guests are counted no further than they were told of.
+    let whole = report["emulator_deaths"].as_array().is_some_and(Vec::is_empty);
+    assert!(report["guests"] == 40 || !whole, "{report}\n{finished}");
+    assert_eq!(report["leaks"].as_array().map(Vec::len), Some(0), "{report}");
 }
 
 #[test]

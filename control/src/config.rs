@@ -99,7 +99,23 @@ pub struct Storm {
     pub seed: u64,
 }
 
-/// One run of one guest.
+/// Guest after guest from the same image, each with a seed of its own.
+///
+/// A guest's command line gets the word `seed=N`. Seeds count upwards; every fourth guest's memory is mapped by 4 KiB pages
+/// only.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Series {
+    /// The first guest's seed.
+    pub seed: u64,
+    /// No guest is begun after this long, in milliseconds.
+    pub duration_ms: u64,
+    /// No more guests than this.
+    pub guests: u64,
+    /// A guest is ended from outside after this long, in milliseconds.
+    pub slice_ms: u64,
+}
+
+/// One run of one guest, or of a series of guests.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RunConfig {
     /// What the guest is.
@@ -120,6 +136,8 @@ pub struct RunConfig {
     pub ready_marker: String,
     /// What the guest has to survive.
     pub storm: Option<Storm>,
+    /// Run many guests, not one.
+    pub series: Option<Series>,
 }
 
 /// Why a [`RunConfig`] cannot be run.

@@ -4,7 +4,8 @@
 //! [`ToCommand::GuestStarted`] once the guest's first vCPU is about to run, [`ToCommand::GuestReady`] at most once, and
 //! at the end [`ToCommand::Death`] if the guest died, [`ToCommand::Report`] if a guest was started, and exactly one
 //! [`ToCommand::Done`], after which it says nothing more and ends the machine. A stream that stops before `Done` means
-//! that the hypervisor itself has died.
+//! that the hypervisor itself has died. A series has no `GuestStarted`, `GuestReady`, `Death` and `Report`: it sends one
+//! [`ToCommand::GuestBegins`] a guest, before it makes it, and [`ToCommand::Series`] now and then and at the end.
 //!
 //! The command may send [`ToHypervisor::Stop`] at any time after `Hello`; everything of the end follows as usual.
 //!
@@ -42,6 +43,13 @@ pub enum ToCommand {
         /// Nanoseconds of guest time since the first VM entry.
         guest_ns: u64,
     },
+    /// The next guest of a series is about to be made.
+    GuestBegins {
+        /// Its seed.
+        seed: u64,
+    },
+    /// What came of a series.
+    Series(Box<SeriesReport>),
     /// The guest died.
     Death(DeathReport),
     /// What the run cost, taken when all vCPUs have left guest mode for good.
@@ -293,6 +301,42 @@ pub struct Report {
     pub boot_guest_ns: Option<u64>,
     /// Nanoseconds of guest time from the first VM entry to the end.
     pub run_guest_ns: u64,
+}
+
+/// What came of a series of guests.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SeriesReport {
+    /// Guests run.
+    pub guests: u64,
+    /// Nanoseconds from the first one's making to the last one's end.
+    pub duration_ns: u64,
+    /// How they ended, by name: every kind of death, and every other end.
+    pub ends: BTreeMap<String, u64>,
+    /// Exits by reason, over all guests.
+    pub exits: BTreeMap<String, u64>,
+    /// Nested page faults by outcome, over all guests.
+    pub faults: BTreeMap<String, u64>,
+    /// The most frames of page tables at one time.
+    pub table_frames_peak: u64,
+    /// Guests that did not give back all that they had, the first few of them.
+    pub leaks: Vec<Leak>,
+}
+
+/// What was not as before when a guest of a series was gone.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Leak {
+    /// The guest's seed.
+    pub seed: u64,
+    /// Page-table frames left.
+    pub table_frames: u64,
+    /// Frames of guest memory left.
+    pub guest_frames: u64,
+    /// Pages whose content was still kept compressed.
+    pub kept_pages: u64,
+    /// Frames that the allocator has fewer than before, the heap's own not counted; negative: more.
+    pub frames: i64,
+    /// Bytes of the heap in use, more than before; negative: fewer.
+    pub heap_bytes: i64,
 }
 
 /// A length of time, as the time stamp counter measured it.

@@ -10,6 +10,7 @@ fn config() -> RunConfig {
     RunConfig {
         kind: nestling_control::config::GuestKind::Linux,
         storm: None,
+        series: None,
         vcpus: 4,
         memory_bytes: 1 << 30,
         huge_pages: HugePages::M2,

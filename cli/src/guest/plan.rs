@@ -73,6 +73,7 @@ impl GuestPlan {
             },
             ready_marker: if kind == GuestKind::Linux { READY_MARKER.into() } else { String::new() },
             storm: storm(args),
+            series: None,
         };
         config.validate()?;
 
@@ -89,15 +90,22 @@ impl GuestPlan {
             KernelImage::parse(content).map_err(|cause| Error::Kernel { path: path.clone(), cause })?;
         }
         let initrd = args.initrd.as_deref().map(|path| read("--initrd", path)).transpose()?;
-        if let Some(path) = &args.hypervisor {
-            // Class 2 is 64-bit, data 1 is little-endian, machine 0x3e is x86-64.
-            let file = read("--hypervisor", path)?;
-            if !file.starts_with(b"\x7fELF\x02\x01") || file.get(18..20) != Some(&[0x3e, 0]) {
-                return Err(Error::Hypervisor { path: path.clone() });
-            }
-        }
-        Ok(Self { config, mode, kernel: image.or(kernel), initrd, hypervisor: args.hypervisor.clone() })
+        let hypervisor = args.hypervisor.as_deref().map(checked_hypervisor).transpose()?;
+        Ok(Self { config, mode, kernel: image.or(kernel), initrd, hypervisor })
     }
+}
+
+/// A file given as hypervisor.
+///
+/// # Errors
+/// If it cannot be one.
+pub fn checked_hypervisor(path: &Path) -> Result<PathBuf, Error> {
+    // Class 2 is 64-bit, data 1 is little-endian, machine 0x3e is x86-64.
+    let file = read("--hypervisor", path)?;
+    if !file.starts_with(b"\x7fELF\x02\x01") || file.get(18..20) != Some(&[0x3e, 0]) {
+        return Err(Error::Hypervisor { path: path.to_owned() });
+    }
+    Ok(path.to_owned())
 }
 
 /// The storm that was asked for; where a kind is named twice, the later rate counts.

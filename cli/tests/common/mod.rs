@@ -44,7 +44,12 @@ pub(crate) fn nestling() -> Command {
 
 /// `nestling run` with these arguments, to its end. The command itself keeps a time limit.
 pub(crate) fn run<A: AsRef<OsStr>>(arguments: impl IntoIterator<Item = A>) -> Finished {
-    let output = nestling().arg("run").args(arguments).output().expect("the command can be started");
+    subcommand("run", arguments)
+}
+
+/// A subcommand with these arguments, to its end.
+pub(crate) fn subcommand<A: AsRef<OsStr>>(name: &str, arguments: impl IntoIterator<Item = A>) -> Finished {
+    let output = nestling().arg(name).args(arguments).output().expect("the command can be started");
     let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).into_owned();
     Finished { status: output.status, stdout: text(output.stdout), stderr: text(output.stderr) }
 }

@@ -219,7 +219,9 @@ boot_gdt_pointer:
     .p2align 12
     .global long_root
 long_root: .skip 4096
+    .global long_pointers
 long_pointers: .skip 4096
+    .global directories
 directories: .skip 4 * 4096
 legacy_root: .skip 4096
 pae_pointers: .skip 4096
@@ -233,6 +235,12 @@ boot_stack_top:
 unsafe extern "C" {
     static trampoline_start: u8;
     static trampoline_end: u8;
+    static long_root: u8;
+}
+
+/// Where the root of the page tables is, and the five tables of the first 4 GiB behind it.
+pub(crate) fn table_address(index: u64) -> u32 {
+    (&raw const long_root).expose_provenance() as u32 + 4096 * index as u32
 }
 
 /// The start code of other processors.

@@ -2,7 +2,7 @@
 //!
 //! Its command line's second word (the first is its name) says what to check: see [`tests::run`]. It starts all processors
 //! that fw_cfg tells of, runs the check on them, prints what it found on the serial port, and ends the machine through
-//! port 0xf4: with 0 if all was right, 1 if not, 2 if it was asked for something that it does not know.
+//! port 0xf4 (but for [`random`], which ends with the machine): with 0 if all was right, 1 if not, 2 if it was asked for something that it does not know.
 //!
 //! Memory is mapped to itself. Interrupt and exception handlers have stacks of their own (IST): compiled code keeps data
 //! below the stack pointer.
@@ -16,6 +16,7 @@ mod apic;
 mod boot;
 mod cpu;
 mod machine;
+mod random;
 mod runtime;
 mod serial;
 mod smp;
@@ -52,5 +53,6 @@ extern "C" fn rust_start() -> ! {
 extern "C" fn rust_start_other(number: usize) -> ! {
     traps::set_up(number);
     apic::enable();
+    random::again(number);
     smp::work(number)
 }

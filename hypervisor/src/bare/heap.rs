@@ -10,7 +10,7 @@ use core::ptr;
 use core::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use nestling_hypervisor::cpu::panic;
-use nestling_hypervisor::memory::frames;
+use nestling_hypervisor::memory::{frames, usage};
 use talc::TalcLock;
 use talc::base::{Talc, binning::Binning};
 use talc::lock_api::{GuardSend, RawMutex};
@@ -56,7 +56,9 @@ unsafe impl Source for Frames {
         let order = (bytes / 4096).trailing_zeros();
         let block = frames::alloc(order).ok_or(())?;
         // SAFETY: the block was just allocated, is identity mapped, and nobody else knows of it.
-        unsafe { talc.claim(ptr::with_exposed_provenance_mut(block as usize), bytes) }.map(|_| ()).ok_or(())
+        let claimed = unsafe { talc.claim(ptr::with_exposed_provenance_mut(block as usize), bytes) };
+        usage::grown(1 << order);
+        claimed.map(|_| ()).ok_or(())
     }
 }
 
@@ -77,7 +79,11 @@ unsafe impl GlobalAlloc for Heap {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         if !panic::in_progress() {
             // SAFETY: the caller's promises are talc's conditions.
-            return unsafe { self.talc.alloc(layout) };
+            let block = unsafe { self.talc.alloc(layout) };
+            if !block.is_null() {
+                usage::allocated(layout.size());
+            }
+            return block;
         }
         let bytes = layout.size() + layout.align();
         let used = self.reserve_used.fetch_add(bytes, Ordering::Relaxed);
@@ -93,6 +99,7 @@ unsafe impl GlobalAlloc for Heap {
         if !panic::in_progress() {
             // SAFETY: the caller's promises are talc's conditions.
             unsafe { self.talc.dealloc(block, layout) };
+            usage::freed(layout.size());
         }
     }
 }

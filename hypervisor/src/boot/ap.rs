@@ -9,7 +9,7 @@
 //! taken by the HLT ([`instructions::halt`]).
 
 use alloc::boxed::Box;
-use core::sync::atomic::{AtomicU64, Ordering};
+use core::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use spin::Mutex;
 
@@ -41,6 +41,15 @@ const START_LIMIT_US: u64 = 1_000_000;
 pub type Job = Box<dyn FnOnce() + Send>;
 
 static JOBS: [Mutex<Option<Job>>; MAX_CPUS] = [const { Mutex::new(None) }; MAX_CPUS];
+
+/// Jobs that are not through: their memory is not given back.
+static BUSY: AtomicUsize = AtomicUsize::new(0);
+
+/// Whether every job is through and all that belonged to it is gone.
+#[must_use]
+pub fn all_idle() -> bool {
+    BUSY.load(Ordering::Acquire) == 0
+}
 
 /// Starts the CPUs with these APIC ids as numbers 1, 2, …; returns how many came.
 ///
@@ -95,7 +104,10 @@ pub unsafe fn enter(number: usize) -> ! {
     loop {
         let job = JOBS[number].lock().take();
         match job {
-            Some(job) => job(),
+            Some(job) => {
+                job();
+                BUSY.fetch_sub(1, Ordering::Release);
+            }
             // SAFETY: ring 0, interrupts off, no lock held.
             None => local::this().away(|| unsafe { instructions::halt() }),
         }
@@ -107,6 +119,7 @@ pub unsafe fn enter(number: usize) -> ! {
 /// # Panics
 /// When the CPU has not begun the job before this one.
 pub fn run_on(number: usize, job: Job) {
+    BUSY.fetch_add(1, Ordering::Relaxed);
     let before = JOBS[number].lock().replace(job);
     assert!(before.is_none(), "CPU {number} was given two jobs");
     apic::send(local::all()[number].apic_id(), Command::Fixed(vector::KICK));

@@ -58,6 +58,12 @@ pub fn init() {
     CHANNEL_UART.lock().init();
 }
 
+/// Takes all the memory that the queues can ever need, so that what they have does not change from here on.
+pub fn reserve() {
+    CONSOLE.lock().reserve();
+    CHANNEL.lock().reserve();
+}
+
 /// Queues a message that must arrive.
 pub fn send(message: &ToCommand) {
     queue_message(message, 0);

@@ -16,6 +16,11 @@ impl Queue {
         Self { bytes: VecDeque::new(), limit }
     }
 
+    /// Takes all the memory that it can ever need.
+    pub(super) fn reserve(&mut self) {
+        self.bytes.reserve_exact(self.limit - self.bytes.len());
+    }
+
     /// Bytes that still have room.
     pub(super) fn room(&self) -> usize {
         self.limit - self.bytes.len()

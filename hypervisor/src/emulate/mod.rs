@@ -210,6 +210,17 @@ impl From<Exception> for Stop {
     }
 }
 
+impl From<Stop> for End {
+    fn from(stop: Stop) -> Self {
+        match stop {
+            Stop::Again => Self::Done,
+            Stop::Raise(exception) => Self::Raise(exception),
+            Stop::Unsupported => Self::Unsupported,
+            Stop::Host(failure) => Self::Host(failure),
+        }
+    }
+}
+
 impl From<HostFailure> for Stop {
     fn from(failure: HostFailure) -> Self {
         Self::Host(failure)
@@ -228,6 +239,43 @@ pub struct Outcome {
     pub instruction: [u8; MAX_INSTRUCTION],
 }
 
+/// A write to CR8 that is to be carried out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TaskPriorityWrite {
+    /// The new priority class, 0 to 15.
+    pub class: u8,
+    /// RIP behind the instruction.
+    pub next_rip: u64,
+}
+
+/// Reads the write to CR8 at RIP, which the CPU has stopped at. It is RIP's instruction that counts: if another vCPU has
+/// changed it meanwhile, there is nothing to be done, and the vCPU runs on from where it is ([`End::Done`]).
+///
+/// # Errors
+/// What is to be done instead: an exception, or [`End::Unsupported`] if the code is not in RAM.
+pub fn task_priority_write(cpu: &Cpu, bus: &mut impl Bus) -> Result<TaskPriorityWrite, End> {
+    let mut space = Space { cpu, bus };
+    let mut bytes = [0; MAX_INSTRUCTION];
+    let instruction = fetch(&mut space, &mut bytes).map_err(End::from)?;
+    if !matches!(instruction.code(), Code::Mov_cr_r64 | Code::Mov_cr_r32)
+        || instruction.op_register(0) != iced_x86::Register::CR8
+    {
+        return Err(End::Done);
+    }
+    let mut registers = cpu.registers;
+    let value = execute::Machine { space, registers: &mut registers }.register(instruction.op_register(1));
+    // Bits 63:4 must be zero (APM vol. 2, 3.1.5).
+    match u8::try_from(value) {
+        Ok(class @ 0..=15) => Ok(TaskPriorityWrite { class, next_rip: instruction.next_ip() }),
+        _ => Err(End::Raise(Exception::GeneralProtection)),
+    }
+}
+
+/// Makes the decoder's tables, a third of a megabyte that the first decoder would make. For who counts memory.
+pub fn prepare() {
+    let _ = Decoder::new(64, &[0x90], DecoderOptions::AMD).decode();
+}
+
 /// Executes the instruction at RIP.
 pub fn step(cpu: &Cpu, bus: &mut impl Bus) -> Outcome {
     let mut registers = cpu.registers;
@@ -242,10 +290,7 @@ pub fn step(cpu: &Cpu, bus: &mut impl Bus) -> Outcome {
             registers.rflags &= !RFLAGS_RF;
             End::Done
         }
-        Err(Stop::Again) => End::Done,
-        Err(Stop::Raise(exception)) => End::Raise(exception),
-        Err(Stop::Unsupported) => End::Unsupported,
-        Err(Stop::Host(failure)) => End::Host(failure),
+        Err(stop) => End::from(stop),
     };
     Outcome { registers, end, instruction }
 }

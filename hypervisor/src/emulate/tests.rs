@@ -521,6 +521,25 @@ fn what_cannot_be_executed_says_so() {
 }
 
 #[test]
+fn writes_to_the_task_priority_are_read() {
+    let (mut cpu, mut machine) = wide();
+    let mut write = |cpu: &Cpu, code: &[u8]| {
+        machine.ram[CODE as usize..CODE as usize + code.len()].copy_from_slice(code);
+        task_priority_write(cpu, &mut machine)
+    };
+    cpu.registers.general[0] = 7;
+    cpu.registers.general[9] = 16;
+    let done = |class, length| Ok(TaskPriorityWrite { class, next_rip: CODE + length });
+    assert_eq!(write(&cpu, &[0x44, 0x0f, 0x22, 0xc0]), done(7, 4)); // mov cr8, rax
+    assert_eq!(write(&cpu, &[0x45, 0x0f, 0x22, 0xc1]), Err(End::Raise(Exception::GeneralProtection))); // mov cr8, r9
+    assert_eq!(write(&cpu, &[0x0f, 0x22, 0xd8]), Err(End::Done), "CR3: somebody has changed the code");
+    let code = Segment { attributes: FLAT_32, ..cpu.segments[segment::CS] };
+    cpu.segments[segment::CS] = code;
+    cpu.registers.general[0] = 0xffff_ffff_0000_0003;
+    assert_eq!(write(&cpu, &[0xf0, 0x0f, 0x22, 0xc0]), done(3, 4)); // lock mov cr0, eax is mov cr8, eax
+}
+
+#[test]
 fn any_bytes_in_any_mode_end_well() {
     let mut random = Random::new(77);
     let mut machine = Machine::new();

@@ -10,3 +10,4 @@ pub mod kept;
 pub mod map;
 mod pins;
 pub mod relocate;
+pub mod usage;

@@ -9,6 +9,7 @@ use crate::vm::exit::{Direction, Exit, Intercepted, PortAccess};
 #[must_use]
 pub fn decode(code: u64, info1: u64, info2: u64) -> Exit {
     match code {
+        0x18 => Exit::WriteTaskPriority,
         0x41 => Exit::Exception(Intercepted::Debug),
         0x46 => Exit::InvalidOpcode,
         0x51 => Exit::Exception(Intercepted::AlignmentCheck),

@@ -52,6 +52,8 @@ const ASID: u32 = 1;
 /// #DB and #AC, so that their delivery can't loop ([`Intercepted`]), #UD, behind which a hypercall of the other vendor may
 /// be, and #MC, which is the host's.
 const EXCEPTIONS: u32 = 1 << 1 | 1 << 6 | 1 << 17 | 1 << 18;
+/// CR8's bit in the intercept words.
+const CR8: u16 = 1 << 8;
 const RBX: usize = 3;
 const RSI: usize = 6;
 /// DR6: the exception is that of a single step.
@@ -83,6 +85,8 @@ pub struct Vcpu {
     event: u64,
     nmi: NmiState,
     flush: bool,
+    /// Writes to CR8 exit.
+    watch_task_priority: bool,
 }
 
 // SAFETY: the pages behind the pointers belong to this value alone, wherever it is.
@@ -104,7 +108,16 @@ impl Vcpu {
         }
         let switch = Box::new(Switch { fx: [0; 512], registers: [0; 16], guest, host });
         let vmcb = ptr::with_exposed_provenance_mut(guest as usize);
-        let mut vcpu = Self { switch, vmcb, features, latched: None, event: 0, nmi: NmiState::Open, flush: true };
+        let mut vcpu = Self {
+            switch,
+            vmcb,
+            features,
+            latched: None,
+            event: 0,
+            nmi: NmiState::Open,
+            flush: true,
+            watch_task_priority: false,
+        };
         let control = &mut vcpu.vmcb_mut().control;
         control.intercepts_1 = (Intercepts1::INTR
             | Intercepts1::NMI
@@ -303,7 +316,12 @@ impl GuestCpu for Vcpu {
         };
         self.flush = false;
         let event = core::mem::take(&mut self.event);
+        let watched = self.watch_task_priority;
         let control = &mut self.vmcb_mut().control;
+        // While an interrupt is offered, CR8 is written in software: QEMU's emulation (7.2) looks at a pending V_IRQ in such a
+        // write without the lock that it needs, and dies. Nothing depends on the guest not writing it itself.
+        let offered = control.virtual_interrupt & virtual_interrupt::REQUEST != 0;
+        control.cr_writes = if offered || watched { CR8 } else { 0 };
         control.event = event;
         control.tlb_control = tlb as u32;
         // SAFETY: `bind` was called on this CPU, so SVM is on; the controls set in `new` let the guest touch nothing but
@@ -399,6 +417,10 @@ impl GuestCpu for Vcpu {
     fn set_task_priority(&mut self, priority: u8) {
         let control = &mut self.vmcb_mut().control;
         control.virtual_interrupt = control.virtual_interrupt & !virtual_interrupt::TPR | u64::from(priority & 0xf);
+    }
+
+    fn watch_task_priority(&mut self, watch: bool) {
+        self.watch_task_priority = watch;
     }
 
     fn raw_exit(&self) -> RawExit {

@@ -10,7 +10,7 @@ use core::mem::size_of;
 
 use nestling::Gpa;
 use nestling::host::BackingError;
-use nestling_control::message::DeathReason;
+use nestling_control::message::{DeathReason, MAX_INSTRUCTION_BYTES};
 
 use super::exit::{Intercepted, Raised};
 use super::guest_cpu::GuestCpu;
@@ -20,7 +20,7 @@ use super::vcpu::Vcpu;
 use crate::devices::lapic::{Lapic, LapicEffect};
 use crate::devices::platform::Platform;
 use crate::devices::{Now, Width};
-use crate::emulate::{self, Bus, End, Exception, HostFailure};
+use crate::emulate::{self, Bus, End, Exception, HostFailure, TaskPriorityWrite};
 use crate::memory::guest::GuestRam;
 
 /// Guest RAM and ports, as one vCPU reaches them.
@@ -158,7 +158,32 @@ impl<C: GuestCpu> Vcpu<C> {
             return Next::Die(DeathReason::MmioWithoutDevice { gpa, write });
         }
         self.cpu.take_over(&outcome.registers);
-        match outcome.end {
+        self.end_instruction(outcome.end, outcome.instruction)
+    }
+
+    /// Writes CR8 in the guest's stead.
+    #[cold]
+    pub(super) fn write_task_priority(&mut self) -> Next {
+        let state = self.cpu.emulated(self.policy.physical_bits);
+        let now = self.now();
+        let (vm, lapic) = (&*self.vm, &mut self.lapic);
+        let mut bus = GuestBus { vm, vcpu: self.number, lapic, now, attend: false, timer_changed: false, lost: None };
+        match emulate::task_priority_write(&state, &mut bus) {
+            Ok(TaskPriorityWrite { class, next_rip }) => {
+                self.lapic.set_cr8(class);
+                // Or the next look at the CPU's own would take the old one for the guest's.
+                self.cpu.set_task_priority(class);
+                self.attend = true;
+                self.cpu.advance_to(next_rip);
+                Next::Continue
+            }
+            Err(end) => self.end_instruction(end, [0; MAX_INSTRUCTION_BYTES]),
+        }
+    }
+
+    /// What follows from how an instruction ended.
+    fn end_instruction(&mut self, end: End, instruction: [u8; MAX_INSTRUCTION_BYTES]) -> Next {
+        match end {
             End::Done => Next::Continue,
             End::Raise(exception) => {
                 self.cpu.raise(match exception {
@@ -170,7 +195,12 @@ impl<C: GuestCpu> Vcpu<C> {
                 });
                 Next::Continue
             }
-            End::Unsupported => Next::Die(DeathReason::NotEmulated { instruction: outcome.instruction }),
+            // As KVM does: user code may not end its guest.
+            End::Unsupported if self.cpu.emulated(self.policy.physical_bits).cpl != 0 => {
+                self.cpu.raise(Raised::InvalidOpcode);
+                Next::Continue
+            }
+            End::Unsupported => Next::Die(DeathReason::NotEmulated { instruction }),
             End::Host(HostFailure) => Next::Die(DeathReason::Internal { text: BackingError::OutOfMemory.to_string() }),
         }
     }

@@ -95,6 +95,8 @@ pub enum Exit {
     NoCounters,
     /// XSETBV.
     SetExtendedControl,
+    /// A write to CR8 while an interrupt is offered to the guest, or held back by its priority.
+    WriteTaskPriority,
     /// An exception that is only watched.
     Exception(Intercepted),
     /// Shutdown: a triple fault.
@@ -106,7 +108,7 @@ pub enum Exit {
 }
 
 /// How many kinds there are.
-pub const KINDS: usize = 21;
+pub const KINDS: usize = 22;
 
 /// A name a kind, by [`Exit::index`].
 pub const NAMES: [&str; KINDS] = [
@@ -131,6 +133,7 @@ pub const NAMES: [&str; KINDS] = [
     "unexpected",
     "int1",
     "invalid_opcode",
+    "cr8_write",
 ];
 
 impl Exit {
@@ -160,6 +163,7 @@ impl Exit {
             Self::Unexpected => 18,
             Self::Int1 => 19,
             Self::InvalidOpcode => 20,
+            Self::WriteTaskPriority => 21,
         }
     }
 }

@@ -83,6 +83,9 @@ pub trait GuestCpu: VmcbMsrs + Debug + Send + 'static {
     /// Sets CR8.
     fn set_task_priority(&mut self, priority: u8);
 
+    /// Has each write to CR8 exit from here on ([`Exit::WriteTaskPriority`]), or not any more.
+    fn watch_task_priority(&mut self, watch: bool);
+
     /// Whether an external interrupt given now would be taken before the next instruction.
     fn can_take_interrupt(&self) -> bool;
 

@@ -82,6 +82,7 @@ impl<C: GuestCpu> Vcpu<C> {
             Exit::Hypercall => self.hypercall(),
             Exit::InvalidOpcode | Exit::Int1 => return Ok(self.met(exit)),
             Exit::Undefined | Exit::SetExtendedControl => self.cpu.raise(Raised::InvalidOpcode),
+            Exit::WriteTaskPriority => return Ok(self.write_task_priority()),
             Exit::Exception(exception) => self.cpu.raise(Raised::Again(exception)),
             Exit::NoCounters => self.cpu.raise(Raised::GeneralProtection),
             Exit::Shutdown => return Ok(Next::Die(DeathReason::TripleFault)),

@@ -28,6 +28,7 @@ use super::exit;
 use super::handle::Policy;
 use super::policy::cpuid::{CpuidConfig, CpuidPolicy, CpuidRegs, HostCpuid};
 use super::policy::msr::{MsrConfig, MsrState};
+use super::series;
 use super::shared::{CONSOLE_PIECE, End, Shared};
 use super::storm::{self, Storm};
 use super::time::VmClock;
@@ -53,23 +54,52 @@ const LEAVE_LIMIT_US: u64 = 20_000_000;
 /// Memory that must be free beside the guest's RAM: tables, vCPUs, queues.
 const RESERVE_BYTES: u64 = 16 << 20;
 
-/// Runs the guest of a bundle to its end, and tells what it was like.
+/// Runs what a bundle asks for to its end, and tells what it was like.
 #[must_use]
 pub fn run(bundle: &[u8], cpus: usize) -> GuestExit {
-    match start(bundle, cpus) {
-        Ok(exit) => exit,
-        Err(text) => GuestExit::Error { text },
-    }
+    let exit = Bundle::parse(bundle).map_err(text).and_then(|bundle| match bundle.config.series {
+        Some(series) => series::run(&bundle, series, cpus),
+        None => start(&bundle, cpus, Manner::Alone).map(tell),
+    });
+    exit.unwrap_or_else(|text| GuestExit::Error { text })
 }
 
 fn text(error: impl Display) -> String {
     error.to_string()
 }
 
+/// How a guest is run.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Manner {
+    /// For its own sake: its console and what is said of it go out.
+    Alone,
+    /// As one of many: for so many nanoseconds, and nothing is said but what comes back at the end.
+    Slice(u64),
+}
+
+/// What a guest leaves.
+#[derive(Debug)]
+pub(super) struct Finished {
+    pub(super) exit: GuestExit,
+    pub(super) death: Option<DeathReport>,
+    pub(super) report: Report,
+    /// The operator wanted it to end.
+    pub(super) stopped_by_operator: bool,
+}
+
+/// Tells what a guest has left.
+fn tell(finished: Finished) -> GuestExit {
+    let Finished { exit, death, report, .. } = finished;
+    if let Some(death) = death {
+        control::send(&ToCommand::Death(death));
+    }
+    control::send(&ToCommand::Report(Box::new(report)));
+    exit
+}
+
 /// The part that can fail before a guest runs, and then the run.
-fn start(bundle: &[u8], cpus: usize) -> Result<GuestExit, String> {
+pub(super) fn start(bundle: &Bundle<'_>, cpus: usize, manner: Manner) -> Result<Finished, String> {
     let features = svm::check().map_err(text)?;
-    let bundle = Bundle::parse(bundle).map_err(text)?;
     let config = &bundle.config;
     let vcpus = config.vcpus as usize;
     if vcpus > cpus {
@@ -98,7 +128,7 @@ fn start(bundle: &[u8], cpus: usize) -> Result<GuestExit, String> {
         }
     };
     let maps = Maps::new().ok_or("no memory for the permission maps")?;
-    Vm { config, features, maps, mmu }.run(&init)
+    Vm { config, features, maps, mmu, manner }.run(&init)
 }
 
 /// The guest's RAM and the MMU that maps it.
@@ -167,13 +197,14 @@ struct Vm<'a> {
     features: svm::Features,
     maps: Maps,
     mmu: Arc<Mmu<Machine>>,
+    manner: Manner,
 }
 
 /// Where a CPU leaves what is left of its vCPU.
 type Left = Arc<[Mutex<Option<Remains>>]>;
 
 impl Vm<'_> {
-    fn run(self, init: &VcpuInit) -> Result<GuestExit, String> {
+    fn run(self, init: &VcpuInit) -> Result<Finished, String> {
         let count = self.config.vcpus as usize;
         let wall_clock_s = rtc::unix_seconds();
         let board = (self.config.kind == GuestKind::Multiboot)
@@ -185,6 +216,7 @@ impl Vm<'_> {
         let clock = VmClock::start();
         let mut shared = Shared::new(Arc::clone(&self.mmu), worker, clock, count, platform, &self.config.ready_marker);
         shared.storm = Storm::new(self.config.storm);
+        shared.silent = self.manner != Manner::Alone;
         let shared = Arc::new(shared);
         let tsc_khz = clock::tsc_khz();
         let extended = __cpuid(0x8000_0001).edx;
@@ -202,11 +234,13 @@ impl Vm<'_> {
             vcpus.push(Vcpu::new(number, &shared, cpu, policy).ok_or("a vCPU's number is taken")?);
         }
         vcpus[0].start(init);
-        control::send(&ToCommand::GuestStarted {
-            vcpus: self.config.vcpus,
-            memory_bytes: self.config.memory_bytes,
-            huge_pages: largest_page(self.config.huge_pages),
-        });
+        if self.manner == Manner::Alone {
+            control::send(&ToCommand::GuestStarted {
+                vcpus: self.config.vcpus,
+                memory_bytes: self.config.memory_bytes,
+                huge_pages: largest_page(self.config.huge_pages),
+            });
+        }
         let storm = shared.storm.is_planned().then(|| self.mmu.worker()).transpose().map_err(text)?;
         let running = Arc::new(AtomicUsize::new(count + usize::from(storm.is_some())));
         let left: Left = (0..count).map(|_| Mutex::new(None)).collect();
@@ -254,9 +288,10 @@ impl Vm<'_> {
                 None => {}
             }
             control::pump();
-            self.watch_silence(vm);
+            self.watch_time(vm);
             if vm.stopping() {
                 let since = *left_since.get_or_insert_with(instructions::rdtsc);
+                vm.wake_all();
                 if clock::us_from_tsc(instructions::rdtsc() - since) > LEAVE_LIMIT_US {
                     // Its memory can't be taken down under it: this is a defect of ours, and the end.
                     panic!("a vCPU did not leave its guest within {} s", LEAVE_LIMIT_US / 1_000_000);
@@ -271,7 +306,12 @@ impl Vm<'_> {
         apic::set_timer(0);
     }
 
-    fn watch_silence(&self, vm: &Shared) {
+    fn watch_time(&self, vm: &Shared) {
+        if let Manner::Slice(ns) = self.manner
+            && vm.clock.now().ns >= ns
+        {
+            vm.end(End::Slice);
+        }
         let Some(limit_ms) = self.config.silence_timeout_ms else { return };
         let silent_ms = vm.clock.now().ns.saturating_sub(vm.last_output()) / 1_000_000;
         if silent_ms >= limit_ms && !vm.stopping() {
@@ -280,7 +320,7 @@ impl Vm<'_> {
     }
 
     /// Counts, takes down, counts again, tells.
-    fn finish(self, shared: Arc<Shared>, left: &Left) -> GuestExit {
+    fn finish(self, shared: Arc<Shared>, left: &Left) -> Finished {
         let ended = shared.clock.now().ns;
         // What the guest printed last may still be in its UART.
         shared.try_with_ports(|platform, now| platform.poll(now));
@@ -300,13 +340,14 @@ impl Vm<'_> {
         let storm = shared.storm.report();
         drop(remains);
         drop(shared);
-        let exit = match cause {
-            Some(End::Exit(exit)) => exit,
+        let stopped_by_operator = cause == Some(End::Exit(GuestExit::Stopped));
+        let (exit, death) = match cause {
+            Some(End::Exit(exit)) => (exit, None),
+            Some(End::Slice) => (GuestExit::Stopped, None),
             Some(End::Death(reason, vcpu)) => {
-                control::send(&ToCommand::Death(DeathReport { reason, vcpu, guest_ns: ended, vcpus: states }));
-                GuestExit::Died
+                (GuestExit::Died, Some(DeathReport { reason, vcpu, guest_ns: ended, vcpus: states }))
             }
-            None => GuestExit::Error { text: "the vCPUs left without a cause".to_string() },
+            None => (GuestExit::Error { text: "the vCPUs left without a cause".to_string() }, None),
         };
         let [size_4k, size_2m, size_1g] = counters.mapped_bytes();
         drop(self.mmu);
@@ -332,8 +373,7 @@ impl Vm<'_> {
             boot_guest_ns: ready,
             run_guest_ns: ended,
         };
-        control::send(&ToCommand::Report(Box::new(report)));
-        exit
+        Finished { exit, death, report, stopped_by_operator }
     }
 }
 
@@ -343,15 +383,17 @@ fn exits(remains: &[Remains]) -> BTreeMap<String, u64> {
     all.filter(|(_, count)| *count > 0).collect()
 }
 
+/// How a second-stage fault can end.
+pub(super) const FAULTS: [&str; 6] = ["fixed", "spurious", "retried", "mmio", "read_only", "failed"];
+
 fn faults(counters: &Counters) -> BTreeMap<String, u64> {
-    [
-        ("fixed", counters.faults_fixed),
-        ("spurious", counters.faults_spurious),
-        ("retried", counters.faults_retried),
-        ("mmio", counters.faults_mmio),
-        ("read_only", counters.faults_read_only),
-        ("failed", counters.faults_failed),
-    ]
-    .map(|(name, count)| (name.to_string(), count))
-    .into()
+    let counts = [
+        counters.faults_fixed,
+        counters.faults_spurious,
+        counters.faults_retried,
+        counters.faults_mmio,
+        counters.faults_read_only,
+        counters.faults_failed,
+    ];
+    FAULTS.iter().map(|name| (*name).to_string()).zip(counts).collect()
 }

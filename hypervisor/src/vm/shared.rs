@@ -82,6 +82,8 @@ pub struct Ports {
 pub enum End {
     /// By the guest's own doing, or the operator's.
     Exit(GuestExit),
+    /// Its slice of a series is over.
+    Slice,
     /// It died; the vCPU, if it was one.
     Death(DeathReason, Option<u32>),
 }
@@ -99,6 +101,8 @@ pub struct Shared {
     pub floating: bool,
     /// What is fired at it.
     pub storm: Storm,
+    /// What it prints is thrown away, and nothing is said of what it does.
+    pub silent: bool,
     /// Forgets mappings on the guest's demand.
     forgetter: Mutex<Worker<Machine>>,
     ports: Mutex<Ports>,
@@ -133,6 +137,7 @@ impl Shared {
             vcpus: (0..vcpus as u32).map(reach).collect(),
             floating: platform.has_board(),
             storm: Storm::default(),
+            silent: false,
             forgetter: Mutex::new(forgetter),
             ports: Mutex::new(Ports { platform, output: Vec::new(), marker: Marker::new(marker) }),
             line: AtomicBool::new(false),
@@ -249,11 +254,15 @@ impl Shared {
     }
 
     fn settle_output(&self, ports: &mut Ports, now: u64) {
-        if control::console_room() < CONSOLE_PIECE {
+        if !self.silent && control::console_room() < CONSOLE_PIECE {
             return;
         }
         let Ports { platform, output, marker } = ports;
         platform.console_take(now, output);
+        if self.silent {
+            output.clear();
+            return;
+        }
         // Taking output changes the transmitter's state, whose interrupt is settled with the next access.
         if marker.feed(output) {
             self.ready.store(now + 1, Ordering::Relaxed);
@@ -301,8 +310,13 @@ impl Shared {
     pub fn end(&self, end: End) {
         self.end.lock().get_or_insert(end);
         self.stopping.store(true, Ordering::SeqCst);
-        (0..self.vcpus.len()).for_each(|vcpu| self.wake(vcpu));
+        self.wake_all();
         embedder::kick_housekeeper();
+    }
+
+    /// Makes every vCPU look for work.
+    pub fn wake_all(&self) {
+        (0..self.vcpus.len()).for_each(|vcpu| self.wake(vcpu));
     }
 
     /// Why it ended.
@@ -313,7 +327,7 @@ impl Shared {
 
     /// Tells something unusual, so often and no more.
     pub fn surprise(&self, text: core::fmt::Arguments<'_>) {
-        if self.surprises.fetch_add(1, Ordering::Relaxed) < TOLD {
+        if !self.silent && self.surprises.fetch_add(1, Ordering::Relaxed) < TOLD {
             log::info!("{text}");
         }
     }

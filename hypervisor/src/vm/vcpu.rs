@@ -283,6 +283,8 @@ impl<C: GuestCpu> Vcpu<C> {
         }
         let external = self.number == 0 && self.vm.line() && self.lapic.accepts_extint();
         if !external && self.lapic.deliverable().is_none() {
+            // The guest may lower CR8 without an exit, and run on for ever without what that lets through.
+            self.cpu.watch_task_priority(self.lapic.is_held_back());
             return self.nmis != 0;
         }
         if self.cpu.can_take_interrupt() {

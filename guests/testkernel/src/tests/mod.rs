@@ -11,7 +11,7 @@ mod platform;
 mod timers;
 mod windows;
 
-use crate::{check, machine};
+use crate::{check, machine, random};
 
 /// Executes instructions of which one raises an exception, and goes on behind them. Operands are as of `asm!`.
 macro_rules! provoke {
@@ -42,6 +42,7 @@ pub(crate) fn run(name: &str) {
         "flush" => flush::run(),
         "events" => events::run(),
         "hostile" => hostile::run(),
+        "random" => random::run(),
         "triple" => events::triple_fault(),
         "fail" => check!(false, "as asked"),
         "shutdown" => platform::shut_down(),

@@ -251,6 +251,11 @@ impl Lapic {
         self.irr.highest().filter(|vector| self.accepts_vectors() && vector >> 4 > self.ppr() >> 4)
     }
 
+    /// Whether a vector is requested that the processor priority holds back: lowering CR8 may let it through.
+    pub fn is_held_back(&self) -> bool {
+        self.accepts_vectors() && self.irr.highest().is_some_and(|vector| vector >> 4 <= self.ppr() >> 4)
+    }
+
     /// Takes [`Self::deliverable`] into service and returns it.
     pub fn acknowledge(&mut self) -> Option<u8> {
         let vector = self.deliverable()?;
