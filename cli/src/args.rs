@@ -24,7 +24,7 @@ const STATUSES: &str = "\
 Exit status: 0 the guest powered off or reset (in check mode: and passed); an odd number is the guest's own, \
 (value << 1) | 1 for the value it wrote to port 0xf4; 2 options or files that cannot be used; 64 no verdict; \
 66 self-check failed; 70 the guest died; 72 QEMU or the hypervisor failed; 74 timeout; 76 something is missing; \
-78 any other error; 128 + n ended by signal n.";
+78 any other error; 80 worse than the baseline; 128 + n ended by signal n.";
 
 /// The subcommands.
 #[derive(Clone, Debug, Subcommand)]
@@ -33,6 +33,8 @@ pub enum Command {
     Run(Box<RunArgs>),
     /// Run random machine code, guest after guest, in one session of the hypervisor, and count what is not as before.
     Fuzz(FuzzArgs),
+    /// Measure what memory management costs, in instructions, beside KVM on the same emulated machine.
+    Bench(BenchArgs),
     /// Say what is there, what is missing and how to get it.
     Doctor,
 }
@@ -132,6 +134,41 @@ pub struct FuzzArgs {
     /// Show all that the hypervisor says, and QEMU's command line
     #[arg(long, short)]
     pub verbose: bool,
+}
+
+/// What can be said about a measurement.
+#[derive(Args, Clone, Debug)]
+pub struct BenchArgs {
+    /// Pages of 4 KiB that the operations work on
+    #[arg(long, value_name = "N", default_value_t = 4096, value_parser = clap::value_parser!(u32).range(1..=65536))]
+    pub pages: u32,
+    /// Measure one side only
+    #[arg(long, value_enum)]
+    pub only: Option<Side>,
+    /// Write the figures as JSON
+    #[arg(long, value_name = "FILE")]
+    pub json: Option<PathBuf>,
+    /// Draw them
+    #[arg(long, value_name = "FILE")]
+    pub svg: Option<PathBuf>,
+    /// Compare with the JSON of an earlier run, name what has become worse, and fail if anything has
+    #[arg(long, value_name = "FILE")]
+    pub baseline: Option<PathBuf>,
+    /// How much more than in the baseline is not worse
+    #[arg(long, value_name = "PERCENT", default_value_t = 2, requires = "baseline")]
+    pub tolerance: u16,
+    /// Show all that the guests say
+    #[arg(long, short)]
+    pub verbose: bool,
+}
+
+/// `--only`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Side {
+    /// This hypervisor
+    Nestling,
+    /// Linux KVM
+    Kvm,
 }
 
 /// `--huge-pages`.

@@ -49,13 +49,24 @@ pub fn test_kernel(progress: Progress) -> Result<PathBuf, Error> {
 /// # Errors
 /// If the source tree is gone or the build fails.
 pub fn guest_init(progress: Progress) -> Result<PathBuf, Error> {
-    build(progress, "the guest's init", "nestling-selfcheck", "release", "guest", |cargo| {
-        cargo
-            .env("RUSTFLAGS", "-Ctarget-feature=+crt-static")
-            // The guest copies it into its memory at each boot: no ballast.
-            .env("CARGO_PROFILE_RELEASE_DEBUG", "false")
-            .env("CARGO_PROFILE_RELEASE_STRIP", "symbols");
-    })
+    build(progress, "the guest's init", "nestling-selfcheck", "release", "guest", alone)
+}
+
+/// Builds the init of a KVM host and returns its file.
+///
+/// # Errors
+/// If the source tree is gone or the build fails.
+pub fn kvm_init(progress: Progress) -> Result<PathBuf, Error> {
+    build(progress, "the KVM host's init", "nestling-kvmpeer", "release", "guest", alone)
+}
+
+/// A program that is alone in its file system.
+fn alone(cargo: &mut Command) {
+    cargo
+        .env("RUSTFLAGS", "-Ctarget-feature=+crt-static")
+        // It is copied into a guest's memory at each boot: no ballast.
+        .env("CARGO_PROFILE_RELEASE_DEBUG", "false")
+        .env("CARGO_PROFILE_RELEASE_STRIP", "symbols");
 }
 
 fn build(

@@ -50,6 +50,26 @@ pub enum Error {
         /// The file.
         path: PathBuf,
     },
+    /// A measuring guest did not get to its end.
+    #[error("the measuring guest did not finish; it said:\n{said}")]
+    Measuring {
+        /// Its console.
+        said: String,
+    },
+    /// Figures on different numbers of pages are not compared.
+    #[error("--baseline was measured on {earlier} pages, which --pages {now} can't be compared with")]
+    OtherPages {
+        /// Of the baseline.
+        earlier: u32,
+        /// Of this run.
+        now: u32,
+    },
+    /// Something costs more than it did.
+    #[error("worse than the baseline:\n  {named}")]
+    Worse {
+        /// What, a line each.
+        named: String,
+    },
     /// The file is not a kernel that can be booted.
     #[error("{}: {cause}", path.display())]
     Kernel {
@@ -140,10 +160,12 @@ impl Error {
             | Self::Kernel { .. }
             | Self::Multiboot { .. }
             | Self::Hypervisor { .. }
+            | Self::OtherPages { .. }
             | Self::NoKvm(_) => Status::Usage,
+            Self::Worse { .. } => Status::Worse,
             Self::HostMemory { .. } | Self::Missing { .. } | Self::Fetch { .. } => Status::Missing,
             Self::Qemu(_) => Status::HypervisorFailed,
-            Self::Build { .. } | Self::Bundle(_) | Self::Io { .. } => Status::Internal,
+            Self::Measuring { .. } | Self::Build { .. } | Self::Bundle(_) | Self::Io { .. } => Status::Internal,
         }
     }
 }

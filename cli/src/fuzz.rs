@@ -170,6 +170,7 @@ pub fn prepare(args: &FuzzArgs, progress: Progress) -> Result<Prepared, Error> {
         command_line: "testkernel random".to_owned(),
         ready_marker: String::new(),
         storm: None,
+        meter_pages: 0,
         series: None,
     };
     config.validate()?;

@@ -14,6 +14,7 @@
 pub mod accel;
 pub mod args;
 pub mod artifacts;
+pub mod bench;
 pub mod console;
 pub mod doctor;
 pub mod error;

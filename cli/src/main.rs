@@ -10,7 +10,7 @@ use std::{
 use clap::Parser;
 use nestling_cli::{
     args::{Cli, Command, FuzzArgs, RunArgs},
-    doctor,
+    bench, doctor,
     error::Error,
     fuzz,
     guest::plan::Seat,
@@ -30,7 +30,19 @@ fn main() -> ExitCode {
         Some(Command::Doctor) => ExitCode::from(u8::from(!doctor::print(&doctor::examine()))),
         Some(Command::Run(args)) => run_guest(&args),
         Some(Command::Fuzz(args)) => fuzz_guests(&args),
+        Some(Command::Bench(args)) => ended(bench::run(&args, Progress::for_stderr())),
         None => run_guest(&cli.run),
+    }
+}
+
+/// The status of a command that has no guest's to give.
+fn ended(result: Result<(), Error>) -> ExitCode {
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("nestling: {error}");
+            ExitCode::from(error.status() as u8)
+        }
     }
 }
 

@@ -92,24 +92,8 @@ impl Machine {
 
     /// Waits until QEMU has ended by itself, or kills it, and returns its status and the end of what it said.
     pub fn finish(mut self, within: Duration) -> (Option<ExitStatus>, String) {
-        let deadline = Instant::now() + within;
-        let status = loop {
-            match self.child.try_wait() {
-                Ok(Some(status)) => break Some(status),
-                Ok(None) if Instant::now() < deadline => thread::sleep(Duration::from_millis(10)),
-                _ => {
-                    self.kill();
-                    break None;
-                }
-            }
-        };
+        let status = wait(&mut self.child, within);
         (status, self.stderr.take().and_then(|reader| reader.join().ok()).unwrap_or_default())
-    }
-
-    fn kill(&mut self) {
-        // Both fail only for a process that has ended and been waited for.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
     }
 
     /// Ends the threads that read and write the serial lines, whoever else may hold the far ends.
@@ -134,9 +118,30 @@ impl Machine {
 
 impl Drop for Machine {
     fn drop(&mut self) {
-        self.kill();
+        kill(&mut self.child);
         self.hang_up();
     }
+}
+
+/// Waits until the process has ended by itself; or kills it, and then there is no status.
+pub fn wait(child: &mut Child, within: Duration) -> Option<ExitStatus> {
+    let deadline = Instant::now() + within;
+    loop {
+        match child.try_wait() {
+            Ok(Some(status)) => return Some(status),
+            Ok(None) if Instant::now() < deadline => thread::sleep(Duration::from_millis(10)),
+            _ => {
+                kill(child);
+                return None;
+            }
+        }
+    }
+}
+
+fn kill(child: &mut Child) {
+    // Both fail only for a process that has ended and been waited for.
+    let _ = child.kill();
+    let _ = child.wait();
 }
 
 fn command(start: &Start<'_>, bundle: &Path, console: &Path, control: &Path) -> Command {
@@ -148,24 +153,33 @@ fn command(start: &Start<'_>, bundle: &Path, console: &Path, control: &Path) -> 
     //
     // A storm has a CPU of its own too: its operations wait for vCPUs, and the housekeeper must not.
     let cpus = start.vcpus + 1 + u32::from(start.storm);
-    let mut command = on_behalf_of_this_process(start.qemu);
-    // Not microvm: with several CPUs it hangs now and then.
-    command.args(["-machine", "q35", "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]);
     let cpu = if start.random { RANDOM_CPU } else { "max" };
-    match start.acceleration {
-        Acceleration::Kvm => command.args(["-accel", "kvm", "-cpu", "host"]),
-        Acceleration::Tcg => command.args(["-accel", "tcg,thread=multi", "-cpu", cpu]),
-        // One instruction is one nanosecond of the machine's time.
-        Acceleration::Counted => command.args(["-accel", "tcg,thread=single", "-icount", "shift=0", "-cpu", cpu]),
-    };
-    command.args(["-smp", &cpus.to_string(), "-m", &format!("{}M", start.memory_bytes.div_ceil(1 << 20))]);
+    let memory_mib = start.memory_bytes.div_ceil(1 << 20);
+    let mut command = machine(start.qemu, start.acceleration, cpu, cpus, memory_mib);
     for (name, path) in [("console", console), ("control", control)] {
         // The first -serial is COM1, the second COM2.
         command.arg("-chardev").arg(socket(name, path)).args(["-serial", &format!("chardev:{name}")]);
     }
     command.args(["-device", "isa-debug-exit,iobase=0xf4,iosize=0x4"]);
     command.arg("-kernel").arg(start.hypervisor).arg("-initrd").arg(bundle);
-    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
+    command.stdout(Stdio::null());
+    command
+}
+
+/// A machine that boots nothing yet and has no serial line. `cpu`: the model that is emulated.
+#[must_use]
+pub fn machine(qemu: &Path, acceleration: Acceleration, cpu: &str, cpus: u32, memory_mib: u64) -> Command {
+    let mut command = on_behalf_of_this_process(qemu);
+    // Not microvm: with several CPUs it hangs now and then.
+    command.args(["-machine", "q35", "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]);
+    match acceleration {
+        Acceleration::Kvm => command.args(["-accel", "kvm", "-cpu", "host"]),
+        Acceleration::Tcg => command.args(["-accel", "tcg,thread=multi", "-cpu", cpu]),
+        // One instruction is one nanosecond of the machine's time.
+        Acceleration::Counted => command.args(["-accel", "tcg,thread=single", "-icount", "shift=0", "-cpu", cpu]),
+    };
+    command.args(["-smp", &cpus.to_string(), "-m", &format!("{memory_mib}M")]);
+    command.stdin(Stdio::null()).stderr(Stdio::piped());
     command
 }
 

@@ -40,12 +40,20 @@ pub fn prepare(args: &RunArgs, seat: Seat, progress: Progress) -> Result<Prepare
         // Better now than after the run; a report of an earlier run must not be taken for this one's.
         File::create(path).map_err(|cause| Error::File { option: "--report", path: path.clone(), cause })?;
     }
-    let qemu = setup::qemu(progress)?;
-    let loaded = plan.guest.load(progress)?;
-    Ok(Prepared { plan, report: args.report.clone(), qemu, loaded, progress })
+    Prepared::new(plan, args.report.clone(), progress)
 }
 
 impl Prepared {
+    /// Installs, fetches and builds what a checked run needs.
+    ///
+    /// # Errors
+    /// The first thing that cannot be done, with its reason.
+    pub fn new(plan: Plan, report: Option<PathBuf>, progress: Progress) -> Result<Self, Error> {
+        let qemu = setup::qemu(progress)?;
+        let loaded = plan.guest.load(progress)?;
+        Ok(Self { plan, report, qemu, loaded, progress })
+    }
+
     /// Starts the machine and watches it to its end, writes the report, and says on standard error how it went.
     ///
     /// `console` makes the writer that gets the guest's console; the [`Remote`] it is given types, leaves and signals.

@@ -449,6 +449,7 @@ mod tests {
             kind: nestling_control::config::GuestKind::Linux,
             storm: None,
             series: None,
+            meter_pages: 0,
             vcpus: 1,
             memory_bytes: 64 << 20,
             huge_pages: HugePages::M2,

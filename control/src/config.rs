@@ -138,6 +138,8 @@ pub struct RunConfig {
     pub storm: Option<Storm>,
     /// Run many guests, not one.
     pub series: Option<Series>,
+    /// Pages of the slot that a measuring guest gets beside its RAM, with a meter (`nestling-meter`); 0: neither.
+    pub meter_pages: u32,
 }
 
 /// Why a [`RunConfig`] cannot be run.
@@ -168,6 +170,11 @@ pub enum ConfigError {
         /// The rate asked for.
         asked: u32,
     },
+    /// The meter's slot has more than [`nestling_meter::MAX_PAGES`] pages, or the guest's RAM reaches into it.
+    Meter {
+        /// Pages asked for.
+        pages: u32,
+    },
     /// The command line is longer than [`MAX_COMMAND_LINE_BYTES`].
     CommandLineTooLong {
         /// Its length in bytes.
@@ -196,6 +203,12 @@ impl fmt::Display for ConfigError {
             Self::StormRate { asked } => {
                 write!(f, "a storm of {asked} operations a second: the most is {MAX_STORM_RATE} of a kind")
             }
+            Self::Meter { pages } => write!(
+                f,
+                "a meter's slot of {pages} pages: the most is {}, and the guest has at most {} MiB of RAM below it",
+                nestling_meter::MAX_PAGES,
+                nestling_meter::BASE >> 20
+            ),
             Self::CommandLineTooLong { length } => {
                 write!(f, "the guest's command line has {length} bytes: the most is {MAX_COMMAND_LINE_BYTES}")
             }
@@ -229,6 +242,10 @@ impl RunConfig {
         let rates = self.storm.map_or([0; STORM_KINDS], |storm| storm.rates);
         if let Some(asked) = rates.into_iter().find(|&rate| rate > MAX_STORM_RATE) {
             return Err(ConfigError::StormRate { asked });
+        }
+        let pages = self.meter_pages;
+        if pages > nestling_meter::MAX_PAGES || pages > 0 && self.memory_bytes > nestling_meter::BASE {
+            return Err(ConfigError::Meter { pages });
         }
         if self.command_line.len() > MAX_COMMAND_LINE_BYTES {
             return Err(ConfigError::CommandLineTooLong { length: self.command_line.len() });

@@ -276,6 +276,8 @@ pub struct Report {
     pub touched_bytes: u64,
     /// Page-table frames of the second stage.
     pub table_frames: TableFrames,
+    /// How long teardown took: vCPUs, tables and RAM given back.
+    pub teardown: Span,
     /// Frames of guest memory not given back after teardown.
     pub guest_frames_left: u64,
     /// Remote and local TLB flushes that the library asked for.

@@ -28,6 +28,8 @@ pub enum Status {
     TimedOut = 74,
     /// A tool or package is missing and could not be had.
     Missing = 76,
+    /// A measurement found something that costs more than in its baseline.
+    Worse = 80,
     /// Anything else on the command's side: building, reading, writing.
     Internal = 78,
 }

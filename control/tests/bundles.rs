@@ -11,6 +11,7 @@ fn config() -> RunConfig {
         kind: nestling_control::config::GuestKind::Linux,
         storm: None,
         series: None,
+        meter_pages: 0,
         vcpus: 4,
         memory_bytes: 1 << 30,
         huge_pages: HugePages::M2,

@@ -1,27 +1,38 @@
-//! The default guest's initial RAM disk: the self-check as `/init`, busybox, and the console's device node. Not compressed:
-//! an emulated CPU unpacks slower than it copies.
+//! Initial RAM disks: a program as `/init`, other files, and the console's device node. Not compressed: an emulated CPU
+//! unpacks slower than it copies.
 
 use std::io::{self, Write};
 
 use cpio::NewcBuilder;
 
 const DIRECTORY: u32 = 0o040_755;
-const PROGRAM: u32 = 0o100_755;
+const FILE: u32 = 0o100_755;
 const CHARACTER_DEVICE: u32 = 0o020_600;
 
-/// Puts the archive together from the two programs.
+/// The default guest's: `init` and busybox.
 ///
 /// # Errors
-/// If a program is larger than the format's 32 bits can say.
+/// As [`of`].
 pub fn build(init: &[u8], busybox: &[u8]) -> io::Result<Vec<u8>> {
-    let mut archive = Archive { bytes: Vec::with_capacity(init.len() + busybox.len() + 4096), inode: 0 };
-    for directory in ["bin", "dev", "proc", "sys", "tmp"] {
+    of(&[("init", init), ("bin/busybox", busybox)])
+}
+
+/// Puts an archive together from the files, by their paths; there are the directories `bin`, `dev`, `modules`, `proc`,
+/// `sys` and `tmp`.
+///
+/// # Errors
+/// If a file is larger than the format's 32 bits can say.
+pub fn of(files: &[(&str, &[u8])]) -> io::Result<Vec<u8>> {
+    let bytes = files.iter().map(|(_, content)| content.len() + 256).sum::<usize>();
+    let mut archive = Archive { bytes: Vec::with_capacity(bytes + 4096), inode: 0 };
+    for directory in ["bin", "dev", "modules", "proc", "sys", "tmp"] {
         archive.add(NewcBuilder::new(directory).mode(DIRECTORY).nlink(2), &[])?;
     }
     // Without this node process 1 starts with no standard output, and mounts /dev too late to be heard.
     archive.add(NewcBuilder::new("dev/console").mode(CHARACTER_DEVICE).rdev_major(5).rdev_minor(1), &[])?;
-    archive.add(NewcBuilder::new("init").mode(PROGRAM), init)?;
-    archive.add(NewcBuilder::new("bin/busybox").mode(PROGRAM), busybox)?;
+    for (path, content) in files {
+        archive.add(NewcBuilder::new(path).mode(FILE), content)?;
+    }
     cpio::newc::trailer(archive.bytes)
 }
 
@@ -64,7 +75,7 @@ mod tests {
             rest = reader.finish().expect("ends");
         }
         let get = |name: &str| found.iter().find(|entry| entry.0 == name).unwrap_or_else(|| panic!("no {name}"));
-        assert_eq!((get("init").1, &get("init").3[..]), (PROGRAM, &b"init program"[..]));
+        assert_eq!((get("init").1, &get("init").3[..]), (FILE, &b"init program"[..]));
         assert_eq!(get("bin/busybox").3, b"busybox program");
         assert_eq!(get("dev/console").1, CHARACTER_DEVICE);
         let mut inodes: Vec<_> = found.iter().map(|entry| entry.2).collect();

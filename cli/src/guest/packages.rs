@@ -66,6 +66,53 @@ pub fn busybox(progress: Progress) -> Result<PathBuf, Error> {
     Ok(target)
 }
 
+/// KVM for AMD, in the order in which its modules are loaded.
+pub const KVM_MODULES: [&str; 3] = ["irqbypass", "kvm", "kvm-amd"];
+
+/// A kernel and, as its package has them, KVM's modules for it.
+#[derive(Clone, Debug)]
+pub struct KvmHost {
+    /// The kernel.
+    pub kernel: PathBuf,
+    /// Files of [`KVM_MODULES`].
+    pub modules: Vec<PathBuf>,
+}
+
+/// A Linux that can be a KVM host, fetched if it is not in the cache.
+///
+/// # Errors
+/// If the cache cannot be written, no package can be found or fetched, or the kernel's has no modules in it.
+pub fn kvm_host(progress: Progress) -> Result<KvmHost, Error> {
+    let kernel = kernel(progress)?;
+    let dir = cache_dir()?;
+    let _lock = lock(&dir)?;
+    let modules = kernel.with_extension("kvm");
+    if !modules.is_dir() {
+        let package = kernel.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+        need_apt("KVM's modules", "measure without KVM: --only nestling")?;
+        unpacked(&dir, &package, progress, |root| {
+            let shown = |cause| format!("{}: {cause}", modules.display());
+            let taken = tempfile::tempdir_in(&dir).map_err(shown)?;
+            for module in KVM_MODULES {
+                let start = format!("{module}.ko");
+                let found = find_file(root, &|name| name.to_string_lossy().starts_with(&start))
+                    .ok_or_else(|| format!("{start} is not in it"))?;
+                fs::rename(&found, taken.path().join(found.file_name().unwrap_or_default())).map_err(shown)?;
+            }
+            fs::rename(taken.keep(), &modules).map_err(shown)
+        })?;
+    }
+    let module = |name: &str| {
+        let start = format!("{name}.ko");
+        find_file(&modules, &|name| name.to_string_lossy().starts_with(&start)).ok_or_else(|| Error::Missing {
+            what: format!("{start} in {}", modules.display()),
+            how: "remove that directory: it is fetched again".into(),
+        })
+    };
+    let modules = KVM_MODULES.iter().map(|name| module(name)).collect::<Result<_, _>>()?;
+    Ok(KvmHost { kernel, modules })
+}
+
 /// The newest kernel in the cache that is whole.
 #[must_use]
 pub fn cached_kernel() -> Option<PathBuf> {
@@ -131,6 +178,19 @@ fn fetch(
     target: &Path,
     progress: Progress,
 ) -> Result<(), Error> {
+    unpacked(cache, package, progress, |root| {
+        let found = find_file(root, wanted).ok_or("the file that is wanted is not in it")?;
+        fs::rename(&found, target).map_err(|cause| format!("{}: {cause}", target.display()))
+    })
+}
+
+/// Fetches `package`, unpacks it, and lets `take` have what it wants of it.
+fn unpacked(
+    cache: &Path,
+    package: &str,
+    progress: Progress,
+    take: impl FnOnce(&Path) -> Result<(), String>,
+) -> Result<(), Error> {
     let failed = |cause: String| Error::Fetch { what: format!("the package {package}"), cause };
     let work = tempfile::tempdir_in(cache).map_err(Error::io(format!("write to {}", cache.display())))?;
     let step = progress.step(&format!("fetching {package} (apt-get download {package})"));
@@ -146,8 +206,7 @@ fn fetch(
     step.detail("unpacking");
     let root = work.path().join("root");
     run_quietly(Command::new("dpkg-deb").arg("-x").arg(&package_file).arg(&root)).map_err(failed)?;
-    let found = find_file(&root, wanted).ok_or_else(|| failed("the file that is wanted is not in it".into()))?;
-    fs::rename(&found, target).map_err(Error::io(format!("write {}", target.display())))?;
+    take(&root).map_err(failed)?;
     step.done();
     Ok(())
 }

@@ -74,6 +74,7 @@ impl GuestPlan {
             ready_marker: if kind == GuestKind::Linux { READY_MARKER.into() } else { String::new() },
             storm: storm(args),
             series: None,
+            meter_pages: 0,
         };
         config.validate()?;
 

@@ -69,6 +69,12 @@ pub(crate) fn invlpg(address: u64) {
     unsafe { asm!("invlpg [{}]", in(reg) address, options(nostack)) };
 }
 
+/// Drops all translations.
+pub(crate) fn reload_cr3() {
+    // SAFETY: as `invlpg`; the tables stay the same.
+    unsafe { asm!("mov {0}, cr3", "mov cr3, {0}", out(reg) _, options(nostack)) };
+}
+
 /// The local APIC's ID, as CPUID tells it.
 pub(crate) fn initial_apic_id() -> u32 {
     __cpuid(1).ebx >> 24

@@ -4,6 +4,8 @@
 //! that fw_cfg tells of, runs the check on them, prints what it found on the serial port, and ends the machine through
 //! port 0xf4 (but for [`random`], which ends with the machine): with 0 if all was right, 1 if not, 2 if it was asked for something that it does not know.
 //!
+//! `meter` is no check: it measures ([`meter`]).
+//!
 //! Memory is mapped to itself. Interrupt and exception handlers have stacks of their own (IST): compiled code keeps data
 //! below the stack pointer.
 #![no_std]
@@ -16,6 +18,7 @@ mod apic;
 mod boot;
 mod cpu;
 mod machine;
+mod meter;
 mod random;
 mod runtime;
 mod serial;
@@ -38,8 +41,13 @@ macro_rules! check {
 #[unsafe(no_mangle)]
 extern "C" fn rust_start() -> ! {
     traps::set_up(0);
-    let words = machine::command_line();
-    let name = words.split(' ').nth(1).unwrap_or("");
+    let mut words = machine::command_line().split(' ').skip(1);
+    let name = words.next().unwrap_or("");
+    if name == "meter" {
+        // On whatever machine: nothing but memory, ports and a clock is asked of it.
+        meter::run(words);
+        machine::exit(0);
+    }
     apic::enable();
     smp::start_all();
     serial::print(format_args!("{name}: {} processors\n", smp::count()));

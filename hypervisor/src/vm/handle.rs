@@ -132,6 +132,10 @@ impl<C: GuestCpu> Vcpu<C> {
         }
         let rax = self.cpu.register(RAX);
         let port = access.port;
+        if nestling_meter::PORTS.contains(&port) && self.use_meter(access) {
+            self.cpu.advance_to(access.next_rip);
+            return Next::Continue;
+        }
         match access.direction {
             Direction::Out => {
                 self.vm.with_ports(Some(self.number), |p, now| p.io_write(now, port, width, rax as u32));
@@ -145,6 +149,21 @@ impl<C: GuestCpu> Vcpu<C> {
         }
         self.cpu.advance_to(access.next_rip);
         Next::Continue
+    }
+
+    /// The meter is no port device: what it does waits for vCPUs, which may wait for those.
+    /// Whether there is one.
+    #[cold]
+    fn use_meter(&mut self, access: PortAccess) -> bool {
+        let Some(meter) = &self.vm.meter else { return false };
+        match access.direction {
+            Direction::Out => meter.lock().write(access.port, self.cpu.register(RAX) as u32),
+            Direction::In => {
+                let value = meter.lock().read(access.port);
+                self.cpu.set_register(RAX, u64::from(value));
+            }
+        }
+        true
     }
 
     fn cpuid(&mut self) {

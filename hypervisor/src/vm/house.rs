@@ -26,6 +26,7 @@ use spin::Mutex;
 
 use super::exit;
 use super::handle::Policy;
+use super::meter::{self, Meter};
 use super::policy::cpuid::{CpuidConfig, CpuidPolicy, CpuidRegs, HostCpuid};
 use super::policy::msr::{MsrConfig, MsrState};
 use super::series;
@@ -145,12 +146,14 @@ fn memory(config: &RunConfig) -> Result<Arc<Mmu<Machine>>, String> {
     let bounds = [Some((0, layout.low_end())), high.map(|r| (r.gpa, r.end()))];
     let range = |(start, end)| GfnRange { start: Gpa(start).gfn(), end: Gpa(end).gfn() };
     let ranges: Vec<GfnRange> = bounds.into_iter().flatten().map(range).collect();
-    let ram = GuestRam::new(&ranges, chunk).map_err(text)?;
-    let storm = config.storm.is_some();
+    let metered = (config.meter_pages > 0).then(|| meter::range(config.meter_pages));
+    let banks: Vec<GfnRange> = ranges.iter().copied().chain(metered).collect();
+    let ram = GuestRam::new(&banks, chunk).map_err(text)?;
+    let (storm, meter_pages) = (config.storm.is_some(), config.meter_pages);
     let config = Config {
         vcpus: config.vcpus as u16,
-        // For the guest's demands, and for a storm.
-        workers: 2,
+        // For the guest's demands, for a storm, and for a meter.
+        workers: 3,
         largest,
         // With 52 address bits an NPT entry has no reserved bit that could mark MMIO.
         mmio_entries: __cpuid(0x8000_0008).eax & 0xff < 52,
@@ -170,6 +173,9 @@ fn memory(config: &RunConfig) -> Result<Arc<Mmu<Machine>>, String> {
             backing: bank as u64,
         };
         worker.add_slot(slot).map_err(text)?;
+    }
+    if metered.is_some() {
+        worker.add_slot(meter::slot(meter_pages, ranges.len() as u64)).map_err(text)?;
     }
     drop(worker);
     Ok(mmu)
@@ -217,6 +223,11 @@ impl Vm<'_> {
         let mut shared = Shared::new(Arc::clone(&self.mmu), worker, clock, count, platform, &self.config.ready_marker);
         shared.storm = Storm::new(self.config.storm);
         shared.silent = self.manner != Manner::Alone;
+        if self.config.meter_pages > 0 {
+            let bank = self.mmu.host().ram().ranges().count() as u64 - 1;
+            let slot = meter::slot(self.config.meter_pages, bank);
+            shared.meter = Some(Mutex::new(Meter::new(self.mmu.worker().map_err(text)?, slot)));
+        }
         let shared = Arc::new(shared);
         let tsc_khz = clock::tsc_khz();
         let extended = __cpuid(0x8000_0001).edx;
@@ -338,8 +349,13 @@ impl Vm<'_> {
         let longest_lock_hold = span(self.mmu.host().longest_hold());
         let retries = counters.faults_retried + shared.storm.without_slot();
         let storm = shared.storm.report();
+        let clock = shared.clock;
+        let began = instructions::rdtsc();
         drop(remains);
         drop(shared);
+        drop(self.mmu);
+        let ticks = instructions::rdtsc() - began;
+        let teardown = Span { ns: clock.ns_in(ticks), ticks };
         let stopped_by_operator = cause == Some(End::Exit(GuestExit::Stopped));
         let (exit, death) = match cause {
             Some(End::Exit(exit)) => (exit, None),
@@ -350,7 +366,6 @@ impl Vm<'_> {
             None => (GuestExit::Error { text: "the vCPUs left without a cause".to_string() }, None),
         };
         let [size_4k, size_2m, size_1g] = counters.mapped_bytes();
-        drop(self.mmu);
         let (tables_left, tables_peak) = embedder::table_frames();
         let report = Report {
             vcpus: self.config.vcpus,
@@ -360,6 +375,7 @@ impl Vm<'_> {
             mapped_bytes: BytesByPageSize { size_4k, size_2m, size_1g },
             touched_bytes,
             table_frames: TableFrames { peak: tables_peak, left: tables_left },
+            teardown,
             guest_frames_left: guest::frames_in_use(),
             tlb_flushes: counters.flushes,
             kicks: counters.kicks,

@@ -14,7 +14,7 @@
 //! The rooms: [`shared`] (what vCPUs and housekeeper share, and how they reach each other), [`vcpu`] (the loop),
 //! [`guest_cpu`] and [`exit`] (what it asks of the CPU, and what comes back), `handle` (exits), `bus`
 //! (what an instruction that is executed in software reaches), `house` (CPU 0), `series` (guest after guest), `state`,
-//! [`storm`] (what is fired at a guest on purpose), [`walk`] and [`ring`] (what a death's report is made of), [`time`], [`marker`], and [`policy`] (what the guest sees of
+//! [`storm`] (what is fired at a guest on purpose), [`meter`] (what a measuring guest asks for), [`walk`] and [`ring`] (what a death's report is made of), [`time`], [`marker`], and [`policy`] (what the guest sees of
 //! CPUID and MSRs).
 
 mod bus;
@@ -24,6 +24,7 @@ mod handle;
 mod house;
 mod hypercall;
 pub mod marker;
+pub mod meter;
 pub mod policy;
 pub mod ring;
 mod series;

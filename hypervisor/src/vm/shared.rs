@@ -22,6 +22,7 @@ use nestling_control::message::{DeathReason, GuestExit, ToCommand};
 use spin::Mutex;
 
 use super::marker::Marker;
+use super::meter::Meter;
 use super::storm::Storm;
 use super::time::VmClock;
 use crate::control::{self, log};
@@ -103,6 +104,8 @@ pub struct Shared {
     pub storm: Storm,
     /// What it prints is thrown away, and nothing is said of what it does.
     pub silent: bool,
+    /// For a guest that measures.
+    pub meter: Option<Mutex<Meter>>,
     /// Forgets mappings on the guest's demand.
     forgetter: Mutex<Worker<Machine>>,
     ports: Mutex<Ports>,
@@ -138,6 +141,7 @@ impl Shared {
             floating: platform.has_board(),
             storm: Storm::default(),
             silent: false,
+            meter: None,
             forgetter: Mutex::new(forgetter),
             ports: Mutex::new(Ports { platform, output: Vec::new(), marker: Marker::new(marker) }),
             line: AtomicBool::new(false),

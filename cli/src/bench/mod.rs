@@ -1,0 +1,149 @@
+//! `nestling bench`: what memory management costs, in executed instructions, here and under KVM.
+//!
+//! One image measures on both sides ([`nestling_meter`] is what it says to whoever runs it), on the same emulated machine.
+//! The emulator counts instructions, so that neither this machine's speed nor its load is in the figures, and they repeat.
+
+mod kvm;
+mod nestling;
+mod plot;
+mod rows;
+
+use std::{collections::BTreeMap, fs, path::Path};
+
+use nestling_meter::{END, Figure};
+use serde::{Deserialize, Serialize};
+
+pub use rows::Row;
+
+use crate::{
+    args::{BenchArgs, Side},
+    error::Error,
+    progress::Progress,
+};
+
+/// What one side's guest has found: by name, how often and how many instructions in all.
+type Figures = BTreeMap<String, (u64, u64)>;
+
+/// How a guest's memory is mapped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Paging {
+    /// By nested paging.
+    Npt,
+    /// By shadow paging.
+    Shadow,
+}
+
+impl Paging {
+    fn words(self) -> &'static str {
+        match self {
+            Self::Npt => "nested paging",
+            Self::Shadow => "shadow paging",
+        }
+    }
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::Npt => "npt",
+            Self::Shadow => "shadow",
+        }
+    }
+}
+
+/// A measurement as it is written down.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Measurement {
+    /// Pages of 4 KiB that the operations worked on.
+    pub pages: u32,
+    /// What they cost.
+    pub rows: Vec<Row>,
+}
+
+/// Measures, prints, and compares.
+///
+/// # Errors
+/// The first thing that cannot be done, with its reason; or that something costs more than in the baseline.
+pub fn run(args: &BenchArgs, progress: Progress) -> Result<(), Error> {
+    // Before minutes are spent.
+    let baseline = args.baseline.as_deref().map(read).transpose()?;
+    if let Some(earlier) = &baseline
+        && earlier.pages != args.pages
+    {
+        return Err(Error::OtherPages { earlier: earlier.pages, now: args.pages });
+    }
+    let (mut kvm, mut here) = (Vec::new(), Vec::new());
+    if args.only != Some(Side::Nestling) {
+        for paging in [Paging::Npt, Paging::Shadow] {
+            kvm.push((paging, kvm::measure(args, paging, progress)?));
+        }
+    }
+    if args.only != Some(Side::Kvm) {
+        here.push((Paging::Npt, nestling::measure(args, progress)?));
+    }
+    let of = |side: &[(Paging, Figures)], wanted| {
+        side.iter().find(|(paging, _)| *paging == wanted).map(|(_, figures)| figures.clone()).unwrap_or_default()
+    };
+    let rows = rows::rows(|paging| of(&kvm, paging), |paging| of(&here, paging));
+    let measured = Measurement { pages: args.pages, rows };
+    print(&measured.rows);
+    if let Some(path) = &args.json {
+        write(path, &measured)?;
+    }
+    if let Some(path) = &args.svg {
+        plot::write(path, &measured.rows)?;
+    }
+    match baseline {
+        Some(earlier) => compare(&earlier.rows, &measured.rows, f64::from(args.tolerance) / 100.0),
+        None => Ok(()),
+    }
+}
+
+fn print(rows: &[Row]) {
+    let shown = |value: Option<f64>| value.map_or("-".to_owned(), |value| format!("{value:.1}"));
+    println!("{:22} {:6} {:>14} {:>12} {:>8} {:>10}", "operation", "mmu", "KVM", "Nestling", "ratio", "goal");
+    for Row { op, mmu, kvm, nestling, ratio, goal } in rows {
+        let ratio = ratio.map_or("-".to_owned(), |ratio| format!("{ratio:.2}"));
+        let (kvm, here, goal) = (shown(*kvm), shown(*nestling), shown(*goal));
+        println!("{op:22} {:6} {kvm:>14} {here:>12} {ratio:>8} {goal:>10}", mmu.name());
+    }
+}
+
+/// Says what has become worse.
+fn compare(earlier: &[Row], now: &[Row], tolerance: f64) -> Result<(), Error> {
+    let worse = rows::worse(earlier, now, tolerance);
+    if worse.is_empty() {
+        println!("nothing costs more than in the baseline by more than {:.0} %", 100.0 * tolerance);
+        return Ok(());
+    }
+    let named = worse.iter().map(|(row, was, is)| {
+        let is = is.map_or("not measured".to_owned(), |is| format!("{is:.1} ({:+.1} %)", 100.0 * (is / was - 1.0)));
+        format!("{} ({}): {was:.1} before, {is} now", row.op, row.mmu.name())
+    });
+    Err(Error::Worse { named: named.collect::<Vec<_>>().join("\n  ") })
+}
+
+fn read(path: &Path) -> Result<Measurement, Error> {
+    let refused = |cause| Error::File { option: "--baseline", path: path.to_owned(), cause };
+    let text = fs::read_to_string(path).map_err(refused)?;
+    serde_json::from_str(&text).map_err(|cause| refused(cause.into()))
+}
+
+fn write(path: &Path, measured: &Measurement) -> Result<(), Error> {
+    let refused = |cause| Error::File { option: "--json", path: path.to_owned(), cause };
+    let mut text = serde_json::to_string_pretty(measured).map_err(|cause| refused(cause.into()))?;
+    text.push('\n');
+    fs::write(path, text).map_err(refused)
+}
+
+/// The figures on a guest's console.
+///
+/// # Errors
+/// The guest did not get to its end.
+fn figures(console: &[u8]) -> Result<Figures, Error> {
+    let text = String::from_utf8_lossy(console);
+    if !text.lines().any(|line| line.trim() == END) {
+        return Err(Error::Measuring { said: text.into_owned() });
+    }
+    let found = text.lines().filter_map(Figure::parse);
+    Ok(found.map(|figure| (figure.name.to_owned(), (figure.count.max(1), figure.ticks))).collect())
+}

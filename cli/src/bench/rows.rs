@@ -1,0 +1,155 @@
+//! The rows: what is compared, from which figures, and how far the project means to get.
+
+use serde::{Deserialize, Serialize};
+
+use super::{Figures, Paging};
+
+/// How a row's value comes from a figure.
+#[derive(Clone, Copy, Debug)]
+enum Value {
+    /// Instructions for one page, or one exit.
+    Each,
+    /// Instructions for so many of them.
+    Each8,
+    /// Instructions for all of it.
+    All,
+}
+
+/// A row before anything is measured.
+#[derive(Clone, Copy, Debug)]
+struct Definition {
+    op: &'static str,
+    mmu: Paging,
+    figure: &'static str,
+    value: Value,
+    /// At most this, for this hypervisor.
+    goal: Option<f64>,
+}
+
+const fn npt(op: &'static str, value: Value, goal: Option<f64>) -> Definition {
+    Definition { op, mmu: Paging::Npt, figure: op, value, goal }
+}
+
+const fn shadow(op: &'static str, figure: &'static str, value: Value, goal: Option<f64>) -> Definition {
+    Definition { op, mmu: Paging::Shadow, figure, value, goal }
+}
+
+/// The guest's figures have the rows' names, but for those of shadow paging that stand for something else there.
+const DEFINITIONS: [Definition; 25] = [
+    npt("write_fault", Value::Each, Some(400.0)),
+    npt("dirty_write_fault", Value::Each, Some(250.0)),
+    npt("dirty_enable", Value::Each, Some(25.0)),
+    npt("dirty_enable_all_set", Value::All, None),
+    npt("dirty_harvest", Value::Each, Some(25.0)),
+    npt("dirty_harvest_clean", Value::Each, None),
+    npt("dirty_disable", Value::Each, None),
+    npt("age", Value::Each, None),
+    npt("slot_delete", Value::Each, Some(40.0)),
+    npt("slot_delete_empty", Value::All, None),
+    npt("host_invalidate", Value::Each, Some(100.0)),
+    npt("zap_all", Value::Each, None),
+    npt("cpuid_exit", Value::Each, Some(300.0)),
+    npt("port_write", Value::Each, Some(400.0)),
+    npt("mmio_read", Value::Each, Some(1500.0)),
+    npt("vm_destroy", Value::All, Some(500_000.0)),
+    shadow("shadow_fault_8", "write_fault", Value::Each8, Some(3000.0)),
+    shadow("invlpg", "invlpg", Value::Each, Some(600.0)),
+    shadow("cr3_reload", "cr3_reload", Value::Each, Some(500.0)),
+    shadow("cr3_reload_unsync", "cr3_reload_unsync", Value::All, Some(80_000.0)),
+    shadow("dirty_enable", "dirty_enable", Value::Each, None),
+    shadow("dirty_harvest", "dirty_harvest", Value::Each, None),
+    shadow("slot_delete", "slot_delete", Value::Each, None),
+    shadow("host_invalidate", "host_invalidate", Value::Each, None),
+    shadow("vm_destroy", "vm_destroy", Value::All, None),
+];
+
+/// A row of the result.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Row {
+    /// What was done.
+    pub op: String,
+    /// `npt` or `shadow`.
+    pub mmu: Paging,
+    /// Instructions under KVM; `null` where it was not measured.
+    pub kvm: Option<f64>,
+    /// Instructions here; `null` where this hypervisor was not measured or can't do it.
+    pub nestling: Option<f64>,
+    /// KVM's over this one's.
+    pub ratio: Option<f64>,
+    /// The most that the project allows itself.
+    pub goal: Option<f64>,
+}
+
+/// The rows of which at least one side is known.
+pub(super) fn rows(kvm: impl Fn(Paging) -> Figures, nestling: impl Fn(Paging) -> Figures) -> Vec<Row> {
+    let sides = [Paging::Npt, Paging::Shadow].map(|paging| (paging, kvm(paging), nestling(paging)));
+    let row = |definition: &Definition| {
+        let (_, kvm, nestling) = sides.iter().find(|(paging, ..)| *paging == definition.mmu)?;
+        let value = |figures: &Figures| {
+            let &(count, ticks) = figures.get(definition.figure)?;
+            let (count, ticks) = (count as f64, ticks as f64);
+            let value = match definition.value {
+                Value::Each => ticks / count,
+                Value::Each8 => 8.0 * ticks / count,
+                Value::All => ticks,
+            };
+            Some((value * 10.0).round() / 10.0)
+        };
+        let (kvm, nestling) = (value(kvm), value(nestling));
+        let ratio = kvm.zip(nestling).map(|(kvm, nestling)| (100.0 * kvm / nestling).round() / 100.0);
+        let Definition { op, mmu, goal, .. } = *definition;
+        (kvm.is_some() || nestling.is_some()).then(|| Row { op: op.into(), mmu, kvm, nestling, ratio, goal })
+    };
+    DEFINITIONS.iter().filter_map(row).collect()
+}
+
+/// This hypervisor's rows that cost more than in `earlier` by more than `tolerance` (0.02: 2 %): each with the values
+/// before and now. A row that has no value any more is one of them.
+pub(super) fn worse<'a>(earlier: &'a [Row], now: &[Row], tolerance: f64) -> Vec<(&'a Row, f64, Option<f64>)> {
+    let judge = |before: &'a Row| {
+        let was = before.nestling?;
+        let is = now.iter().find(|row| row.op == before.op && row.mmu == before.mmu).and_then(|row| row.nestling);
+        let fits = is.is_some_and(|is| is <= was * (1.0 + tolerance));
+        (!fits).then_some((before, was, is))
+    };
+    earlier.iter().filter_map(judge).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn figures(of: &[(&str, u64, u64)]) -> Figures {
+        of.iter().map(|&(name, count, ticks)| (name.to_owned(), (count, ticks))).collect()
+    }
+
+    #[test]
+    fn a_row_needs_one_side_and_a_ratio_both() {
+        let kvm = |paging| match paging {
+            Paging::Npt => figures(&[("write_fault", 4, 12_000), ("cpuid_exit", 10, 27_000)]),
+            Paging::Shadow => figures(&[("write_fault", 8, 14_000)]),
+        };
+        let here = |paging| if paging == Paging::Npt { figures(&[("write_fault", 4, 2_000)]) } else { Figures::new() };
+        let rows = rows(kvm, here);
+        let shown: Vec<_> = rows.iter().map(|row| (&row.op[..], row.mmu, row.kvm, row.nestling, row.ratio)).collect();
+        assert_eq!(
+            shown,
+            [
+                ("write_fault", Paging::Npt, Some(3000.0), Some(500.0), Some(6.0)),
+                ("cpuid_exit", Paging::Npt, Some(2700.0), None, None),
+                ("shadow_fault_8", Paging::Shadow, Some(14_000.0), None, None),
+            ]
+        );
+    }
+
+    #[test]
+    fn worse_is_more_than_the_tolerance_or_gone() {
+        let row =
+            |op: &str, nestling| Row { op: op.into(), mmu: Paging::Npt, kvm: None, nestling, ratio: None, goal: None };
+        let before = [row("a", Some(100.0)), row("b", Some(100.0)), row("c", Some(100.0)), row("d", None)];
+        let now = [row("a", Some(102.0)), row("b", Some(102.1)), row("d", Some(9.0))];
+        let worse: Vec<_> =
+            worse(&before, &now, 0.02).into_iter().map(|(row, was, is)| (&row.op[..], was, is)).collect();
+        assert_eq!(worse, [("b", 100.0, Some(102.1)), ("c", 100.0, None)]);
+    }
+}

@@ -1,0 +1,31 @@
+//! The init of a Linux host that runs the measuring guest under KVM, prints what the guest prints, and switches the machine
+//! off.
+//!
+//! Its command line: `nestling.npt=0` for KVM's shadow paging, `nestling.meter=PAGES` for the size of the meter's slot.
+//! Files: `/image` is the guest, `/modules/` holds KVM. A failure is a line on the console, and the power goes off all the
+//! same: whoever started the machine misses the guest's last line.
+
+mod guest;
+mod host;
+mod memory;
+mod meter;
+
+use std::{error::Error, fs};
+
+fn main() {
+    if let Err(error) = run() {
+        println!("kvmpeer: {error}");
+    }
+    host::power_off();
+}
+
+fn run() -> Result<(), Box<dyn Error>> {
+    host::mount()?;
+    let words = fs::read_to_string("/proc/cmdline")?;
+    let value = |name: &str| words.split_ascii_whitespace().find_map(|word| word.strip_prefix(name)?.strip_prefix('='));
+    let npt = value("nestling.npt") != Some("0");
+    host::load_modules(npt)?;
+    let pages = value("nestling.meter").ok_or("no nestling.meter= on the command line")?.parse()?;
+    guest::run(&fs::read("/image")?, pages)?;
+    Ok(())
+}

@@ -1,0 +1,83 @@
+//! The guest's memory: two pieces of this process's, and the one place that touches them through pointers.
+
+use std::{error::Error, io, ptr::NonNull};
+
+use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous, munmap};
+
+/// Host pages are of this size: large ones are kept away from the guest's memory.
+pub(crate) const PAGE: usize = 4096;
+const LARGE_PAGE: usize = 2 << 20;
+
+/// A piece of memory that a guest has.
+#[derive(Debug)]
+pub(crate) struct Memory {
+    mapping: NonNull<u8>,
+    mapped_bytes: usize,
+    /// The first address in it that a large page could have, where the guest's begins.
+    start: NonNull<u8>,
+    bytes: usize,
+}
+
+impl Memory {
+    /// So many bytes, none of which has a page yet.
+    pub(crate) fn new(bytes: usize) -> Result<Self, Box<dyn Error>> {
+        let mapped_bytes = bytes + LARGE_PAGE;
+        let protection = ProtFlags::READ | ProtFlags::WRITE;
+        let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
+        // SAFETY: a mapping at an address of the kernel's choice touches nothing that is there.
+        let mapping = unsafe { mmap_anonymous(std::ptr::null_mut(), mapped_bytes, protection, flags)? };
+        let mapping = NonNull::new(mapping.cast::<u8>()).ok_or("memory at address 0")?;
+        let offset = mapping.as_ptr().align_offset(LARGE_PAGE);
+        // SAFETY: the offset is less than a large page, which the mapping has in excess.
+        let start = unsafe { mapping.add(offset) };
+        let memory = Self { mapping, mapped_bytes, start, bytes };
+        memory.advise(Advice::LinuxNoHugepage)?;
+        Ok(memory)
+    }
+
+    fn advise(&self, advice: Advice) -> io::Result<()> {
+        // SAFETY: the range is this mapping's. Nobody has a reference into it, so contents may become zero.
+        unsafe { Ok(madvise(self.start.as_ptr().cast(), self.bytes, advice)?) }
+    }
+
+    /// Where it is in this process.
+    pub(crate) fn address(&self) -> u64 {
+        self.start.as_ptr().expose_provenance() as u64
+    }
+
+    pub(crate) fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    /// Copies into it; not by a guest that runs.
+    pub(crate) fn write(&self, at: usize, content: &[u8]) -> Result<(), Box<dyn Error>> {
+        let end = at.checked_add(content.len()).filter(|end| *end <= self.bytes);
+        end.ok_or_else(|| format!("{} bytes at {at:#x} are beyond the guest's memory", content.len()))?;
+        // SAFETY: the range was checked, and no reference to it exists.
+        unsafe { self.start.add(at).as_ptr().copy_from_nonoverlapping(content.as_ptr(), content.len()) };
+        Ok(())
+    }
+
+    /// Gives each page a frame.
+    pub(crate) fn populate(&self) {
+        for at in (0..self.bytes).step_by(PAGE) {
+            // SAFETY: inside the mapping. What is written is what was there.
+            unsafe {
+                let byte = self.start.add(at).as_ptr();
+                byte.write_volatile(byte.read_volatile());
+            }
+        }
+    }
+
+    /// Takes the frames away.
+    pub(crate) fn drop_pages(&self) -> io::Result<()> {
+        self.advise(Advice::LinuxDontNeed)
+    }
+}
+
+impl Drop for Memory {
+    fn drop(&mut self) {
+        // SAFETY: nobody has a reference into it. It does not fail for a mapping that is there.
+        let _ = unsafe { munmap(self.mapping.as_ptr().cast(), self.mapped_bytes) };
+    }
+}

@@ -1,0 +1,183 @@
+//! Measuring what memory management, exits and emulation cost: the guest's half of `nestling-meter`.
+//!
+//! Runs on one processor with interrupts off. The slot is mapped by 4 KiB pages of this kernel's own, so that the same
+//! image tells of shadow paging what there is to tell. Each figure is one line; the command that started the run knows
+//! what they mean.
+
+use core::sync::atomic::{AtomicU64, Ordering};
+
+use nestling_meter::{BASE, COUNT, DONE, END, LINE, MAX_PAGES, NOT_HERE, Operation, PORT, STATE, TICKS_HIGH};
+
+use crate::cpu::{self, inl, outb, outl, rdtsc};
+use crate::{check, machine, serial};
+
+const PAGE: u64 = 4096;
+/// How often an exit is taken for its figure.
+const EXITS: u64 = 1000;
+/// Where the firmware's progress codes go: a port that every machine takes and nobody reads.
+const PROGRESS_PORT: u16 = 0x80;
+/// Entries of a table.
+const ENTRIES: usize = 512;
+
+/// Tables that are written before the reload that has to look at all of them.
+const UNSYNC_TABLES: usize = 8;
+
+const ACCESSED_DIRTY_WRITABLE_PRESENT: u64 = 0x63;
+
+#[repr(align(4096))]
+struct Table([AtomicU64; ENTRIES]);
+
+/// One table for each 2 MiB that the slot may have.
+static TABLES: [Table; MAX_PAGES as usize / ENTRIES] =
+    [const { Table([const { AtomicU64::new(0) }; ENTRIES]) }; MAX_PAGES as usize / ENTRIES];
+
+unsafe extern "C" {
+    /// The boot code's directories of 2 MiB pages, for the first 4 GiB.
+    static directories: [AtomicU64; 4 * ENTRIES];
+}
+
+/// Measures everything. `words`: the command line behind the kernel's name and this check's.
+pub(crate) fn run<'a>(mut words: impl Iterator<Item = &'a str>) {
+    let pages = words.next().and_then(|word| word.parse::<u32>().ok()).unwrap_or(0);
+    check!((1..=MAX_PAGES).contains(&pages), "the second word is the number of pages, 1 to {MAX_PAGES}");
+    let slot = Slot { pages: u64::from(pages) };
+    slot.map();
+    slot.faults();
+    slot.dirty_log();
+    slot.invalidation();
+    slot.translations();
+    exits();
+    // For whoever runs the guest to measure its end with all of the slot mapped.
+    slot.write();
+    serial::print(format_args!("{END}\n"));
+}
+
+fn tell(name: &str, count: u64, ticks: u64) {
+    serial::print(format_args!("{LINE} {name} {count} {ticks}\n"));
+}
+
+/// Ticks that some work takes, less what looking at the clock takes.
+fn ticks(work: impl FnOnce()) -> u64 {
+    let (start, nothing) = (rdtsc(), rdtsc());
+    work();
+    (rdtsc() - nothing).saturating_sub(nothing - start)
+}
+
+/// What came of an operation: its cost and the pages it met; `None` if whoever runs this does not have it.
+fn ask(operation: Operation) -> Option<(u64, u64)> {
+    outl(PORT, operation as u32);
+    let state = inl(STATE);
+    check!(state == DONE || state == NOT_HERE, "no meter: the state is {state:#x} after {operation:?}");
+    let ticks = u64::from(inl(TICKS_HIGH)) << 32 | u64::from(inl(PORT));
+    (state == DONE).then(|| (ticks, u64::from(inl(COUNT))))
+}
+
+/// Has an operation done that everybody has.
+fn must(operation: Operation) -> (u64, u64) {
+    let done = ask(operation);
+    check!(done.is_some(), "{operation:?} is not there");
+    done.unwrap_or_default()
+}
+
+struct Slot {
+    pages: u64,
+}
+
+impl Slot {
+    fn count(&self) -> u64 {
+        self.pages
+    }
+
+    /// Maps the slot by 4 KiB pages in place of the boot code's large ones.
+    fn map(&self) {
+        let block = PAGE * ENTRIES as u64;
+        for (index, table) in TABLES[..self.pages.div_ceil(ENTRIES as u64) as usize].iter().enumerate() {
+            let start = BASE + index as u64 * block;
+            for (entry, page) in table.0.iter().zip((start..).step_by(PAGE as usize)) {
+                entry.store(page | ACCESSED_DIRTY_WRITABLE_PRESENT, Ordering::SeqCst);
+            }
+            let address = core::ptr::from_ref(table).expose_provenance() as u64;
+            // SAFETY: the boot code's table, which nobody else changes; what it maps is this slot either way.
+            unsafe { directories[(start / block) as usize].store(address | 7, Ordering::SeqCst) };
+        }
+        cpu::reload_cr3();
+    }
+
+    /// Writes one word of each page.
+    fn write(&self) {
+        for page in (BASE..).step_by(PAGE as usize).take(self.pages as usize) {
+            machine::set_word(page, page as u32);
+        }
+    }
+
+    fn faults(&self) {
+        let empty = must(Operation::Delete);
+        tell("slot_delete_empty", 1, empty.0);
+        must(Operation::Add);
+        must(Operation::Populate);
+        tell("write_fault", self.count(), ticks(|| self.write()));
+        tell("write_again", self.count(), ticks(|| self.write()));
+        let (cost, _) = must(Operation::Delete);
+        tell("slot_delete", self.count(), cost);
+        must(Operation::Add);
+        must(Operation::Populate);
+    }
+
+    fn dirty_log(&self) {
+        self.write();
+        let Some((start, _)) = ask(Operation::LogStart) else { return };
+        tell("dirty_enable", self.count(), start);
+        tell("dirty_write_fault", self.count(), ticks(|| self.write()));
+        let (harvest, dirty) = must(Operation::Harvest);
+        check!(dirty == self.count(), "{dirty} pages are dirty of {} that were written", self.count());
+        tell("dirty_harvest", dirty, harvest);
+        let (harvest, dirty) = must(Operation::Harvest);
+        check!(dirty == 0, "{dirty} pages are dirty, and none was written");
+        tell("dirty_harvest_clean", self.count(), harvest);
+        self.write();
+        tell("dirty_disable", self.count(), must(Operation::LogStop).0);
+        if let Some((cost, _)) = ask(Operation::LogStartAllSet) {
+            tell("dirty_enable_all_set", 1, cost);
+            must(Operation::LogStop);
+        }
+        self.write();
+        if let Some((cost, _)) = ask(Operation::Age) {
+            tell("age", self.count(), cost);
+        }
+    }
+
+    /// What touches the guest's own tables: nothing for nested paging, a lot for shadow paging.
+    fn translations(&self) {
+        self.write();
+        let invalidate = || (BASE..).step_by(PAGE as usize).take(self.pages as usize).for_each(cpu::invlpg);
+        tell("invlpg", self.count(), ticks(invalidate));
+        self.write();
+        tell("cr3_reload", EXITS, ticks(|| (0..EXITS).for_each(|_| cpu::reload_cr3())));
+        self.write();
+        // Entries are written as they are: whoever shadows these tables has to find that out.
+        let tables = &TABLES[..(self.pages as usize / ENTRIES).min(UNSYNC_TABLES)];
+        for entry in tables.iter().flat_map(|table| &table.0) {
+            entry.store(entry.load(Ordering::SeqCst), Ordering::SeqCst);
+        }
+        tell("cr3_reload_unsync", tables.len() as u64, ticks(cpu::reload_cr3));
+    }
+
+    fn invalidation(&self) {
+        self.write();
+        tell("host_invalidate", self.count(), must(Operation::Invalidate).0);
+        must(Operation::Populate);
+        self.write();
+        if let Some((cost, _)) = ask(Operation::ZapAll) {
+            tell("zap_all", self.count(), cost);
+        }
+    }
+}
+
+/// What leaving the guest costs.
+fn exits() {
+    tell("nothing", 1, must(Operation::Nothing).0);
+    tell("cpuid_exit", EXITS, ticks(|| (0..EXITS).for_each(|_| _ = core::arch::x86_64::__cpuid(0))));
+    tell("port_write", EXITS, ticks(|| (0..EXITS).for_each(|_| outb(PROGRESS_PORT, 0))));
+    let read = || (0..EXITS).for_each(|_| _ = core::hint::black_box(machine::word(machine::TEST_RAM)));
+    tell("mmio_read", EXITS, ticks(read));
+}

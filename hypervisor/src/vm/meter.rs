@@ -1,0 +1,117 @@
+//! The meter: a port through which a measuring guest has its slot changed, and learns what that cost (`nestling-meter`).
+//!
+//! An operation is carried out by the vCPU that asks, on its CPU and outside the guest, by a worker of the meter's own: no
+//! lock of the port devices is held, so an operation may wait for other vCPUs. What is timed is the library's work, as an
+//! embedder that is told "delete this slot" would do it.
+
+use nestling::{AddressSpace, GfnRange, Gpa, SlotConfig, SlotError, SlotFlags, SlotId, Worker};
+use nestling_meter::{BASE, COUNT, DONE, NOT_HERE, Operation, PORT, STATE, TICKS_HIGH};
+
+use crate::cpu::instructions::rdtsc;
+use crate::memory::embedder::Machine;
+use crate::memory::frames::FRAME;
+
+/// No other slot has this number: a guest's RAM has few.
+const SLOT: SlotId = SlotId(u32::MAX);
+
+/// The frames of a slot of so many pages.
+pub(super) fn range(pages: u32) -> GfnRange {
+    let start = Gpa(BASE).gfn();
+    GfnRange { start, end: nestling::Gfn(start.0 + u64::from(pages)) }
+}
+
+/// The slot, backed by this bank.
+pub(super) fn slot(pages: u32, bank: u64) -> SlotConfig {
+    SlotConfig {
+        id: SLOT,
+        space: AddressSpace::Main,
+        base: Gpa(BASE),
+        size: u64::from(pages) * FRAME,
+        flags: SlotFlags::empty(),
+        backing: bank,
+    }
+}
+
+/// See the module head.
+#[derive(Debug)]
+pub struct Meter {
+    worker: Worker<Machine>,
+    slot: SlotConfig,
+    ticks: u64,
+    count: u32,
+    state: u32,
+}
+
+impl Meter {
+    pub(super) fn new(worker: Worker<Machine>, slot: SlotConfig) -> Self {
+        Self { worker, slot, ticks: 0, count: 0, state: NOT_HERE }
+    }
+
+    /// A register; what is none reads as the bus floats.
+    pub(super) fn read(&self, port: u16) -> u32 {
+        match port {
+            PORT => self.ticks as u32,
+            TICKS_HIGH => (self.ticks >> 32) as u32,
+            COUNT => self.count,
+            STATE => self.state,
+            _ => u32::MAX,
+        }
+    }
+
+    /// Carries an operation out. A number that is none, or an operation that the slot refuses (a guest may delete it
+    /// twice), changes nothing and leaves [`NOT_HERE`].
+    pub(super) fn write(&mut self, port: u16, value: u32) {
+        if port != PORT {
+            return;
+        }
+        let start = rdtsc();
+        let done = Operation::from_number(value).map(|operation| self.carry_out(operation));
+        self.ticks = rdtsc() - start;
+        (self.state, self.count) = match done {
+            Some(Ok(count)) => (DONE, count),
+            Some(Err(_)) | None => (NOT_HERE, 0),
+        };
+    }
+
+    fn carry_out(&mut self, operation: Operation) -> Result<u32, Refused> {
+        match operation {
+            Operation::Nothing => {}
+            Operation::Add => self.worker.add_slot(self.slot)?,
+            Operation::Delete => self.worker.delete_slot(self.slot.id)?,
+            Operation::Populate => self.populate()?,
+            Operation::Invalidate => drop(self.worker.invalidate(self.range())),
+            Operation::ZapAll => {
+                self.worker.zap_all();
+            }
+            Operation::LogStart
+            | Operation::LogStartAllSet
+            | Operation::Harvest
+            | Operation::LogStop
+            | Operation::Age => return Err(Refused),
+        }
+        Ok(0)
+    }
+
+    fn range(&self) -> GfnRange {
+        range((self.slot.size / FRAME) as u32)
+    }
+
+    fn populate(&self) -> Result<(), Refused> {
+        let ram = self.worker.mmu().host().ram();
+        let mut next = self.range().start;
+        while next < self.range().end {
+            let access = nestling::Access::Write;
+            next = ram.resolve(self.slot.backing, next, access).map_err(|_| Refused)?.gfns.end;
+        }
+        Ok(())
+    }
+}
+
+/// Not carried out.
+struct Refused;
+
+impl From<SlotError> for Refused {
+    fn from(_: SlotError) -> Self {
+        Self
+    }
+}
