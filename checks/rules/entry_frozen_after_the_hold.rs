@@ -6,7 +6,7 @@ use crate::{Host, Mmu};
 
 pub(crate) fn right<H: Host>(mmu: &Mmu<H>, ticket: &mut Ticket, batch: &mut Batch) {
     hold(mmu, ticket, batch, Reach::Live, |hold| {
-        let (_inside, debts) = hold.parts();
+        let (_inside, debts) = hold.step();
         let _owed: Owed<'_> = debts.owed();
     });
 }
@@ -15,7 +15,7 @@ pub(crate) fn right<H: Host>(mmu: &Mmu<H>, ticket: &mut Ticket, batch: &mut Batc
 pub(crate) fn wrong<'z, H: Host>(mmu: &Mmu<H>, ticket: &mut Ticket, batch: &mut Batch) -> Option<Owed<'z>> {
     let mut kept = None;
     hold(mmu, ticket, batch, Reach::Live, |hold| {
-        let (_inside, debts) = hold.parts();
+        let (_inside, debts) = hold.step();
         kept = Some(debts.owed());
     });
     kept

@@ -6,7 +6,7 @@ use crate::{Host, Mmu};
 
 pub(crate) fn right<H: Host>(mmu: &Mmu<H>, ticket: &mut Ticket, batch: &mut Batch) {
     hold(mmu, ticket, batch, Reach::Live, |hold| {
-        hold.parts();
+        hold.step();
     });
 }
 

@@ -9,7 +9,7 @@ use crate::{Host, Mmu};
 
 pub(crate) fn right<H: Host>(mmu: &Mmu<H>, ticket: &mut Ticket, batch: &mut Batch, root: &RootRef) {
     for gfn in [Gfn(0), Gfn(1)] {
-        hold(mmu, ticket, batch, Reach::Live, |hold| Table::root(hold.parts().0, root).entry(gfn).read());
+        hold(mmu, ticket, batch, Reach::Live, |hold| Table::root(hold.step().0, root).entry(gfn).read());
     }
 }
 
@@ -17,7 +17,7 @@ pub(crate) fn right<H: Host>(mmu: &Mmu<H>, ticket: &mut Ticket, batch: &mut Batc
 pub(crate) fn wrong<H: Host>(mmu: &Mmu<H>, ticket: &mut Ticket, batch: &mut Batch, root: &RootRef) {
     let mut place = None;
     hold(mmu, ticket, batch, Reach::Live, |hold| {
-        place = Some(Table::root(hold.parts().0, root));
+        place = Some(Table::root(hold.step().0, root));
     });
     hold(mmu, ticket, batch, Reach::Live, |_| place.map(|table| table.entry(Gfn(1)).read()));
 }

@@ -1,10 +1,14 @@
-//! How an embedder sees the lock: each hold begins and ends, and exclusive ones are few.
+//! How an embedder sees the lock: each hold begins and ends, exclusive ones are few, and what a zap does in one hold is
+//! bounded, more tightly when somebody waits.
 
 use std::sync::{Arc, Mutex};
 
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use nestling::events::{Event, Side};
-use nestling::{Gfn, GfnRange, SlotId, VcpuId};
-use nestling_checks::scene::{add, small, two_by_two};
+use nestling::{Access, Cause, Config, Fault, Gfn, GfnRange, Level, Mmu, Outcome, SlotId, VcpuId};
+use nestling_checks::machine::{Build, Machine};
+use nestling_checks::scene::{Amd, add, small, two_by_two};
 
 #[test]
 fn every_hold_of_a_worker_is_told_with_its_end() {
@@ -19,7 +23,7 @@ fn every_hold_of_a_worker_is_told_with_its_end() {
         let (now, all) = &mut *seen.lock().expect("the hook does not panic");
         match event {
             Event::LockTaken { side } => assert_eq!(now.replace(side), None, "taken inside another hold"),
-            Event::LockReleased { side } => {
+            Event::LockReleased { side, .. } => {
                 assert_eq!(now.take(), Some(side), "released what was not taken");
                 all.push(side);
             }
@@ -39,4 +43,117 @@ fn every_hold_of_a_worker_is_told_with_its_end() {
     assert_eq!(holds(&mut |worker| _ = worker.zap_all())[0], Side::Exclusive);
     let delete = holds(&mut |worker| worker.delete_slot(SlotId(0)).expect("it is there"));
     assert!(delete.contains(&Side::Exclusive), "{delete:?}");
+}
+
+const START: Gfn = Gfn(3 << 18);
+/// More than one hold does without being asked to let go.
+const TABLES: u64 = 150;
+
+/// An MMU with so many level-1 tables in a row, of which the first two are full and the others have one leaf.
+fn mapped(restless: u64) -> Arc<Mmu<Amd>> {
+    let config = Config { largest: Level::K4, ..two_by_two() };
+    let mmu = Machine::build(Build { restless, ..Build::default() }, config);
+    add(&mmu, 0, START, TABLES * 512);
+    let mut vcpu = mmu.vcpu(VcpuId(0)).expect("it is the first");
+    drop(vcpu.enter().expect("there is a frame for the root"));
+    let full = START.0..START.0 + 1024;
+    for gfn in full.chain((2..TABLES).map(|table| START.0 + table * 512 + table)) {
+        let fault = Fault { gpa: Gfn(gfn).gpa(), access: Access::Write, cause: Cause::Translation };
+        assert!(matches!(vcpu.fault(fault), Ok(Outcome::Fixed { .. })));
+    }
+    mmu
+}
+
+/// What each hold of the shared side did from now on: its steps, and leaves that were gone at its end.
+fn watch(mmu: &Arc<Mmu<Amd>>) -> Arc<Mutex<Vec<(u32, u64)>>> {
+    let holds: Arc<Mutex<Vec<_>>> = Arc::default();
+    let (seen, counters) = (Arc::clone(&holds), Arc::downgrade(mmu));
+    mmu.host().on_trace(Box::new(move |event| {
+        if let Event::LockReleased { side: Side::Shared, steps } = event {
+            let zapped = counters.upgrade().map_or(0, |mmu| mmu.counters().leaves_zapped);
+            seen.lock().expect("the hook does not panic").push((steps, zapped));
+        }
+    }));
+    holds
+}
+
+/// Holds of what was watched, as (steps, leaves that went in it).
+fn holds(watched: &Mutex<Vec<(u32, u64)>>) -> Vec<(u32, u64)> {
+    let mut before = 0;
+    let ends = std::mem::take(&mut *watched.lock().expect("the hook does not panic"));
+    ends.into_iter().map(|(steps, zapped)| (steps, zapped - std::mem::replace(&mut before, zapped))).collect()
+}
+
+fn everything() -> GfnRange {
+    GfnRange { start: START, end: Gfn(START.0 + TABLES * 512) }
+}
+
+/// No flush is owed in the roots of a zap of everything: the lock is let go after each table, whoever waits.
+#[test]
+fn the_back_half_holds_the_lock_for_one_table() {
+    for restless in [0, 1] {
+        let mmu = mapped(restless);
+        let watched = watch(&mmu);
+        let zapped = mmu.worker().expect("a worker is free").zap_all();
+        assert_eq!((zapped.leaves, zapped.tables), (1024 + TABLES - 2, TABLES + 2), "level-1 tables, and two above");
+        let holds = holds(&watched);
+        assert!(holds.iter().all(|&(steps, leaves)| steps == 1 && leaves <= 512), "{holds:?}");
+        assert!(holds.len() as u64 >= TABLES);
+        assert_eq!(mmu.counters().yields > 0, restless > 0, "a CPU is given away only when it is wanted");
+    }
+}
+
+/// Elsewhere a hold ends with a flush, so it does more when nobody waits, and no more than so much.
+#[test]
+fn a_hold_is_bounded_when_nobody_waits() {
+    let mmu = mapped(0);
+    let watched = watch(&mmu);
+    mmu.worker().expect("a worker is free").zap(everything());
+    let holds = holds(&watched);
+    assert_eq!(holds.iter().map(|hold| hold.0).max(), Some(64), "{holds:?}");
+    assert_eq!(holds.len(), 3);
+}
+
+/// And one step, when somebody always does.
+#[test]
+fn a_hold_is_one_step_when_others_want_the_cpu() {
+    let mmu = mapped(1);
+    let watched = watch(&mmu);
+    mmu.worker().expect("a worker is free").zap(everything());
+    let holds = holds(&watched);
+    assert!(holds.iter().all(|&(steps, leaves)| steps == 1 && leaves <= 512), "{holds:?}");
+}
+
+/// Who wants the lock for itself gets it when the step is done in which it came.
+#[test]
+fn a_hold_ends_with_the_step_in_which_somebody_comes_to_wait() {
+    let mmu = mapped(0);
+    let mut worker = mmu.worker().expect("a worker is free");
+    // In the middle of the third step: when its table is looked at.
+    let third = worker.walk(mmu.role(), Gfn(START.0 + 2 * 512)).expect("there is a root");
+    let table = third.last().expect("it has steps").address.hfn();
+    let (announced, watched): (Arc<AtomicBool>, Arc<Mutex<Vec<u32>>>) = Default::default();
+    let (flag, seen) = (Arc::clone(&announced), Arc::clone(&watched));
+    mmu.host().on_trace(Box::new(move |event| match event {
+        Event::LockTaken { side: Side::Exclusive } => flag.store(true, Ordering::Release),
+        Event::LockReleased { side: Side::Shared, steps } => seen.lock().expect("no panic").push(steps),
+        _ => {}
+    }));
+    let other = Arc::downgrade(&mmu);
+    mmu.host().on_next_look_at(
+        table,
+        Box::new(move || {
+            std::thread::spawn(move || {
+                let mmu = other.upgrade().expect("the test waits");
+                let far = GfnRange { start: Gfn(1 << 30), end: Gfn((1 << 30) + 1) };
+                drop(mmu.worker().expect("a worker is free").invalidate(far));
+            });
+            while !announced.load(Ordering::Acquire) {
+                std::thread::yield_now();
+            }
+        }),
+    );
+    worker.zap(everything());
+    let steps = watched.lock().expect("no panic");
+    assert_eq!(steps[0], 3, "{steps:?}");
 }

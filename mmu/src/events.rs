@@ -161,6 +161,8 @@ pub enum Event {
     LockReleased {
         /// How it was taken.
         side: Side,
+        /// Steps of a zap that were done in between: each is the work that one 4 KiB table is, at most.
+        steps: u32,
     },
     /// All vCPUs were made to flush.
     Flush {

@@ -208,7 +208,7 @@ impl<H: Host> Drop for Exclusive<'_, H> {
     fn drop(&mut self) {
         self.mmu.lock.writer.store(0, Ordering::Release);
         if H::TRACE {
-            self.mmu.host.trace(Event::LockReleased { side: Side::Exclusive });
+            self.mmu.host.trace(Event::LockReleased { side: Side::Exclusive, steps: 0 });
         }
     }
 }

@@ -34,6 +34,7 @@ use crate::host::Host;
 use crate::leaf_lock::LeafLock;
 use crate::lock::{Shared, Ticket};
 use crate::mutants::{self, Mutant};
+use crate::tdp::zap::HOLD_STEPS;
 use crate::tlb::Flushed;
 use crate::{Mmu, OutOfMemory};
 
@@ -63,6 +64,11 @@ impl Batch {
         tables.try_reserve_exact(TABLE_CAPACITY)?;
         Ok(Self { frozen, tables, flush: false })
     }
+
+    /// Whether the next step finds room.
+    fn has_room(&self) -> bool {
+        self.frozen.len() + STEP <= FROZEN_CAPACITY && self.tables.len() + STEP <= TABLE_CAPACITY
+    }
 }
 
 /// Who may have what is zapped in its TLB.
@@ -75,6 +81,7 @@ pub(crate) enum Reach<'r> {
 }
 
 /// Runs `work` in one hold of the shared side in which entries may be frozen and tables unlinked, then pays what it owes.
+/// Only the tables of a reach that is unreachable stay in the batch, until there are many or [`hand_over`] is called.
 pub(crate) fn hold<H: Host, R>(
     mmu: &Mmu<H>,
     ticket: &mut Ticket,
@@ -93,21 +100,26 @@ pub(crate) struct Zapping<'a, H: Host> {
     mmu: &'a Mmu<H>,
     batch: &'a mut Batch,
     counters: &'a SeatCounters,
+    /// Steps that were done.
+    steps: u32,
+    /// Somebody was found to wait.
+    others_wait: bool,
 }
 
 impl<'a, H: Host> Zapping<'a, H> {
     fn enter(mmu: &'a Mmu<H>, ticket: &'a mut Ticket, batch: &'a mut Batch, reach: Reach<'a>) -> Self {
-        debug_assert!(batch.frozen.is_empty() && batch.tables.is_empty());
+        debug_assert!(batch.frozen.is_empty(), "each hold thaws what it froze");
         let inside = Shared::enter(mmu, ticket);
         if H::TRACE {
             mmu.host.trace(Event::LockTaken { side: Side::Shared });
         }
         let counters = inside.counters();
-        Self { reach, inside: Some(inside), mmu, batch, counters }
+        Self { reach, inside: Some(inside), mmu, batch, counters, steps: 0, others_wait: false }
     }
 
-    /// The guard that walks need, and the debts that they run up.
-    pub(crate) fn parts(&mut self) -> (&Shared<'a, H>, Debts<'_>) {
+    /// Begins a step: the guard that it walks with, and the debts that it runs up.
+    pub(crate) fn step(&mut self) -> (&Shared<'a, H>, Debts<'_>) {
+        self.steps += 1;
         let inside = self.inside.as_ref().expect("the guard is there until drop");
         (inside, Debts { batch: self.batch, counters: self.counters, owed: Owed(PhantomData) })
     }
@@ -115,7 +127,7 @@ impl<'a, H: Host> Zapping<'a, H> {
     fn leave(&mut self) {
         drop(self.inside.take());
         if H::TRACE {
-            self.mmu.host.trace(Event::LockReleased { side: Side::Shared });
+            self.mmu.host.trace(Event::LockReleased { side: Side::Shared, steps: self.steps });
         }
     }
 
@@ -128,11 +140,25 @@ impl<'a, H: Host> Zapping<'a, H> {
         }
     }
 
-    /// Whether the next step may not find room, or others wait.
-    pub(crate) fn should_end(&self) -> bool {
-        self.batch.frozen.len() + STEP > FROZEN_CAPACITY
-            || self.batch.tables.len() + STEP > TABLE_CAPACITY
-            || self.inside.as_ref().is_some_and(Shared::should_yield)
+    /// Whether there is no next step in this hold.
+    pub(crate) fn should_end(&mut self) -> bool {
+        if self.steps == 0 {
+            return false;
+        }
+        self.others_wait = self.inside.as_ref().is_some_and(Shared::should_yield);
+        self.others_wait || self.is_full()
+    }
+
+    fn is_full(&self) -> bool {
+        match self.reach {
+            Reach::Live => self.steps >= HOLD_STEPS || !self.batch.has_room(),
+            Reach::Unreachable(_) => true,
+        }
+    }
+
+    /// Whether the hold ended because others wait.
+    pub(crate) fn others_wait(&self) -> bool {
+        self.others_wait
     }
 }
 
@@ -185,8 +211,8 @@ impl<'z> Debts<'z> {
 impl<H: Host> Drop for Zapping<'_, H> {
     fn drop(&mut self) {
         if self.batch.frozen.is_empty() && !core::mem::take(&mut self.batch.flush) {
-            // Tables are unlinked by freezing the entry that led to them, so there is none either: nothing is owed.
-            debug_assert!(self.batch.tables.is_empty());
+            // Tables are unlinked by freezing the entry that led to them, so there is none of this hold either: nothing is
+            // owed.
             self.leave();
             return;
         }
@@ -208,10 +234,17 @@ impl<H: Host> Drop for Zapping<'_, H> {
         };
         self.thaw(flushed);
         self.leave();
-        if !self.batch.tables.is_empty() {
-            self.mmu.reclaim.defer(self.mmu, &self.batch.tables, flushed, self.counters);
-            self.batch.tables.clear();
+        if matches!(self.reach, Reach::Live) || !self.batch.has_room() {
+            self.mmu.reclaim.take_over(self.mmu, self.batch, flushed, self.counters);
         }
+    }
+}
+
+/// Hands the tables that holds of an unreachable reach have left in the batch over to be freed: at the end of the zap, and
+/// before this CPU is given away, so that memory does not wait for it.
+pub(crate) fn hand_over<H: Host>(mmu: &Mmu<H>, ticket: &Ticket, batch: &mut Batch, reach: Reach<'_>) {
+    if let Reach::Unreachable(flushed) = reach {
+        mmu.reclaim.take_over(mmu, batch, flushed, ticket.counters());
     }
 }
 
@@ -232,6 +265,14 @@ pub(crate) struct Reclaim {
 impl Reclaim {
     pub(crate) fn new() -> Self {
         Self { pending: LeafLock::new(Vec::new()) }
+    }
+
+    /// Takes the tables of `batch`, which were unlinked before the flush of `flushed` or by whom it leaves alone.
+    fn take_over<H: Host>(&self, mmu: &Mmu<H>, batch: &mut Batch, flushed: &Flushed, counters: &SeatCounters) {
+        if !batch.tables.is_empty() {
+            self.defer(mmu, &batch.tables, flushed, counters);
+            batch.tables.clear();
+        }
     }
 
     /// Frees `tables` when every reader that may be walking them has left; the caller is not inside the lock, and has

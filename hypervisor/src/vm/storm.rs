@@ -34,6 +34,10 @@ const ELSEWHERE: u64 = 768 << 30;
 const _: () = assert!(config::MAX_MEMORY_BYTES + (4 << 30) <= ELSEWHERE && ELSEWHERE + SLOT_BYTES <= 1 << 40);
 /// Frames tried before an operation on a random page of RAM is given up: most RAM may be untouched.
 const TRIES: usize = 64;
+/// How long the storm rests after an operation at most. It rests as long as the operation took: a guest whose mappings are
+/// taken back to back, each time before it has faulted in what one interrupt needs, gets nowhere, and it is the slower to
+/// get anywhere the longer operations wait for its CPUs.
+const LONGEST_REST_US: u64 = 20_000;
 /// How often the storm looks whether the VM ends.
 const LOOK_US: u64 = 10_000;
 
@@ -176,13 +180,16 @@ impl Engine<'_> {
                 continue;
             }
             let kind = StormKind::ALL[next];
+            let began = instructions::rdtsc();
             let counts = if self.fire(kind) { &self.vm.storm.done } else { &self.vm.storm.skipped };
             counts[next].fetch_add(1, Ordering::Relaxed);
             // What is late stays late: no operation is left out, and none waits for another kind's.
             due[next] = at + period[next].unwrap_or(u64::MAX - at);
-            if instructions::rdtsc().saturating_sub(due[next]) > clock::tsc_from_us(1_000_000) {
-                due[next] = instructions::rdtsc();
+            let now = instructions::rdtsc();
+            if now.saturating_sub(due[next]) > clock::tsc_from_us(1_000_000) {
+                due[next] = now;
             }
+            rest_until(now + (now - began).min(clock::tsc_from_us(LONGEST_REST_US)));
         }
     }
 

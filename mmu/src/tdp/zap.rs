@@ -1,33 +1,42 @@
 //! Zapping a range: its mappings go, and the tables that only served it.
 //!
 //! # Protocol
-//! Runs inside the shared side, beside faults and other zaps, in holds that are bounded: each step removes what one
-//! level-1 table holds at most, and when the batch is full or others wait, the hold ends (pays its flush, thaws,
-//! leaves) and a new one begins at the next frame that was not done. At least one step is done in each hold.
+//! Runs inside the shared side, beside faults and other zaps, in holds that are bounded. The unit is the *step*: it
+//! removes what one level-1 table holds at most, or passes over the absent entries of one table. A hold ends (pays its
+//! flush, thaws, leaves)
+//! - after the step in which somebody has come to wait, for the lock or for this CPU;
+//! - after [`HOLD_STEPS`] steps, whoever waits: a flush a step would cost more than it is worth;
+//! - after each step where no flush is to be paid, in the roots of a zap of everything: letting go costs two stores there.
+//!
+//! A new hold begins at the next frame that was not done, with a walk from the root: no position outlives a hold. At least
+//! one step is done in each, and each gets at least one frame further.
 //!
 //! An entry is frozen by compare-and-swap, flushed, then thawed. In between nobody can fill it: so no vCPU can use a
 //! new translation of a frame while another still has the old one in its TLB.
 //!
 //! A table whose whole block lies in the range is unlinked: the entry that leads to it is frozen, then each of its
 //! entries is seized, so that a fault that is still inside loses its compare-and-swap. Level-1 tables go first, one a
-//! step; when the walk leaves a block of 1 GiB (and then of 512 GiB), the emptied table above goes too. Should faults
-//! have refilled it meanwhile, what they linked is removed with it.
+//! step; in the step after the last one of a block of 1 GiB (and then of 512 GiB), the emptied table above goes too. Should
+//! faults have refilled it meanwhile, what they linked is removed with it.
 //!
 //! A huge leaf that reaches over the range's end is zapped whole: the rest comes back by faults. Root tables stay.
 
 use core::marker::PhantomData;
 
 use crate::Mmu;
-use crate::addr::{Gfn, GfnRange, Level};
+use crate::addr::{ENTRIES, Gfn, GfnRange, Level};
 use crate::entry::{Entry, seize};
 use crate::events::{Counter, Event};
 use crate::format::{Format, State};
 use crate::host::Host;
 use crate::lock::{Shared, Ticket};
 use crate::mutants::{self, Mutant};
-use crate::reclaim::{Batch, Debts, hold};
+use crate::reclaim::{Batch, Debts, hand_over, hold};
 use crate::root::{RootRef, RootSet};
 use crate::table::Table;
+
+/// Steps of one hold at most, where its end costs a flush.
+pub(crate) const HOLD_STEPS: u32 = 64;
 
 /// What a zap removed.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -71,22 +80,22 @@ pub(crate) fn zap_range<H: Host, S: RootSet<H>>(
         let end = range.end.min(root.role().level().root_limit());
         let mut next = range.start;
         while next < end {
-            hold(mmu, ticket, batch, roots.reach(), |hold| {
-                loop {
-                    let (inside, debts) = hold.parts();
+            let others_wait = hold(mmu, ticket, batch, roots.reach(), |hold| {
+                while next < end && !hold.should_end() {
+                    let (inside, debts) = hold.step();
                     next = Step { inside, debts, range, zapped: &mut total }.run(&root, next);
-                    if next >= end || hold.should_end() {
-                        break;
-                    }
                 }
+                hold.others_wait()
             });
-            if next < end {
+            if next < end && others_wait {
+                hand_over(mmu, ticket, batch, roots.reach());
                 ticket.counters().add(Counter::Yield, 1);
                 mmu.host.yield_now();
             }
         }
         root.put(&mmu.host, ticket.counters());
     }
+    hand_over(mmu, ticket, batch, roots.reach());
     if H::TRACE {
         mmu.host.trace(Event::Zap { range, leaves: total.leaves, tables: total.tables });
     }
@@ -101,8 +110,8 @@ struct Step<'s, 'a, H: Host> {
 }
 
 impl<H: Host> Step<'_, '_, H> {
-    /// Removes what lies at `gfn`: one leaf, one level-1 table, or what is in the range of one. Returns the first
-    /// frame after it.
+    /// Removes what lies at `gfn`: one leaf, one level-1 table, or what is in the range of one. Returns where to go on,
+    /// past `gfn`.
     fn run(&mut self, root: &RootRef, gfn: Gfn) -> Gfn {
         let mut table = Table::root(self.inside, root);
         let mut path = [None; 5];
@@ -112,12 +121,17 @@ impl<H: Host> Step<'_, '_, H> {
             let raw = cell.read();
             let Some(next) = table.next(raw) else {
                 self.zap_entry(&table, gfn, raw);
-                break table.level.next_block(gfn);
+                break self.skip_absent(&table, gfn);
             };
             if next.level == Level::K4 {
                 let block = GfnRange::block(table.level, gfn);
                 if self.range.covers(block) {
                     self.unlink(&table, gfn, raw);
+                    let last = Gfn(block.end.0 - 1);
+                    if table.level.index(last) == ENTRIES - 1 && gfn < last {
+                        // The emptied table above is the next step's, which finds nothing else here.
+                        return last;
+                    }
                     break block.end;
                 }
                 let mut at = gfn;
@@ -130,6 +144,17 @@ impl<H: Host> Step<'_, '_, H> {
             table = next;
         };
         self.unlink_emptied(&path, gfn, after);
+        after
+    }
+
+    /// The first frame after `gfn`, and after entries of the same table that are absent: nothing is zapped there, and a
+    /// step for each would be a walk for each.
+    fn skip_absent(&self, table: &Table<'_, H>, gfn: Gfn) -> Gfn {
+        let mut after = table.level.next_block(gfn);
+        while table.level.index(after) != 0 && after < self.range.end && table.entry(after).read() == H::Format::ABSENT
+        {
+            after = table.level.next_block(after);
+        }
         after
     }
 
