@@ -45,6 +45,12 @@ const fn is_inside(mark: u64) -> bool {
     mark & 1 != 0
 }
 
+/// How a mark is stored.
+#[inline(always)]
+fn release_but_for(mutant: Mutant) -> Ordering {
+    if mutants::is(mutant) { Ordering::Relaxed } else { Ordering::Release }
+}
+
 /// The lock: one announcement word that readers only read, and the seats.
 #[derive(Debug)]
 pub(crate) struct MmuLock {
@@ -126,10 +132,10 @@ impl<'a, H: Host> Shared<'a, H> {
         ticket.mark = left;
         // Release, although nothing was done inside yet: whoever waits for the *last* stay to end may see this one as
         // its sign, and must then have seen that stay's work.
-        ticket.seat.mark.store(left - 1, Ordering::Release);
+        ticket.seat.mark.store(left - 1, release_but_for(Mutant::EnterRelaxed));
         mmu.host.light_fence();
         // Acquire pairs with the writer's withdrawal: its changes are seen.
-        if mmu.lock.writer.load(Ordering::Acquire) != 0 {
+        if mmu.lock.writer.load(Ordering::Acquire) != 0 && !mutants::is(Mutant::SharedWithoutLook) {
             left = Self::step_back(mmu, ticket);
         }
         Self { mmu, seat: &ticket.seat.0, left, not_send: PhantomData }
@@ -167,7 +173,7 @@ impl<'a, H: Host> Shared<'a, H> {
 impl<H: Host> Drop for Shared<'_, H> {
     #[inline]
     fn drop(&mut self) {
-        self.seat.mark.store(self.left, Ordering::Release);
+        self.seat.mark.store(self.left, release_but_for(Mutant::LeaveRelaxed));
     }
 }
 

@@ -24,12 +24,20 @@ pub enum Mutant {
     ThawBeforeFlush,
     /// A fault fills an entry that a zap has frozen.
     FrozenFilled,
+    /// A zap that finds an entry frozen by another one does not flush for it.
+    FrozenByAnotherNotFlushed,
+    /// A table is unlinked and never freed (KVM, 524a1e4e381f).
+    UnlinkedTableLeaked,
     /// An invalidation leaves the leaf, and the next fault puts the new host frame in its place.
     LeafChangedInPlace,
     /// The invalidation sequence is compared before the lock is taken, and not inside.
     RetryTestBeforeTheLockOnly,
+    /// The invalidation sequence is read after the backing was asked.
+    SnapshotAfterBacking,
     /// The memslot generation is compared before the lock is taken, and not inside.
     SlotsTestedBeforeTheLockOnly,
+    /// A memslot update does not wait for the faults that have checked the old generation.
+    SlotWithoutGracePeriod,
     /// The invalidation sequence is kept in too few bits.
     SequenceTruncated,
     /// A fault installs into a root that was invalidated.
@@ -41,10 +49,20 @@ pub enum Mutant {
     /// A vCPU drops all its roots when it is told to drop obsolete ones (KVM, before the change that the project began
     /// with).
     CurrentRootsDropped,
+    /// A root is found whatever its role is.
+    RootOfAnotherRole,
     /// Slots change while an invalidation is in flight.
     SlotsSwappedDuringInvalidation,
     /// A vCPU looks for requests and flushes first, and then says that it is in guest mode.
     ModeAfterTheLook,
+    /// A vCPU looks for requests first, and then says that it is in guest mode.
+    RequestsBeforeMode,
+    /// A reader's mark is made odd without ordering what it did before.
+    EnterRelaxed,
+    /// A reader's mark is made even without ordering what it did inside.
+    LeaveRelaxed,
+    /// A reader does not look for a writer.
+    SharedWithoutLook,
     /// The exclusive side does not fence between its announcement and its look at the readers.
     ExclusiveWithoutFence,
     /// The exclusive side does not wait for readers.

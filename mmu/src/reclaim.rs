@@ -197,11 +197,14 @@ impl<'z> Debts<'z> {
 
     /// The hold flushes at its end, whether or not it froze anything.
     pub(crate) fn owe_flush(&mut self) {
-        self.batch.flush = true;
+        self.batch.flush = !mutants::is(Mutant::FrozenByAnotherNotFlushed);
     }
 
     /// Remembers a table that no entry leads to any more and whose entries are all seized.
     pub(crate) fn unlinked(&mut self, table: Hfn) {
+        if mutants::is(Mutant::UnlinkedTableLeaked) {
+            return;
+        }
         // Room was made before the lock was taken. A step can outgrow it only if faults refill an upper table with
         // hundreds of tables between a look at it and its unlinking; then, and only then, this allocates.
         self.batch.tables.push(table);
@@ -331,7 +334,7 @@ pub(crate) struct GracePeriod(());
 /// Waits until every reader that is inside now has left. The caller is not inside.
 pub(crate) fn synchronize<H: Host>(mmu: &Mmu<H>) -> GracePeriod {
     mmu.host.heavy_fence();
-    for (seat, mark) in mmu.lock.readers() {
+    for (seat, mark) in mmu.lock.readers().filter(|_| !mutants::is(Mutant::SlotWithoutGracePeriod)) {
         while !mmu.lock.has_left(seat, mark) {
             mmu.host.relax();
         }

@@ -43,6 +43,38 @@ pub fn load_for_update(cell: &AtomicU64) -> u64 {
     cell.load(Ordering::Acquire)
 }
 
+/// A value that many read until it is given up, of which a model checker finds out whether someone still may.
+#[derive(Debug)]
+pub(crate) struct Watched<T> {
+    value: T,
+    #[cfg(feature = "loom")]
+    access: loom::cell::UnsafeCell<()>,
+}
+
+impl<T> Watched<T> {
+    pub(crate) fn new(value: T) -> Self {
+        Self {
+            value,
+            #[cfg(feature = "loom")]
+            access: loom::cell::UnsafeCell::new(()),
+        }
+    }
+
+    #[inline]
+    pub(crate) fn read(&self) -> &T {
+        #[cfg(feature = "loom")]
+        self.access.with(|_| ());
+        &self.value
+    }
+
+    /// Nobody reads it any more, says the caller.
+    #[inline]
+    pub(crate) fn give_up(&self) {
+        #[cfg(feature = "loom")]
+        self.access.with_mut(|_| ());
+    }
+}
+
 /// Pads to two cache lines: adjacent-line prefetchers pull lines in pairs, so one line of distance is not enough to
 /// keep two writers apart.
 #[derive(Debug, Default)]

@@ -23,6 +23,7 @@ use crate::events::{Counter, Event};
 use crate::format::{MMIO_GENERATION_MASK, State};
 use crate::host::{Access, BackingError, Host, VcpuId};
 use crate::lock::{Shared, Ticket};
+use crate::mutants::{self, Mutant};
 use crate::notify::Snapshot;
 use crate::root::{Loaded, Role, give_back};
 use crate::slots::{Slot, SlotFlags, SlotState};
@@ -227,12 +228,13 @@ impl<H: Host> Vcpu<H> {
             if self.roots.current().is_none() {
                 self.load_root()?;
             }
+            let early = mutants::is(Mutant::RequestsBeforeMode).then(|| self.mmu.tlb.has_requests(self.id));
             if self.mmu.tlb.enter(self.id, &mut self.flushed) {
                 self.ticket.counters().add(Counter::Flush, 1);
                 self.flush_owed = true;
             }
             // After "in guest mode" was said: whoever makes a request later waits for this turn's end.
-            if !self.mmu.tlb.has_requests(self.id) {
+            if !early.unwrap_or_else(|| self.mmu.tlb.has_requests(self.id)) {
                 break;
             }
             self.mmu.tlb.leave(self.id);
@@ -332,6 +334,8 @@ impl<H: Host> Vcpu<H> {
             Ok(_) => return self.refuse(snapshot, Err(FaultError::BadExtent)),
             Err(error) => return self.refuse(snapshot, Err(FaultError::Backing(error))),
         };
+        let late = if mutants::is(Mutant::SnapshotAfterBacking) { mmu.notify.snapshot(gfn) } else { None };
+        let snapshot = late.unwrap_or(snapshot);
         let writable = extent.writable && !slot.flags().contains(SlotFlags::READ_ONLY);
         if !writable && access == Access::Write {
             return self.refuse(snapshot, Ok(Outcome::ReadOnly));
@@ -449,7 +453,7 @@ impl<H: Host> Vcpu<H> {
                 root?
             }
         };
-        self.roots.load(root);
+        self.roots.load(root, self.role);
         self.flush_owed = true;
         Ok(())
     }

@@ -1,13 +1,14 @@
 //! Puts each bug of the past back into the library, one at a time, and shows which check finds it.
 //!
-//! Prints a line a mutant and fails if one is not caught. A mutant is on for a whole process, so each has one of its
+//! Prints a line a mutant and fails if one is not caught. Of bugs that the types rule out, it names the program that
+//! does not compile (the test `rules` compiles them all). A mutant is on for a whole process, so each has one of its
 //! own: this program again, with the mutant's name as its argument.
 
 use std::process::{Command, ExitCode};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use nestling_checks::model::mutants::{CASES, Progress, hunt};
+use nestling_checks::model::mutants::{CASES, Progress, RULED_OUT, hunt};
 
 /// What a child's line begins with when it has found its mutant.
 const FOUND: &str = "found: ";
@@ -55,6 +56,15 @@ fn all() -> ExitCode {
             }
         }
     }
-    println!("{} mutants, {escaped} not caught", CASES.len());
+    for bug in RULED_OUT {
+        match bug.rule() {
+            Some(rule) => println!("mutant {}: ruled out by rules/{}.rs ({})", bug.name, rule.name, rule.error()),
+            None => {
+                escaped += 1;
+                println!("mutant {}: NOT CAUGHT: there is no rule {}", bug.name, bug.rule);
+            }
+        }
+    }
+    println!("{} mutants, {} ruled out, {escaped} not caught", CASES.len() + RULED_OUT.len(), RULED_OUT.len());
     if escaped == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }

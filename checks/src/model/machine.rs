@@ -331,6 +331,8 @@ pub enum Work {
     Zap,
     /// Zap everything.
     ZapAll,
+    /// Zap everything, then move page 0: nothing of what vCPUs had of the old roots is left for it to flush.
+    ZapAllThenMovePage,
     /// Delete the slot; its memory goes to somebody else.
     Delete,
     /// Move page 0 to another host frame under an invalidation; the old one goes to somebody else.
@@ -355,6 +357,10 @@ pub(super) fn work(worker: &mut Worker<Machine>, work: Work) {
         }
         Work::ZapAll => {
             worker.zap_all();
+        }
+        Work::ZapAllThenMovePage => {
+            worker.zap_all();
+            move_page(worker, machine, false);
         }
         Work::Delete => {
             worker.delete_slot(SlotId(0)).unwrap();

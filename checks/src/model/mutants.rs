@@ -1,4 +1,4 @@
-//! Which scenarios are to find which mutant.
+//! Which scenarios are to find which mutant, and which bugs no mutant can be made of.
 //!
 //! A mutant is on for a whole process, so each is run in one of its own (the `mutants` program); this is the table and
 //! what such a process does.
@@ -10,6 +10,7 @@ use std::time::Duration;
 use nestling_loom::mutants::{Mutant, activate};
 
 use super::{Bounds, SCENARIOS, explore};
+use crate::rules::{RULES, Rule};
 
 /// A mutant, and what is run against it.
 #[derive(Clone, Copy, Debug)]
@@ -65,7 +66,62 @@ pub const CASES: &[Case] = &[
     case("mode-after-the-look", Mutant::ModeAfterTheLook, &[COMES_BACK], 2),
     case("exclusive-without-fence", Mutant::ExclusiveWithoutFence, &[FAULTS_MOVE], 2),
     case("exclusive-without-waiting", Mutant::ExclusiveWithoutWaiting, &[FAULTS_MOVE], 2),
+    case("snapshot-after-backing", Mutant::SnapshotAfterBacking, &[FAULTS_MOVE], 2),
+    case(
+        "slot-without-grace-period",
+        Mutant::SlotWithoutGracePeriod,
+        &["fault beside slot delete", GUEST_DELETE, FAULTS_DELETE],
+        3,
+    ),
+    case("frozen-by-another-not-flushed", Mutant::FrozenByAnotherNotFlushed, &["guest, zap and zap in the zap"], 2),
+    case("unlinked-table-leaked", Mutant::UnlinkedTableLeaked, &[GUEST_ZAP], 1),
+    case("root-of-another-role", Mutant::RootOfAnotherRole, &[ROLES], 1),
+    case("enter-relaxed", Mutant::EnterRelaxed, &["fault beside slot delete"], 3),
+    case("leave-relaxed", Mutant::LeaveRelaxed, &[FAULTS_DELETE], 2),
+    case("shared-without-look", Mutant::SharedWithoutLook, &[FAULTS_MOVE], 2),
     case("unlinked-table-not-seized", Mutant::UnlinkedTableNotSeized, &[FAULT_ZAP], 2),
+];
+
+/// A bug of the past that the types rule out: there is no way to put it back that compiles.
+#[derive(Clone, Copy, Debug)]
+pub struct RuledOut {
+    /// The name that the program prints.
+    pub name: &'static str,
+    /// The program that would be it, in `checks/rules`.
+    pub rule: &'static str,
+}
+
+impl RuledOut {
+    /// The program and what the compiler says of it; `None` if there is none, or it is not what it should be.
+    pub fn rule(&self) -> Option<&'static Rule> {
+        RULES.iter().find(|rule| rule.name == self.rule && rule.error().starts_with("error"))
+    }
+}
+
+const fn ruled_out(name: &'static str, rule: &'static str) -> RuledOut {
+    RuledOut { name, rule }
+}
+
+/// All of them.
+pub const RULED_OUT: &[RuledOut] = &[
+    ruled_out("yield-before-the-request", "roots_marked_invalid_without_the_request"),
+    ruled_out("roots-invalidated-beside-faults", "roots_invalidated_on_the_shared_side"),
+    ruled_out("all-roots-walked-beside-invalidation", "all_roots_from_the_shared_side"),
+    ruled_out("slot-gone-before-its-mappings", "slot_finished_without_a_zap"),
+    ruled_out("slot-gone-from-valid-roots-only", "slot_finished_after_a_zap_of_valid_roots"),
+    ruled_out("roots-emptied-by-two", "defunct_roots_emptied_twice"),
+    ruled_out("roots-left-to-the-last-put", "defunct_roots_left_alone"),
+    ruled_out("roots-put-before-they-are-empty", "defunct_roots_put_before_they_are_empty"),
+    ruled_out("walk-continued-after-a-yield", "walk_continued_after_a_yield"),
+    ruled_out("flush-lost-with-its-hold", "hold_forgotten_with_its_debts"),
+    ruled_out("zapped-without-owing", "entry_frozen_outside_a_hold"),
+    ruled_out("thawed-without-a-flush", "entry_thawed_before_its_flush"),
+    ruled_out("freed-without-a-flush", "table_freed_before_its_flush"),
+    ruled_out("entry-overwritten", "entry_stored_to"),
+    ruled_out("table-walked-without-the-mark", "entry_read_without_the_mark"),
+    ruled_out("table-kept-after-leaving", "entry_read_after_leaving"),
+    ruled_out("lock-taken-twice", "inside_twice"),
+    ruled_out("fault-in-guest-mode", "fault_handled_in_guest_mode"),
 ];
 
 /// Turns the mutant on and runs its scenarios. Returns if none of them finds it; otherwise panics in one, whose name and

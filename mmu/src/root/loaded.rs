@@ -25,8 +25,9 @@ impl Loaded {
         self.current.as_ref()
     }
 
-    /// Makes `root` the current one; there was none.
-    pub(crate) fn load(&mut self, root: RootRef) {
+    /// Makes `root`, of the vCPU's `role`, the current one; there was none.
+    pub(crate) fn load(&mut self, root: RootRef, role: Role) {
+        debug_assert_eq!(root.role(), role, "a vCPU runs on roots of its own role");
         debug_assert!(self.current.is_none(), "the current root is put or kept before another is loaded");
         self.current = Some(root);
     }

@@ -41,7 +41,7 @@ use crate::addr::{Gfn, GfnRange, Gpa, PAGE_SHIFT, PAGE_SIZE};
 use crate::format::MMIO_GENERATION_MASK;
 use crate::rcu::{RcuCell, Replaced, UpdateRight};
 use crate::root::AllRoots;
-use crate::sync::{AtomicU64, Ordering, Padded};
+use crate::sync::{AtomicU64, Ordering, Padded, Watched};
 use crate::tdp::zap::Gone;
 use crate::{Host, OutOfMemory};
 pub(crate) use set::SlotSet;
@@ -276,7 +276,7 @@ impl Slots {
     pub(crate) fn new(limit: usize, end: Gfn) -> (Self, Updates) {
         let set = SlotSet::empty();
         let generation = Padded(AtomicU64::new(set.generation()));
-        let (set, right) = RcuCell::new(Box::new(set));
+        let (set, right) = RcuCell::new(set);
         (Self { generation, set }, Updates { by_id: BTreeMap::new(), right, limit, end })
     }
 
@@ -294,7 +294,7 @@ impl Slots {
 
     /// Publishes a set.
     pub(crate) fn publish(&self, updates: &mut Updates, Prepared(set): Prepared) -> Published {
-        let generation = set.generation();
+        let generation = set.read().generation();
         let old = self.set.replace(set, &mut updates.right);
         // Release: who sees the new generation sees the new set. A fault that still sees the old one is inside the
         // lock, and the grace period that follows waits for it.
@@ -305,11 +305,11 @@ impl Slots {
 
 /// The next set, not published yet: memory for it was needed outside the lock.
 #[must_use = "what the update decided is not seen by faults before it is published"]
-pub(crate) struct Prepared(Box<SlotSet>);
+pub(crate) struct Prepared(Box<Watched<SlotSet>>);
 
 impl Updates {
     fn prepare(&mut self, slots: &Slots, remove: Option<&Slot>, insert: Option<Arc<Slot>>) -> Prepared {
-        Prepared(Box::new(slots.set.read_exclusive(&mut self.right).changed(remove, insert)))
+        Prepared(Box::new(Watched::new(slots.set.read_exclusive(&mut self.right).changed(remove, insert))))
     }
 
     fn get(&self, id: SlotId) -> Result<Arc<Slot>, SlotError> {
