@@ -35,6 +35,8 @@ pub enum Command {
     Fuzz(FuzzArgs),
     /// Measure what memory management costs, in instructions, beside KVM on the same emulated machine.
     Bench(BenchArgs),
+    /// Make an image that boots the guest on a machine of its own: by GRUB, from a CD or a USB stick.
+    Image(Box<ImageArgs>),
     /// Say what is there, what is missing and how to get it.
     Doctor,
 }
@@ -136,6 +138,23 @@ pub struct FuzzArgs {
     pub verbose: bool,
 }
 
+/// What can be said about an image.
+#[derive(Args, Clone, Debug)]
+pub struct ImageArgs {
+    /// The image to write; what is there is replaced when the new one is whole
+    #[arg(value_name = "FILE.iso")]
+    pub file: PathBuf,
+    /// The guest.
+    #[command(flatten)]
+    pub guest: GuestArgs,
+    /// What follows the guest's end
+    #[arg(long, value_enum, default_value_t = AtEnd::PowerOff)]
+    pub at_end: AtEnd,
+    /// Let the hypervisor say all that it has to say, on the console
+    #[arg(long, short)]
+    pub verbose: bool,
+}
+
 /// What can be said about a measurement.
 #[derive(Args, Clone, Debug)]
 pub struct BenchArgs {
@@ -169,6 +188,19 @@ pub enum Side {
     Nestling,
     /// Linux KVM
     Kvm,
+}
+
+/// `--at-end`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum AtEnd {
+    /// The machine is switched off
+    PowerOff,
+    /// It is reset
+    Reset,
+    /// It halts, and the console can still be read
+    Halt,
+    /// QEMU ends with the run's status, by its isa-debug-exit at port 0xf4: 1 for a pass
+    DebugExit,
 }
 
 /// `--huge-pages`.

@@ -1,6 +1,6 @@
 //! `nestling doctor`: what is there, what is missing, and how to get it. Looks only: installs, fetches and builds nothing.
 
-use std::{fmt, process::Command};
+use std::{fmt, path::Path, process::Command};
 
 use nestling_control::config::MIN_MEMORY_BYTES;
 
@@ -9,7 +9,7 @@ use crate::{
     error::Mebibytes,
     guest::packages,
     qemu,
-    setup::{self, Privilege, find_program, install_line, run_quietly},
+    setup::{self, find_program, install_line, run_quietly},
 };
 
 /// How one thing stands.
@@ -19,6 +19,8 @@ pub enum State {
     Ok,
     /// Not there yet; `nestling run` gets it by itself.
     OnDemand,
+    /// Not there, and no run needs it.
+    Optional,
     /// Not there, and somebody must act.
     Missing,
 }
@@ -28,6 +30,7 @@ impl fmt::Display for State {
         f.pad(match self {
             Self::Ok => "ok",
             Self::OnDemand => "on demand",
+            Self::Optional => "optional",
             Self::Missing => "MISSING",
         })
     }
@@ -47,7 +50,6 @@ pub struct Finding {
 /// Looks at everything a run needs.
 #[must_use]
 pub fn examine() -> Vec<Finding> {
-    let privilege = Privilege::of_this_process();
     let finding = |what, state, detail| Finding { what, state, detail };
     let mut findings = Vec::new();
 
@@ -56,10 +58,10 @@ pub fn examine() -> Vec<Finding> {
             let version = qemu::version(&path).unwrap_or_else(|| "it does not say its version".into());
             finding("QEMU", State::Ok, format!("{} ({version})", path.display()))
         }
-        None if privilege != Privilege::None && find_program("apt-get").is_some() => {
+        None if setup::may_install() => {
             finding("QEMU", State::OnDemand, format!("`nestling run` installs the package {}", setup::QEMU_PACKAGE))
         }
-        None => finding("QEMU", State::Missing, install_line(setup::QEMU_PACKAGE)),
+        None => finding("QEMU", State::Missing, install_line(&[setup::QEMU_PACKAGE])),
     });
     findings.push(match accel::nested_svm() {
         Ok(()) => finding("acceleration", State::Ok, "KVM with nested SVM".into()),
@@ -89,6 +91,15 @@ pub fn examine() -> Vec<Finding> {
             None => finding(what, State::Missing, format!("apt-get and dpkg-deb are not here: {instead}")),
         });
     }
+    let missing = setup::missing_image_packages();
+    findings.push(if missing.is_empty() {
+        let firmware = if Path::new(setup::EFI_MODULES).exists() { "BIOS and EFI" } else { "BIOS" };
+        finding("image tools", State::Ok, format!("`nestling image` makes images for {firmware}"))
+    } else if setup::may_install() {
+        finding("image tools", State::OnDemand, format!("`nestling image` installs {}", missing.join(", ")))
+    } else {
+        finding("image tools", State::Optional, format!("for `nestling image` only: {}", install_line(&missing)))
+    });
     findings.push(match setup::available_memory_bytes() {
         Some(bytes) if bytes < 2 * MIN_MEMORY_BYTES + (256 << 20) => {
             finding("host memory", State::Missing, format!("{} available: too little for any guest", Mebibytes(bytes)))

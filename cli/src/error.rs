@@ -125,6 +125,14 @@ pub enum Error {
         /// The end of what cargo said.
         output: String,
     },
+    /// The image could not be made.
+    #[error("{}: the image could not be made: {cause}", path.display())]
+    Image {
+        /// The image.
+        path: PathBuf,
+        /// What the tool said, or why it was not taken.
+        cause: String,
+    },
     /// The bundle for the hypervisor cannot be made.
     #[error("{0}")]
     Bundle(#[from] BundleError),
@@ -165,7 +173,9 @@ impl Error {
             Self::Worse { .. } => Status::Worse,
             Self::HostMemory { .. } | Self::Missing { .. } | Self::Fetch { .. } => Status::Missing,
             Self::Qemu(_) => Status::HypervisorFailed,
-            Self::Measuring { .. } | Self::Build { .. } | Self::Bundle(_) | Self::Io { .. } => Status::Internal,
+            Self::Measuring { .. } | Self::Build { .. } | Self::Image { .. } | Self::Bundle(_) | Self::Io { .. } => {
+                Status::Internal
+            }
         }
     }
 }

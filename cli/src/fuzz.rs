@@ -273,10 +273,9 @@ impl Prepared {
                 qemu: &self.qemu,
                 hypervisor: &self.hypervisor,
                 bundle: &bundle,
-                vcpus: self.plan.guest.config.vcpus,
-                storm: false,
+                cpus: self.plan.guest.config.cpus(),
                 random: true,
-                memory_bytes: self.plan.host_memory_bytes(bundle.len() as u64),
+                memory_bytes: self.plan.guest.machine_memory_bytes(bundle.len() as u64),
                 acceleration: self.plan.acceleration,
             },
             |command| {

@@ -20,6 +20,7 @@ pub mod doctor;
 pub mod error;
 pub mod fuzz;
 pub mod guest;
+pub mod image;
 pub mod outcome;
 pub mod plan;
 pub mod progress;

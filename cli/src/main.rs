@@ -14,6 +14,7 @@ use nestling_cli::{
     error::Error,
     fuzz,
     guest::plan::Seat,
+    image,
     progress::{Progress, Step},
     run,
     session::Remote,
@@ -28,6 +29,7 @@ fn main() -> ExitCode {
     let cli = Cli::parse();
     match cli.command {
         Some(Command::Doctor) => ExitCode::from(u8::from(!doctor::print(&doctor::examine()))),
+        Some(Command::Image(args)) => ended(image::make(&args, Progress::for_stderr())),
         Some(Command::Run(args)) => run_guest(&args),
         Some(Command::Fuzz(args)) => fuzz_guests(&args),
         Some(Command::Bench(args)) => ended(bench::run(&args, Progress::for_stderr())),

@@ -3,7 +3,7 @@
 use nestling_control::{
     message::{GuestExit, Report},
     verdict::{self, Expected},
-    words::Cost,
+    words::{Aftermath, Cost},
 };
 
 use crate::{
@@ -92,21 +92,16 @@ impl Outcome {
                 format!("the hypervisor speaks protocol {version}: build it and the command from the same tree")
             }
         };
-        let verdict = match (self.mode, record.console.verdict()) {
-            (_, Some(Ok(words) | Err(words))) => format!("; self-check: {words}"),
-            (Mode::Check, None) => "; self-check: no verdict".into(),
-            (Mode::Shell, None) => String::new(),
+        let aftermath = Aftermath {
+            expected: self.expected(),
+            verdict: record.console.verdict(),
+            frames_left: record.report.as_ref().map(Report::frames_left),
         };
-        let left = match &record.report {
-            Some(report) if report.frames_left() > 0 => {
-                format!("; LEAK: {} frames not given back", report.frames_left())
-            }
-            None if matches!(record.ending, Ending::Guest(GuestExit::PowerOff | GuestExit::Reset)) => {
-                "; the hypervisor sent no report".into()
-            }
-            _ => String::new(),
+        let unreported = match (&record.report, &record.ending) {
+            (None, Ending::Guest(GuestExit::PowerOff | GuestExit::Reset)) => "; the hypervisor sent no report",
+            _ => "",
         };
-        format!("{end}{verdict}{left}")
+        format!("{end}{aftermath}{unreported}")
     }
 
     /// What the run cost, in one line.

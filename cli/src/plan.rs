@@ -15,10 +15,6 @@ use crate::{
 /// The default of `--timeout` in check mode and for Multiboot images.
 const CHECK_TIMEOUT: Duration = Duration::from_secs(300);
 
-/// What the hypervisor itself needs beside the guest's memory, in bytes: its image, heap, stacks, and page tables for
-/// huge-page-less guests (1/512 of the guest's memory, which [`Plan::host_memory_bytes`] adds).
-const HYPERVISOR_BYTES: u64 = 160 << 20;
-
 /// A run that may be prepared.
 #[derive(Clone, Debug)]
 pub struct Plan {
@@ -52,26 +48,11 @@ impl Plan {
     /// # Errors
     /// If it has not.
     pub fn check_host_memory(&self) -> Result<(), Error> {
-        let needed = self.host_memory_bytes(0);
+        let needed = self.guest.machine_memory_bytes(0);
         match setup::available_memory_bytes() {
             Some(available) if available < needed => Err(Error::HostMemory { needed, available }),
             _ => Ok(()),
         }
-    }
-
-    /// Memory of QEMU's machine, in bytes: the guest's, what maps it, the hypervisor's own, and the bundle.
-    ///
-    /// A 1 GiB mapping needs a host gibibyte that is whole and aligned; one more is added, as the hypervisor's own use
-    /// breaks the first.
-    #[must_use]
-    pub fn host_memory_bytes(&self, bundle_bytes: u64) -> u64 {
-        use nestling_control::config::HugePages;
-        let guest = self.guest.config.memory_bytes;
-        let guest = match self.guest.config.huge_pages {
-            HugePages::G1 => guest.next_multiple_of(1 << 30) + (1 << 30),
-            HugePages::None | HugePages::M2 => guest,
-        };
-        guest + guest / 256 + HYPERVISOR_BYTES + bundle_bytes.next_multiple_of(1 << 20)
     }
 }
 

@@ -35,10 +35,8 @@ pub struct Start<'a> {
     pub hypervisor: &'a Path,
     /// The bundle's bytes.
     pub bundle: &'a [u8],
-    /// vCPUs of the guest.
-    pub vcpus: u32,
-    /// Whether the hypervisor needs a CPU for a storm.
-    pub storm: bool,
+    /// The machine's CPUs.
+    pub cpus: u32,
     /// Whether the guest runs anything: the emulated CPU then lacks what its emulator can't translate without failing.
     pub random: bool,
     /// The machine's memory in bytes.
@@ -145,17 +143,14 @@ fn kill(child: &mut Child) {
 }
 
 fn command(start: &Start<'_>, bundle: &Path, console: &Path, control: &Path) -> Command {
-    // One CPU more than the guest has. QEMU's multi-threaded emulation clears a flag of the *first* CPU whenever any CPU
-    // loads floating-point state, with a plain read-modify-write; if that races with a #VMEXIT on the first CPU, its
-    // "nested paging on" bit comes back and the host runs on the guest's page tables. So the boot CPU must never run a
-    // guest: it does the housekeeping, and vCPUs run on the others. The hypervisor does the same on real hardware, so
-    // that there is one layout to test.
-    //
-    // A storm has a CPU of its own too: its operations wait for vCPUs, and the housekeeper must not.
-    let cpus = start.vcpus + 1 + u32::from(start.storm);
+    // The machine has one CPU more than the guest at least (`RunConfig::cpus`). QEMU's multi-threaded emulation clears a
+    // flag of the *first* CPU whenever any CPU loads floating-point state, with a plain read-modify-write; if that races
+    // with a #VMEXIT on the first CPU, its "nested paging on" bit comes back and the host runs on the guest's page tables.
+    // So the boot CPU must never run a guest: it does the housekeeping, and vCPUs run on the others. The hypervisor does
+    // the same on real hardware, so that there is one layout to test.
     let cpu = if start.random { RANDOM_CPU } else { "max" };
     let memory_mib = start.memory_bytes.div_ceil(1 << 20);
-    let mut command = machine(start.qemu, start.acceleration, cpu, cpus, memory_mib);
+    let mut command = machine(start.qemu, start.acceleration, cpu, start.cpus, memory_mib);
     for (name, path) in [("console", console), ("control", control)] {
         // The first -serial is COM1, the second COM2.
         command.arg("-chardev").arg(socket(name, path)).args(["-serial", &format!("chardev:{name}")]);

@@ -61,7 +61,7 @@ impl Prepared {
     /// # Errors
     /// If the machine cannot be started or the console or the report not be written.
     pub fn run(self, console: impl FnOnce(Remote) -> Result<Box<dyn Write>, Error>) -> Result<Outcome, Error> {
-        let memory_bytes = self.plan.host_memory_bytes(self.loaded.bundle.len() as u64);
+        let memory_bytes = self.plan.guest.machine_memory_bytes(self.loaded.bundle.len() as u64);
         let queue = Queue::default();
         let start = Instant::now();
         let machine = Machine::start(
@@ -69,8 +69,7 @@ impl Prepared {
                 qemu: &self.qemu,
                 hypervisor: &self.loaded.hypervisor,
                 bundle: &self.loaded.bundle,
-                vcpus: self.plan.guest.config.vcpus,
-                storm: self.plan.guest.config.storm.is_some(),
+                cpus: self.plan.guest.config.cpus(),
                 random: false,
                 memory_bytes,
                 acceleration: self.plan.acceleration,

@@ -26,6 +26,7 @@ use nestling_control::{
     PROTOCOL_VERSION,
     frame::{self, Decoder, FrameError},
     message::{DeathReport, GuestExit, Hello, LogLevel, Report, SeriesReport, ToCommand, ToHypervisor},
+    words,
 };
 
 use crate::{console::Judge, error::Error, plan::Plan, qemu::Machine};
@@ -349,6 +350,9 @@ impl Session<'_> {
     }
 
     fn message(&mut self, message: ToCommand) {
+        if let Some((level, text)) = words::line(&message) {
+            self.say(level, &text);
+        }
         match message {
             ToCommand::Hello(hello) => {
                 if hello.protocol == PROTOCOL_VERSION {
@@ -358,30 +362,10 @@ impl Session<'_> {
                 } else {
                     self.end(Ending::Hypervisor(HypervisorFailure::Protocol { version: hello.protocol }));
                 }
-                self.say(
-                    LogLevel::Info,
-                    &format!(
-                        "{} CPUs, {} MiB, {}, SVM features: {}",
-                        hello.cpus,
-                        hello.memory_bytes >> 20,
-                        hello.cpu_name.trim(),
-                        hello.svm_features.join(" ")
-                    ),
-                );
                 self.hello = Some(hello);
             }
-            ToCommand::Log { level, text } => self.say(level, &text),
-            ToCommand::GuestStarted { vcpus, memory_bytes, huge_pages } => self.say(
-                LogLevel::Info,
-                &format!("guest started: {vcpus} vCPUs, {} MiB, huge pages {huge_pages:?}", memory_bytes >> 20),
-            ),
-            ToCommand::GuestReady { guest_ns } => {
-                self.say(LogLevel::Info, &format!("guest ready after {:.2} s of its time", guest_ns as f64 / 1e9));
-            }
-            ToCommand::GuestBegins { seed } => {
-                self.say(LogLevel::Debug, &format!("guest {seed}"));
-                (self.seed, self.began) = (Some(seed), Instant::now());
-            }
+            ToCommand::Log { .. } | ToCommand::GuestStarted { .. } | ToCommand::GuestReady { .. } => {}
+            ToCommand::GuestBegins { seed } => (self.seed, self.began) = (Some(seed), Instant::now()),
             ToCommand::Series(report) => self.series = Some(*report),
             ToCommand::Death(death) => self.death = Some(death),
             ToCommand::Report(report) => self.report = Some(*report),
@@ -399,8 +383,7 @@ impl Session<'_> {
     /// Says something on standard error. The carriage return is for a terminal in raw mode; it harms nowhere else.
     fn say(&self, level: LogLevel, text: &str) {
         if level <= LogLevel::Warn || self.plan.verbose {
-            let text: String = text.chars().filter(|character| !character.is_control()).collect();
-            eprint!("hypervisor: {text}\r\n");
+            eprint!("hypervisor: {}\r\n", words::printable(text));
         }
     }
 }

@@ -1,4 +1,5 @@
-//! Finds the tools a run needs and installs the one that must be installed: QEMU.
+//! Finds the tools that must be installed, and installs them: QEMU for a run, GRUB's image maker and what it calls for an
+//! image.
 //!
 //! As root, or where `sudo` asks for no password, it is installed with the distribution's package manager, and said so.
 //! Otherwise the error holds the line to type.
@@ -18,6 +19,45 @@ pub const QEMU: &str = "qemu-system-x86_64";
 /// The package that holds it. Asked for alone: together with qemu-utils, apt finds versions of the two that conflict.
 pub const QEMU_PACKAGE: &str = "qemu-system-x86";
 
+/// What makes an image, and what it calls: the program or directory that shows it to be there, and its package.
+pub const IMAGE_TOOLS: [(&str, &str); 4] = [
+    ("grub-mkrescue", "grub-common"),
+    (BIOS_MODULES, "grub-pc-bin"),
+    ("xorriso", "xorriso"),
+    // For the part that EFI firmware boots, which is made where GRUB's modules for it are.
+    ("mformat", "mtools"),
+];
+/// GRUB for machines with a BIOS.
+pub const BIOS_MODULES: &str = "/usr/lib/grub/i386-pc/multiboot2.mod";
+/// GRUB for machines with EFI firmware; an image boots there too if this is here.
+pub const EFI_MODULES: &str = "/usr/lib/grub/x86_64-efi/multiboot2.mod";
+
+/// The packages of [`IMAGE_TOOLS`] that are not here.
+#[must_use]
+pub fn missing_image_packages() -> Vec<&'static str> {
+    let missing = |&(tool, _): &(&str, &str)| match tool.starts_with('/') {
+        true => !Path::new(tool).exists(),
+        false => find_program(tool).is_none(),
+    };
+    IMAGE_TOOLS.into_iter().filter(missing).map(|(_, package)| package).collect()
+}
+
+/// GRUB's image maker, installed first with all that it needs if something of it is not there.
+///
+/// # Errors
+/// [`Error::Missing`] with what to type, if something is not there and cannot be installed.
+pub fn image_maker(progress: Progress) -> Result<PathBuf, Error> {
+    let missing = missing_image_packages();
+    if !missing.is_empty() {
+        install(&missing, progress)?;
+    }
+    let still = missing_image_packages();
+    find_program(IMAGE_TOOLS[0].0).filter(|_| still.is_empty()).ok_or_else(|| Error::Missing {
+        what: IMAGE_TOOLS[0].0.into(),
+        how: format!("the packages {} are installed but do not hold what is needed", still.join(", ")),
+    })
+}
+
 /// The first file called `name` in `$PATH` that can be executed.
 #[must_use]
 pub fn find_program(name: &str) -> Option<PathBuf> {
@@ -35,7 +75,7 @@ pub fn qemu(progress: Progress) -> Result<PathBuf, Error> {
     if let Some(path) = find_program(QEMU) {
         return Ok(path);
     }
-    install(QEMU_PACKAGE, progress)?;
+    install(&[QEMU_PACKAGE], progress)?;
     find_program(QEMU).ok_or_else(|| Error::Missing {
         what: QEMU.into(),
         how: format!("the package {QEMU_PACKAGE} is installed but does not hold it: install QEMU by hand"),
@@ -78,31 +118,40 @@ impl Privilege {
     }
 }
 
-/// The line that installs `package`, for people.
+/// The line that installs the packages, for people.
 #[must_use]
-pub fn install_line(package: &str) -> String {
+pub fn install_line(packages: &[&str]) -> String {
+    let packages = packages.join(" ");
     if find_program("apt-get").is_some() {
-        format!("sudo apt-get install --no-install-recommends {package}")
+        format!("sudo apt-get install --no-install-recommends {packages}")
     } else {
-        "install QEMU's x86 system emulator with this system's package manager".into()
+        format!("install what Debian calls {packages} with this system's package manager")
     }
 }
 
-fn install(package: &str, progress: Progress) -> Result<(), Error> {
-    let missing = || Error::Missing { what: format!("the package {package}"), how: install_line(package) };
-    let privilege = Privilege::of_this_process();
-    if find_program("apt-get").is_none() || privilege == Privilege::None {
-        return Err(missing());
+/// Whether [`install_line`]'s line would be run here without asking.
+#[must_use]
+pub fn may_install() -> bool {
+    find_program("apt-get").is_some() && Privilege::of_this_process() != Privilege::None
+}
+
+fn install(packages: &[&str], progress: Progress) -> Result<(), Error> {
+    let all = packages.join(" ");
+    if !may_install() {
+        let what =
+            if packages.len() == 1 { format!("the package {all}") } else { format!("one of the packages {all}") };
+        return Err(Error::Missing { what, how: install_line(packages) });
     }
-    let step = progress.step(&format!("installing {package} (apt-get install --no-install-recommends {package})"));
-    let attempt = || run_quietly(privilege.apt_get().args(["-y", "--no-install-recommends", "install", package]));
+    let privilege = Privilege::of_this_process();
+    let step = progress.step(&format!("installing {all} (apt-get install --no-install-recommends {all})"));
+    let attempt = || run_quietly(privilege.apt_get().args(["-y", "--no-install-recommends", "install"]).args(packages));
     // A fresh machine has no package lists, or old ones.
     let result = attempt().or_else(|_| {
         step.detail("apt-get update");
         run_quietly(privilege.apt_get().arg("update"))?;
         attempt()
     });
-    result.map_err(|cause| Error::Fetch { what: package.into(), cause })?;
+    result.map_err(|cause| Error::Fetch { what: all, cause })?;
     step.done();
     Ok(())
 }

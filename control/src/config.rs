@@ -222,6 +222,13 @@ impl fmt::Display for ConfigError {
 impl core::error::Error for ConfigError {}
 
 impl RunConfig {
+    /// The CPUs that a machine needs: one for each vCPU, the first, which keeps house and never runs a guest, and one for a
+    /// storm, whose operations wait for vCPUs, which the housekeeper must not.
+    #[must_use]
+    pub const fn cpus(&self) -> u32 {
+        self.vcpus + 1 + self.storm.is_some() as u32
+    }
+
     /// Checks every bound that this module states.
     ///
     /// # Errors

@@ -109,6 +109,12 @@ pub struct Lines {
 }
 
 impl Lines {
+    /// Nothing printed yet.
+    #[must_use]
+    pub const fn new() -> Self {
+        Self { line: Vec::new() }
+    }
+
     /// Takes what was printed, and passes every line on that has ended.
     pub fn read(&mut self, bytes: &[u8], mut ended: impl FnMut(&str)) {
         for &byte in bytes {
@@ -139,6 +145,12 @@ pub struct Verdict {
 }
 
 impl Verdict {
+    /// Nothing said yet.
+    #[must_use]
+    pub const fn new() -> Self {
+        Self { passed: None, failed: None }
+    }
+
     /// Takes a line of the check's, without what marks it as one.
     pub fn line(&mut self, words: &str) {
         let words = words.trim();

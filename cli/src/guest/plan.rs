@@ -6,7 +6,7 @@ use std::{
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
-use nestling_control::config::{GuestKind, RunConfig, STORM_KINDS, Storm};
+use nestling_control::config::{GuestKind, HugePages, RunConfig, STORM_KINDS, Storm};
 
 use crate::{
     args::{GuestArgs, Mode},
@@ -16,6 +16,10 @@ use crate::{
 
 /// In check mode the guest prints all the time: a minute of silence is a dead guest, also on a loaded emulator.
 const SILENCE: Duration = Duration::from_secs(60);
+
+/// What the hypervisor itself needs beside the guest's memory, in bytes: its image, heap, stacks, and page tables for
+/// huge-page-less guests (1/512 of the guest's memory, which [`GuestPlan::machine_memory_bytes`] adds).
+const HYPERVISOR_BYTES: u64 = 160 << 20;
 
 /// Who sits at the console.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -93,6 +97,21 @@ impl GuestPlan {
         let initrd = args.initrd.as_deref().map(|path| read("--initrd", path)).transpose()?;
         let hypervisor = args.hypervisor.as_deref().map(checked_hypervisor).transpose()?;
         Ok(Self { config, mode, kernel: image.or(kernel), initrd, hypervisor })
+    }
+
+    /// The least memory of a machine for this guest, in bytes: the guest's, what maps it, the hypervisor's own, and the
+    /// bundle.
+    ///
+    /// A 1 GiB mapping needs a host gibibyte that is whole and aligned; one more is added, as the hypervisor's own use
+    /// breaks the first.
+    #[must_use]
+    pub fn machine_memory_bytes(&self, bundle_bytes: u64) -> u64 {
+        let guest = self.config.memory_bytes;
+        let guest = match self.config.huge_pages {
+            HugePages::G1 => guest.next_multiple_of(1 << 30) + (1 << 30),
+            HugePages::None | HugePages::M2 => guest,
+        };
+        guest + guest / 256 + HYPERVISOR_BYTES + bundle_bytes.next_multiple_of(1 << 20)
     }
 }
 

@@ -1,15 +1,17 @@
-//! Entry from the PVH loader, and the start code of the other CPUs.
+//! Entry from the loaders, and the start code of the other CPUs.
 //!
-//! PVH starts the boot CPU in 32-bit protected mode without paging, flat segments, `ebx` = address of the start-info
-//! structure, everything else undefined. The code here builds an identity map of the first 4 GiB from 2 MiB pages,
-//! switches to long mode and calls [`rust_entry`] with interrupts off. SSE is on before the first Rust instruction:
+//! PVH and Multiboot2 both start the boot CPU in 32-bit protected mode without paging, flat segments, `ebx` = address of
+//! their information; Multiboot2 has its magic number in `eax`, everything else is undefined. Each has an entry of its own,
+//! which says by a magic number in `esi` how it came; the rest is common. The code here builds an identity map of the first
+//! 4 GiB from 2 MiB pages, switches to long mode and calls [`rust_entry`] with interrupts off. SSE is on before the first Rust instruction:
 //! the prebuilt `core` uses it.
 //!
 //! Other CPUs start at [`trampoline_start`], copied below 1 MiB (the start-up IPI carries a page number there), in real
 //! mode, take the same page tables and call [`rust_ap_entry`] on the stack that the boot CPU left in the mailbox. They
 //! are started one after another, so one mailbox does.
 //!
-//! Manuals: AMD APM vol. 2, 14.6 (long-mode activation), 16.5 and 7.3 (start-up IPI); the Xen project's PVH boot ABI.
+//! Manuals: AMD APM vol. 2, 14.6 (long-mode activation), 16.5 and 7.3 (start-up IPI); the Xen project's PVH boot ABI;
+//! the Multiboot2 specification, 3.1 (the header) and 3.3 (the machine's state).
 
 use core::arch::global_asm;
 use core::mem::size_of;
@@ -26,10 +28,37 @@ global_asm!(
     .asciz "Xen"
     .long pvh_entry
 
+    // In the first 32 KiB of the file, at a multiple of 8. Nothing is asked for that a loader without it would not give:
+    // a page-aligned module, and the entry, for the file's own is PVH's.
+    .section .multiboot2, "a", @progbits
+    .p2align 3
+multiboot2_header:
+    .long 0xe85250d6, 0, multiboot2_header_end - multiboot2_header
+    .long 0x100000000 - (0xe85250d6 + (multiboot2_header_end - multiboot2_header))
+    .short 1, 0                 // information request: command line, module, memory map
+    .long 20
+    .long 1, 3, 6
+    .p2align 3
+    .short 3, 0                 // entry address
+    .long 12
+    .long multiboot2_entry
+    .p2align 3
+    .short 6, 0                 // module alignment
+    .long 8
+    .short 0, 0                 // end
+    .long 8
+multiboot2_header_end:
+
     .section .text.entry, "ax"
     .code32
+    .global multiboot2_entry
+multiboot2_entry:
+    mov esi, eax
+    jmp common_entry
     .global pvh_entry
 pvh_entry:
+    mov esi, {pvh_magic}
+common_entry:
     cli
     cld
     mov esp, offset boot_stack_top
@@ -52,13 +81,13 @@ pvh_entry:
     add edx, 8
     dec ecx
     jnz 3b
-    mov edi, ebx                // start info: first argument
+    mov edi, ebx                // the loader's information: first argument; esi is the second
     mov eax, offset boot_page_tables
     mov cr3, eax
     call enter_long_mode_32     // returns in compatibility mode
     lgdt [boot_gdt_pointer]
     .byte 0xea                  // far jump to the 64-bit code segment
-    .long pvh_entry_64
+    .long entry_64
     .short 8
 
     // CR3 is set. Changes eax, ecx, edx.
@@ -77,7 +106,7 @@ enter_long_mode_32:
     ret
 
     .code64
-pvh_entry_64:
+entry_64:
     xor eax, eax
     mov ds, eax
     mov es, eax
@@ -87,6 +116,7 @@ pvh_entry_64:
     lea rsp, [rip + boot_stack_top]
     xor ebp, ebp
     mov edi, edi
+    mov esi, esi
     call {rust_entry}
     ud2
 
@@ -165,6 +195,7 @@ ap_early_stack:
 ap_early_stack_top:
     .text
 "#,
+    pvh_magic = const boot::pvh::MAGIC,
     rust_entry = sym rust_entry,
     rust_ap_entry = sym rust_ap_entry,
     mailbox = sym boot::ap::MAILBOX,
@@ -180,8 +211,8 @@ unsafe extern "C" {
 /// The boot CPU's first Rust function.
 ///
 /// # Safety
-/// Called once, by the code above, with the address that the loader passed.
-unsafe extern "C" fn rust_entry(start_info: u64) -> ! {
+/// Called once, by the code above, with the address that the loader passed and the magic number of its protocol.
+unsafe extern "C" fn rust_entry(information: u64, magic: u64) -> ! {
     let address = |symbol: *const u8| symbol.addr() as u64;
     let image = boot::Image {
         start: address(&raw const __image_start),
@@ -189,8 +220,8 @@ unsafe extern "C" fn rust_entry(start_info: u64) -> ! {
         trampoline_start: address(&raw const trampoline_start),
         trampoline_end: address(&raw const trampoline_end),
     };
-    // SAFETY: this is the boot CPU's only call, on a fresh identity map; the loader's structure is at `start_info`.
-    unsafe { boot::start(start_info, image) }
+    // SAFETY: this is the boot CPU's only call, on a fresh identity map; the loader's structure is at `information`.
+    unsafe { boot::start(information, magic as u32, image) }
 }
 
 /// Another CPU's first Rust function; `cpu` is the number from the mailbox.

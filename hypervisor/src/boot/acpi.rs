@@ -1,5 +1,5 @@
-//! What the hypervisor wants to know from ACPI, and no more: the local APICs that can be started (MADT) and the port of
-//! the power-management timer (FADT), as ACPI 6.5, 5.2 lays them out.
+//! What the hypervisor wants to know from ACPI, and no more: the local APICs that can be started (MADT), the port of the
+//! power-management timer and the ways to switch off and to reset (FADT, DSDT), as ACPI 6.5, 5.2 and 4.8 lay them out.
 //!
 //! Tables come from the firmware. They are read through a [`Memory`] that may refuse an address, lengths are checked
 //! against what is read, and a table with a wrong checksum is passed over.
@@ -19,6 +19,26 @@ pub struct Machine {
     pub apic_ids: Vec<u32>,
     /// I/O port of the power-management timer (3.579545 MHz).
     pub pm_timer_port: Option<u16>,
+    /// How the machine is switched off and reset.
+    pub power: Power,
+}
+
+/// How the machine is switched off and reset, where the firmware says it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Power {
+    /// Switching off.
+    pub off: Option<SoftOff>,
+    /// The I/O port that resets, and the value for it (4.8.3.6).
+    pub reset: Option<(u16, u8)>,
+}
+
+/// The soft-off state, S5.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct SoftOff {
+    /// The port and value that give the registers below to the system, where it does not have them from the start.
+    pub enable: Option<(u16, u8)>,
+    /// The PM1 control registers (4.8.3.2.1), and SLP_TYP for each.
+    pub control: [Option<(u16, u8)>; 2],
 }
 
 const HEADER: usize = 36;
@@ -42,7 +62,8 @@ pub fn read(memory: &impl Memory, rsdp: u64) -> Option<Machine> {
         match &table[..4] {
             b"APIC" => machine.apic_ids = apic_ids(table),
             b"FACP" => {
-                machine.pm_timer_port = u32_at(table, 76).and_then(|p| u16::try_from(p).ok()).filter(|&p| p != 0)
+                machine.pm_timer_port = port_at(table, 76);
+                machine.power = Power { off: soft_off(memory, table), reset: reset(table) };
             }
             _ => {}
         }
@@ -70,6 +91,51 @@ fn apic_ids(madt: &[u8]) -> Vec<u32> {
         rest = &rest[entry.len()..];
     }
     ids
+}
+
+/// Where and how S5 is asked for: the registers from the FADT, their values from the DSDT.
+fn soft_off(memory: &impl Memory, fadt: &[u8]) -> Option<SoftOff> {
+    let extended = u64_at(fadt, 140).filter(|&address| address != 0);
+    let dsdt = table(memory, extended.or(u32_at(fadt, 40).map(u64::from))?)?;
+    let [a, b] = sleep_types(&dsdt[HEADER..])?;
+    let enable = port_at(fadt, 48).zip(fadt.get(52).copied().filter(|&value| value != 0));
+    let control = [port_at(fadt, 64).map(|port| (port, a)), port_at(fadt, 68).map(|port| (port, b))];
+    control[0].map(|_| SoftOff { enable, control })
+}
+
+/// The first two values of the package `\_S5` (20.2 for the encoding). The language is not interpreted: a package of
+/// constants under that name is what all firmware has.
+fn sleep_types(code: &[u8]) -> Option<[u8; 2]> {
+    const PACKAGE: u8 = 0x12;
+    const BYTE: u8 = 0x0a;
+    let at = code.windows(5).position(|window| window == [b'_', b'S', b'5', b'_', PACKAGE])? + 5;
+    // The package's length: the upper two bits of its first byte say how many follow. Then the number of its elements.
+    let mut rest = code.get(at + 2 + usize::from(code.get(at)? >> 6)..)?;
+    let mut element = || {
+        let (value, length) = match *rest {
+            [BYTE, value, ..] => (value, 2),
+            [value @ 0..=1, ..] => (value, 1),
+            _ => return None,
+        };
+        rest = &rest[length..];
+        // SLP_TYP has three bits.
+        (value < 8).then_some(value)
+    };
+    Some([element()?, element()?])
+}
+
+/// The reset register, where the FADT says that there is one and it is a port.
+fn reset(fadt: &[u8]) -> Option<(u16, u8)> {
+    const RESET_SUPPORTED: u32 = 1 << 10;
+    const IO_SPACE: u8 = 1;
+    let supported = u32_at(fadt, 112)? & RESET_SUPPORTED != 0 && *fadt.get(116)? == IO_SPACE;
+    let port = u16::try_from(u64_at(fadt, 120)?).ok()?;
+    (supported && port != 0).then_some((port, *fadt.get(128)?))
+}
+
+/// A port's number in a field of 32 bits; 0 says that there is none.
+fn port_at(table: &[u8], offset: usize) -> Option<u16> {
+    u16::try_from(u32_at(table, offset)?).ok().filter(|&port| port != 0)
 }
 
 fn table(memory: &impl Memory, address: u64) -> Option<&[u8]> {
@@ -125,31 +191,57 @@ mod tests {
         madt.extend([0, 8, 1, 1, 0, 0, 0, 0]);
         madt.extend([9, 16, 0, 0, 0x34, 0x12, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0]);
         put_table(&mut ram, 0x200, b"APIC", &madt);
-        let mut fadt = vec![0; 80];
-        fadt[40..44].copy_from_slice(&0x608u32.to_le_bytes());
+        let mut fadt = vec![0; 129 - HEADER];
+        let mut put = |at: usize, bytes: &[u8]| fadt[at - HEADER..][..bytes.len()].copy_from_slice(bytes);
+        put(40, &0x800u32.to_le_bytes());
+        put(48, &0xb2u32.to_le_bytes());
+        put(52, &[0xf1]);
+        put(64, &0x604u32.to_le_bytes());
+        put(76, &0x608u32.to_le_bytes());
+        put(112, &(1u32 << 10).to_le_bytes());
+        put(116, &[1, 8, 0, 0]);
+        put(120, &0xcf9u64.to_le_bytes());
+        put(128, &[6]);
         put_table(&mut ram, 0x400, b"FACP", &fadt);
+        put_table(&mut ram, 0x800, b"DSDT", b"\x08_S4_\x12\x04\x02\x01\x01\x08_S5_\x12\x07\x04\x0a\x05\x00\x00\x00");
         ram
     }
 
     #[test]
     fn cpus_and_timer_are_found() {
         let found = read(&Ram(machine()), 0).unwrap();
-        assert_eq!(found, Machine { apic_ids: vec![0, 0x1234], pm_timer_port: Some(0x608) });
+        let off = SoftOff { enable: Some((0xb2, 0xf1)), control: [Some((0x604, 5)), None] };
+        let power = Power { off: Some(off), reset: Some((0xcf9, 6)) };
+        assert_eq!(found, Machine { apic_ids: vec![0, 0x1234], pm_timer_port: Some(0x608), power });
     }
 
     #[test]
     fn broken_tables_are_passed_over() {
         let mut ram = machine();
         ram[0x204] = 0xff;
-        assert_eq!(read(&Ram(ram.clone()), 0).unwrap().apic_ids, []);
+        assert_eq!(read(&Ram(ram.clone()), 0).unwrap().apic_ids, [0u32; 0]);
         ram[1] = b'x';
         assert_eq!(read(&Ram(ram), 0), None);
+    }
+
+    #[test]
+    fn soft_off_is_found_or_not_and_never_beyond_the_table() {
+        assert_eq!(sleep_types(b"_S5_\x12\x06\x04\x00\x01\x00\x00"), Some([0, 1]));
+        assert_eq!(sleep_types(b"_S5_\x12\x40\x0a\x04\x0a\x07\x0a\x07"), Some([7, 7]), "a length of two bytes");
+        for whole in [&b"_S5_\x12\x06\x04\x0a\x05\x0a\x05"[..], b"_S5_\x12\xc0\x00\x00\x00\x04\x00\x00"] {
+            assert!(sleep_types(whole).is_some());
+            for length in 0..whole.len() {
+                assert_eq!(sleep_types(&whole[..length]), None, "{length}");
+            }
+        }
+        assert_eq!(sleep_types(b"_S5_\x12\x06\x04\x0a\x08\x00"), None, "eight needs four bits");
+        assert_eq!(sleep_types(b"_S5_\x12\x06\x04\x0b\x05\x00"), None, "a word");
     }
 
     #[test]
     fn an_entry_of_length_zero_ends_the_walk() {
         let mut madt = vec![0; HEADER + 8];
         madt.extend([0, 0, 1, 1]);
-        assert_eq!(apic_ids(&madt), []);
+        assert_eq!(apic_ids(&madt), [0u32; 0]);
     }
 }

@@ -32,8 +32,6 @@ pub struct Mailbox {
 pub static MAILBOX: Mailbox =
     Mailbox { cr3: AtomicU64::new(0), stack: AtomicU64::new(0), cpu: AtomicU64::new(0), reserved: 0 };
 
-/// Where the start code is copied: a page below 1 MiB that the boot code keeps out of the frame allocator.
-pub const TRAMPOLINE: u64 = 0x8000;
 const STACK_ORDER: u32 = 4;
 const START_LIMIT_US: u64 = 1_000_000;
 
@@ -54,8 +52,8 @@ pub fn all_idle() -> bool {
 /// Starts the CPUs with these APIC ids as numbers 1, 2, …; returns how many came.
 ///
 /// # Safety
-/// Once, on the boot CPU, with the start code at [`TRAMPOLINE`], its own local data, tables, APIC and clock set up.
-pub unsafe fn start(apic_ids: impl Iterator<Item = u32> + Clone) -> usize {
+/// Once, on the boot CPU, with the start code at `page`, below 1 MiB, its own local data, tables, APIC and clock set up.
+pub unsafe fn start(page: u64, apic_ids: impl Iterator<Item = u32> + Clone) -> usize {
     // SAFETY: ring 0.
     MAILBOX.cr3.store(unsafe { instructions::read_cr3() }, Ordering::Relaxed);
     for id in apic_ids.clone() {
@@ -67,7 +65,7 @@ pub unsafe fn start(apic_ids: impl Iterator<Item = u32> + Clone) -> usize {
         let Some(stack) = frames::alloc(STACK_ORDER) else { return index };
         MAILBOX.stack.store(stack + (frames::FRAME << STACK_ORDER), Ordering::Relaxed);
         MAILBOX.cpu.store(number as u64, Ordering::Release);
-        let page = (TRAMPOLINE / frames::FRAME) as u8;
+        let page = (page / frames::FRAME) as u8;
         apic::send(id, Command::Startup(page));
         let began = instructions::rdtsc();
         let mut repeated = false;

@@ -7,8 +7,11 @@ use core::ptr;
 
 use super::Handover;
 
-const MAGIC: u32 = 0x336e_c578;
+/// In the structure; `entry.rs` passes it on as well, to say by which of its entries the loader came.
+pub const MAGIC: u32 = 0x336e_c578;
 const MEMMAP_RAM: u32 = 1;
+/// What follows is not read.
+const MAX_COMMAND_LINE_BYTES: u64 = 2048;
 
 /// `struct hvm_start_info`, version 1.
 #[repr(C)]
@@ -81,7 +84,17 @@ pub unsafe fn read(address: u64) -> Result<Handover, PvhError> {
     if info.module_count > 0 {
         // SAFETY: the loader gives an array of that many entries.
         let module: Module = unsafe { read_at(info.modules) };
-        handover.module = Some(module.address..module.address.saturating_add(module.size));
+        let module = module.address..module.address.saturating_add(module.size);
+        handover.kept.push(module.clone());
+        handover.module = Some(module);
+    }
+    if info.command_line != 0 {
+        // SAFETY: the loader gives a string that ends with a zero.
+        let ended = |length: &u64| unsafe { read_at::<u8>(info.command_line + length) } == 0;
+        let length = (0..MAX_COMMAND_LINE_BYTES).find(ended).unwrap_or(MAX_COMMAND_LINE_BYTES);
+        let words = info.command_line..info.command_line + length;
+        handover.kept.push(words.clone());
+        handover.command_line = Some(words);
     }
     Ok(handover)
 }
@@ -115,7 +128,7 @@ mod tests {
             flags: 0,
             module_count: 1,
             modules: address(&module),
-            command_line: 0,
+            command_line: address(c"end=halt".to_bytes_with_nul().first().unwrap()),
             rsdp: 0xf5000,
             memory_map: address(&map),
             memory_map_entries: 3,
@@ -125,6 +138,9 @@ mod tests {
         let handover = unsafe { read(address(&info)) }.unwrap();
         assert_eq!(handover.ram.as_slice(), [0..0x9fc00, 1 << 20..u64::MAX]);
         assert_eq!(handover.module, Some(0x7000..0x8234));
+        let words = info.command_line..info.command_line + 8;
+        assert_eq!(handover.kept.as_slice(), [0x7000..0x8234, words.clone()]);
+        assert_eq!(handover.command_line, Some(words));
         assert_eq!(handover.rsdp, Some(0xf5000));
         info.version = 0;
         // SAFETY: as above.

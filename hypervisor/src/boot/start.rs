@@ -8,9 +8,9 @@ use core::{ptr, slice};
 use nestling_control::PROTOCOL_VERSION;
 use nestling_control::message::{GuestExit, Hello, ToCommand};
 
-use super::{Handover, acpi, ap, pvh};
-use crate::control::{self, log};
-use crate::cpu::{self, apic, clock, local};
+use super::{Handover, HandoverError, Loader, acpi, ap, multiboot2, pvh};
+use crate::control::{self, Listener, log};
+use crate::cpu::{self, apic, clock, local, power};
 use crate::memory::{frames, map};
 use crate::{svm, vm};
 
@@ -49,19 +49,43 @@ unsafe fn bytes(range: Range<u64>) -> &'static [u8] {
     }
 }
 
+/// The loader, by the magic number of its protocol, and what it has left.
+///
+/// # Safety
+/// As [`start`].
+unsafe fn take_over(information: u64, magic: u32) -> (Loader, Result<Handover, HandoverError>) {
+    match magic {
+        // SAFETY: the loader put its structures there.
+        pvh::MAGIC => (Loader::Pvh, unsafe { pvh::read(information) }.map_err(HandoverError::Pvh)),
+        multiboot2::MAGIC => {
+            // SAFETY: as above; what it refers to is kept from the frame allocator.
+            let read = unsafe { multiboot2::read(information) };
+            (Loader::Multiboot2, read.map_err(HandoverError::Multiboot2))
+        }
+        // Only the entry for Multiboot2 passes on what it found.
+        other => (Loader::Multiboot2, Err(HandoverError::UnknownLoader(other))),
+    }
+}
+
 /// Everything, from the loader's call to the end of the machine.
 ///
 /// # Safety
-/// Once, on the boot CPU, on its boot stack, with the entry code's identity map and the loader's start-info address.
-pub unsafe fn start(start_info: u64, image: Image) -> ! {
-    control::init();
-    // SAFETY: the loader put its structures there.
-    let handover = match unsafe { pvh::read(start_info) } {
-        Ok(handover) => handover,
-        Err(error) => panic!("not started by a PVH loader: {error:?}"),
-    };
+/// Once, on the boot CPU, on its boot stack, with the entry code's identity map and the loader's information at that
+/// address, in the format of that magic number.
+pub unsafe fn start(information: u64, magic: u32, image: Image) -> ! {
+    // SAFETY: the caller passes on what the loader left.
+    let (loader, handover) = unsafe { take_over(information, magic) };
+    let has_words =
+        handover.as_ref().is_ok_and(|handover| handover.command_line.as_ref().is_some_and(|w| !w.is_empty()));
+    // Words for the hypervisor itself are a person's: the command has the bundle for what it wants.
+    control::init(if loader == Loader::Multiboot2 || has_words { Listener::Person } else { Listener::Command });
+    let handover = handover.unwrap_or_else(|error| panic!("{error}"));
     // SAFETY: the boot CPU, once, and the hand-over describes this machine.
     unsafe { set_up_memory(&handover, &image) };
+    if let Some(words) = handover.command_line.clone() {
+        // SAFETY: the words were kept out of the frame allocator.
+        control::obey(&String::from_utf8_lossy(unsafe { bytes(words) }));
+    }
     // SAFETY: as above; memory is there.
     unsafe {
         local::install(0, apic::id());
@@ -71,13 +95,17 @@ pub unsafe fn start(start_info: u64, image: Image) -> ! {
     }
     local::set_online();
     let machine = handover.rsdp.and_then(|rsdp| acpi::read(&Identity, rsdp)).unwrap_or_default();
+    power::set(machine.power);
     clock::calibrate(machine.pm_timer_port);
     let me = local::this().apic_id();
-    // SAFETY: the start code is position independent up to its jump to the image; the page is reserved for it.
-    let started = unsafe {
-        let code = bytes(image.trampoline_start..image.trampoline_end);
-        ptr::copy_nonoverlapping(code.as_ptr(), ptr::with_exposed_provenance_mut(ap::TRAMPOLINE as usize), code.len());
-        if svm::check().is_ok() { ap::start(machine.apic_ids.iter().copied().filter(|&id| id != me)) } else { 0 }
+    let started = match handover.start_page().filter(|_| svm::check().is_ok()) {
+        // SAFETY: the start code is position independent up to its jump to the image, and nothing else is on the page.
+        Some(page) => unsafe {
+            let code = bytes(image.trampoline_start..image.trampoline_end);
+            ptr::copy_nonoverlapping(code.as_ptr(), ptr::with_exposed_provenance_mut(page as usize), code.len());
+            ap::start(page, machine.apic_ids.iter().copied().filter(|&id| id != me))
+        },
+        None => 0,
     };
     let (free, total) = frames::counts();
     control::send(&ToCommand::Hello(Hello {
@@ -98,7 +126,7 @@ pub unsafe fn start(start_info: u64, image: Image) -> ! {
     let exit = match handover.module {
         // SAFETY: the module's memory was kept out of the frame allocator.
         Some(module) => unsafe { vm::run(bytes(module), started) },
-        None => GuestExit::Error { text: "no bundle was loaded (QEMU: -initrd FILE)".to_string() },
+        None => GuestExit::Error { text: "no bundle was loaded (QEMU: -initrd FILE; GRUB: module2 FILE)".to_string() },
     };
     control::finish(exit)
 }
@@ -112,9 +140,7 @@ unsafe fn set_up_memory(handover: &Handover, image: &Image) {
     // The first MiB has the loader's structures, the firmware's data and our start code; it is not worth the sorting.
     usable.exclude(0..MIB);
     usable.exclude(image.start..image.end);
-    if let Some(module) = &handover.module {
-        usable.exclude(module.clone());
-    }
+    handover.kept.as_slice().iter().for_each(|range| usable.exclude(range.clone()));
     usable.exclude(map::LIMIT..u64::MAX);
     let end = usable.as_slice().iter().map(|r| r.end).max().unwrap_or(0);
     let mut low = usable.clone();

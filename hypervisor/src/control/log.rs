@@ -5,11 +5,11 @@ use core::fmt;
 
 use nestling_control::message::{LogLevel, ToCommand};
 
-use super::{RESERVED_BYTES, queue_message};
+use super::{Urgency, queue_message};
 
 /// Queues a line; it is dropped (and counted) when the queue is nearly full.
 pub fn write(level: LogLevel, text: fmt::Arguments<'_>) {
-    queue_message(&ToCommand::Log { level, text: text.to_string() }, RESERVED_BYTES);
+    queue_message(&ToCommand::Log { level, text: text.to_string() }, Urgency::Log);
 }
 
 macro_rules! info {

@@ -1,41 +1,41 @@
-//! The way out: the guest's console on the first serial port, the control channel to the `nestling` command on the
-//! second.
+//! The way out: the guest's console on the first serial port, and whatever the hypervisor itself has to say.
+//!
+//! **Who listens** is decided once, first of all, and is the one place where it matters who started us ([`Listener`]). To the
+//! `nestling` command ([`channel`](self)) messages go as frames, on the second serial port, and it sends requests that way.
+//! A person who booted a machine of their own has nothing there: they are told in words, on the console, between the guest's
+//! lines; the guest is judged here, and the machine ends as the hypervisor's command line says ([`person`](self)). The rest
+//! of the hypervisor makes messages and does not know.
 //!
 //! Any CPU may put something into the queues; only CPU 0 moves bytes to the ports ([`pump`]), so a slow reader never
 //! holds up a vCPU longer than it takes to fill a queue. Queues are bounded: log lines that find no room are dropped and
 //! counted, console output waits. A port behind which nobody takes bytes for a second is given up, and what is queued
 //! for it is thrown away: nothing hangs because nobody listens.
 
+mod channel;
 pub mod log;
+mod person;
 mod queue;
 mod serial;
+mod words;
 
-use alloc::vec::Vec;
 use core::sync::atomic::{AtomicU64, Ordering};
 
-use nestling_control::frame::{self, Decoder};
 use nestling_control::message::{GuestExit, ToCommand, ToHypervisor};
-use spin::Mutex;
+use spin::{Mutex, Once};
 
 use crate::cpu::{clock, instructions, panic};
 use queue::Queue;
 use serial::Port;
 
 const CONSOLE_PORT: u16 = 0x3f8;
-const CHANNEL_PORT: u16 = 0x2f8;
 /// QEMU's `isa-debug-exit`. Where it does not exist, a write there has no effect.
 const EXIT_PORT: u16 = 0xf4;
 
 const CONSOLE_BYTES: usize = 64 << 10;
-const CHANNEL_BYTES: usize = 256 << 10;
-/// Log lines leave this much room for what must not be lost.
-const RESERVED_BYTES: usize = 2 * frame::MAX_FRAME_BYTES;
-/// The longest wait for queued bytes at the end.
-const FLUSH_LIMIT_US: u64 = 5_000_000;
-/// Longest frame that the command may send.
-const COMMAND_FRAME_BYTES: usize = 256;
+/// The longest wait for queued bytes at the end: more than a full console takes at 115200 baud.
+const FLUSH_LIMIT_US: u64 = 10_000_000;
 
-/// What the machine's end tells QEMU; the status of its process is `(value << 1) | 1`.
+/// How the machine ends, as the command reads it from QEMU; the status of its process is `(value << 1) | 1`.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 #[repr(u8)]
 pub enum EndStatus {
@@ -45,48 +45,92 @@ pub enum EndStatus {
     HypervisorFailed = 0x11,
 }
 
+/// Who hears what the hypervisor has to say.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Listener {
+    /// The command, at the other end of the second serial port.
+    Command,
+    /// A person, at the console.
+    Person,
+}
+
+/// How much a message matters when there is hardly any room left.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Urgency {
+    /// It may be lost, and is counted then.
+    Log,
+    /// It must arrive.
+    Must,
+}
+
+/// What a listener is to the rest of this module.
+trait Hears: Sync {
+    /// Sets up what it needs. Called once.
+    fn init(&self);
+    /// Takes all the memory that its queues can ever need.
+    fn reserve(&self);
+    /// Queues a message; says whether it had room.
+    fn tell(&self, message: &ToCommand, urgency: Urgency) -> bool;
+    /// Tells a message past all queues and locks. For the end after a defect only: see [`mod@panic`].
+    fn tell_now(&self, message: &ToCommand);
+    /// Queues what the guest's console prints.
+    fn console(&self, bytes: &[u8]);
+    /// The next request. CPU 0 only.
+    fn request(&self) -> Option<ToHypervisor>;
+    /// Moves what is queued to a port of its own. CPU 0 only. Returns whether all is gone.
+    fn pump(&self) -> bool;
+    /// Ends the machine.
+    fn end(&self, status: EndStatus) -> !;
+}
+
+static LISTENER: Once<&'static dyn Hears> = Once::new();
 static CONSOLE: Mutex<Queue> = Mutex::new(Queue::new(CONSOLE_BYTES));
-static CHANNEL: Mutex<Queue> = Mutex::new(Queue::new(CHANNEL_BYTES));
 static CONSOLE_UART: Mutex<Port> = Mutex::new(Port::new(CONSOLE_PORT));
-static CHANNEL_UART: Mutex<Port> = Mutex::new(Port::new(CHANNEL_PORT));
-static COMMANDS: Mutex<Decoder<ToHypervisor>> = Mutex::new(Decoder::with_limit(COMMAND_FRAME_BYTES));
 static DROPPED: AtomicU64 = AtomicU64::new(0);
 
-/// Sets both ports up. Called once, first of all.
-pub fn init() {
+/// Sets up what the listener hears. Called once, first of all.
+pub fn init(listener: Listener) {
+    let hears = *LISTENER.call_once(|| match listener {
+        Listener::Command => &channel::CHANNEL,
+        Listener::Person => &person::PERSON,
+    });
     CONSOLE_UART.lock().init();
-    CHANNEL_UART.lock().init();
+    hears.init();
+}
+
+/// Whoever listens. Before [`init`] nobody has anything to say.
+fn listener() -> &'static dyn Hears {
+    LISTENER.get().copied().unwrap_or(&person::PERSON)
+}
+
+/// Takes the words of the hypervisor's own command line, which are a person's. At most once.
+pub fn obey(words: &str) {
+    person::PERSON.obey(words);
 }
 
 /// Takes all the memory that the queues can ever need, so that what they have does not change from here on.
 pub fn reserve() {
     CONSOLE.lock().reserve();
-    CHANNEL.lock().reserve();
+    listener().reserve();
 }
 
 /// Queues a message that must arrive.
 pub fn send(message: &ToCommand) {
-    queue_message(message, 0);
+    queue_message(message, Urgency::Must);
 }
 
-fn queue_message(message: &ToCommand, reserve: usize) {
-    let mut bytes = Vec::new();
-    // A message of ours is below the frame limit by construction; if not, it is lost like one that found no room.
-    let fits = frame::encode(message, &mut bytes).is_ok() && CHANNEL.lock().push_all(&bytes, reserve);
-    if !fits {
+fn queue_message(message: &ToCommand, urgency: Urgency) {
+    if !listener().tell(message, urgency) {
         DROPPED.fetch_add(1, Ordering::Relaxed);
     }
 }
 
-/// Sends a message past all queues and locks. For the end after a defect only: see [`mod@panic`].
+/// Tells a message past all queues and locks. For the end after a defect only: see [`mod@panic`].
 pub fn send_now(message: &ToCommand) {
-    let mut bytes = Vec::new();
-    if frame::encode(message, &mut bytes).is_ok() {
-        Port::new(CHANNEL_PORT).write_blocking(&bytes);
-    }
+    listener().tell_now(message);
 }
 
-/// How many bytes of console output have room now. It only grows while nobody else prints.
+/// How many bytes of console output have room now. Of a piece of the guest's output nobody else takes the room.
 #[must_use]
 pub fn console_room() -> usize {
     CONSOLE.lock().room()
@@ -94,7 +138,7 @@ pub fn console_room() -> usize {
 
 /// Queues console output; what has no room is lost, so ask [`console_room`] before.
 pub fn console_write(bytes: &[u8]) {
-    CONSOLE.lock().push_all(bytes, 0);
+    listener().console(bytes);
 }
 
 /// The next byte that someone typed. CPU 0 only.
@@ -104,13 +148,7 @@ pub fn console_read() -> Option<u8> {
 
 /// The next request of the command. CPU 0 only. What cannot be understood is skipped.
 pub fn next_command() -> Option<ToHypervisor> {
-    let mut uart = CHANNEL_UART.lock();
-    while let Some(byte) = uart.read() {
-        if let Some(Ok(command)) = COMMANDS.lock().push(byte) {
-            return Some(command);
-        }
-    }
-    None
+    listener().request()
 }
 
 /// Moves queued bytes to the ports as far as they take them. CPU 0 only. Returns whether all are gone.
@@ -119,27 +157,30 @@ pub fn pump() -> bool {
     if dropped > 0 {
         log::warning!("{dropped} messages found no room in the control channel's queue");
     }
-    let mut empty = true;
-    for (queue, uart) in [(&CONSOLE, &CONSOLE_UART), (&CHANNEL, &CHANNEL_UART)] {
-        let mut uart = uart.lock();
-        // The queue's lock is not held while the port is written: a vCPU that prints waits for memory, not for a port.
-        loop {
-            if panic::in_progress() {
-                // Another CPU writes the machine's last words to the port, and waits a moment for this one to stop.
-                instructions::halt_forever();
-            }
-            let chunk = queue.lock().front::<{ serial::FIFO_BYTES }>();
-            if chunk.is_empty() {
-                break;
-            }
-            if !uart.write(&chunk) {
-                empty = false;
-                break;
-            }
-            queue.lock().consume(chunk.len());
+    // Both, whatever the first says.
+    let console = drain(&CONSOLE, &CONSOLE_UART);
+    listener().pump() && console
+}
+
+/// Moves queued bytes to a port as far as it takes them; says whether all are gone.
+fn drain(queue: &Mutex<Queue>, uart: &Mutex<Port>) -> bool {
+    let mut uart = uart.lock();
+    // The queue's lock is not held while the port is written: a vCPU that prints waits for memory, not for a port.
+    loop {
+        if panic::in_progress() {
+            // Another CPU writes the machine's last words to the port, and waits a moment for this one to stop.
+            instructions::halt_forever();
         }
+        let chunk = queue.lock().front::<{ serial::FIFO_BYTES }>();
+        if chunk.is_empty() {
+            // The last bytes are gone when the transmitter says so, and not before: the machine may be switched off next.
+            return uart.write(&[]);
+        }
+        if !uart.write(&chunk) {
+            return false;
+        }
+        queue.lock().consume(chunk.len());
     }
-    empty
 }
 
 /// Moves everything out, for a few seconds at most.
@@ -157,9 +198,14 @@ pub fn finish(exit: GuestExit) -> ! {
     end_machine(EndStatus::Done)
 }
 
-/// Ends the machine: QEMU's process where there is one, else this CPU for ever.
+/// Ends the machine.
 pub fn end_machine(status: EndStatus) -> ! {
+    listener().end(status)
+}
+
+/// Writes to QEMU's debug-exit port, which ends its process with `(value << 1) | 1`, and halts where there is none.
+fn debug_exit(value: u8) -> ! {
     // SAFETY: ending the machine is what is wanted.
-    unsafe { instructions::outb(EXIT_PORT, status as u8) };
+    unsafe { instructions::outb(EXIT_PORT, value) };
     instructions::halt_forever()
 }

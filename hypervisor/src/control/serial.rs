@@ -76,15 +76,16 @@ impl Port {
     /// Sends all bytes, one at a time, without a clock, and gives up when the port does not take them.
     pub(super) fn write_blocking(&mut self, bytes: &[u8]) {
         for &byte in bytes {
-            let mut polls = 0;
-            while self.status() & TRANSMITTER_EMPTY == 0 {
-                polls += 1;
-                if polls > GIVE_UP_POLLS {
-                    return;
-                }
+            if !self.wait_until_empty() {
+                return;
             }
             // SAFETY: the transmitter is empty.
             unsafe { outb(self.base, byte) };
         }
+        self.wait_until_empty();
+    }
+
+    fn wait_until_empty(&self) -> bool {
+        (0..GIVE_UP_POLLS).any(|_| self.status() & TRANSMITTER_EMPTY != 0)
     }
 }

@@ -49,6 +49,28 @@ pub unsafe fn outb(port: u16, value: u8) {
     unsafe { asm!("out dx, al", in("dx") port, in("al") value, options(nomem, nostack, preserves_flags)) };
 }
 
+/// Reads 16 bits from a port.
+///
+/// # Safety
+/// As [`inb`].
+#[inline]
+pub unsafe fn inw(port: u16) -> u16 {
+    let value;
+    // SAFETY: the caller vouches for the port.
+    unsafe { asm!("in ax, dx", in("dx") port, out("ax") value, options(nomem, nostack, preserves_flags)) };
+    value
+}
+
+/// Writes 16 bits to a port.
+///
+/// # Safety
+/// As [`inb`].
+#[inline]
+pub unsafe fn outw(port: u16, value: u16) {
+    // SAFETY: the caller vouches for the port.
+    unsafe { asm!("out dx, ax", in("dx") port, in("ax") value, options(nomem, nostack, preserves_flags)) };
+}
+
 /// Reads 32 bits from a port.
 ///
 /// # Safety
@@ -133,6 +155,18 @@ pub unsafe fn interrupt_window() {
 pub unsafe fn halt() {
     // SAFETY: as in `interrupt_window`.
     unsafe { asm!("sti", "hlt", "cli", clobber_abi("C")) };
+}
+
+/// Resets the machine by an exception that nothing can handle.
+///
+/// # Safety
+/// Ring 0; the machine's end is wanted.
+pub unsafe fn triple_fault() -> ! {
+    #[repr(C, packed)]
+    struct Empty(u16, u64);
+    let empty = Empty(0, 0);
+    // SAFETY: without an interrupt table the exception leads to shutdown.
+    unsafe { asm!("lidt [{}]", "ud2", in(reg) &raw const empty, options(noreturn)) }
 }
 
 /// Halts for ever with interrupts off.

@@ -17,6 +17,7 @@ pub mod clock;
 pub mod instructions;
 pub mod local;
 pub mod panic;
+pub mod power;
 pub mod rtc;
 mod tables;
 mod traps;

@@ -102,12 +102,13 @@ fn tell(finished: Finished) -> GuestExit {
 pub(super) fn start(bundle: &Bundle<'_>, cpus: usize, manner: Manner) -> Result<Finished, String> {
     let features = svm::check().map_err(text)?;
     let config = &bundle.config;
-    let vcpus = config.vcpus as usize;
-    if vcpus > cpus {
-        return Err(format!("{vcpus} vCPUs need {} CPUs (one keeps house), this machine has {}", vcpus + 1, cpus + 1));
-    }
-    if config.storm.is_some() && vcpus == cpus {
-        return Err(format!("a storm on {vcpus} vCPUs needs {} CPUs, this machine has {}", vcpus + 2, cpus + 1));
+    let (needed, present) = (config.cpus() as usize, cpus + 1);
+    if needed > present {
+        let storm = if config.storm.is_some() { ", one storms" } else { "" };
+        return Err(format!(
+            "{} vCPUs need {needed} CPUs (one keeps house{storm}), this machine has {present}",
+            config.vcpus
+        ));
     }
     let free = frames::counts().0 * frames::FRAME;
     if config.memory_bytes + RESERVE_BYTES > free {

@@ -1,0 +1,212 @@
+//! Images: booted by GRUB on a machine of their own, judged by what that machine's first serial port and QEMU's status say;
+//! and what is refused, with nothing left behind.
+
+mod common;
+
+use std::{
+    env, fs,
+    fs::File,
+    io::Read,
+    os::unix::fs::PermissionsExt,
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+    thread,
+    time::{Duration, Instant},
+};
+
+use common::{Finished, kernel, nestling, run};
+use nestling_cli::{progress::Progress, setup};
+
+/// A boot takes a twentieth of it on an idle machine.
+const LIMIT: Duration = Duration::from_secs(240);
+/// mov al, 0xfe; out 0x64, al: the keyboard controller's reset line; hlt
+const RESETS: &[u8] = &[0xb0, 0xfe, 0xe6, 0x64, 0xf4, 0xeb, 0xfd];
+/// A program for this machine, and no hypervisor: for images that are never booted.
+const SOME_PROGRAM: &str = env!("CARGO_BIN_EXE_nestling");
+
+fn path(name: &str) -> PathBuf {
+    PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join(name)
+}
+
+/// `nestling image` with these arguments, to its end.
+fn image(file: &Path, arguments: &[&str], search: Option<&str>) -> Finished {
+    let mut command = nestling();
+    command.arg("image").arg(file).args(arguments);
+    if let Some(search) = search {
+        command.env("PATH", search);
+    }
+    let output = command.output().expect("the command can be started");
+    let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).into_owned();
+    Finished { status: output.status, stdout: text(output.stdout), stderr: text(output.stderr) }
+}
+
+/// Files of a guest of a few instructions.
+fn small_guest(name: &str, code: &[u8]) -> [String; 2] {
+    [("bzImage", kernel(code)), ("initrd", b"no archive".to_vec())].map(|(kind, content)| {
+        let file = path(&format!("image-{name}.{kind}"));
+        fs::write(&file, content).expect("a file");
+        file.to_str().expect("a path in text").to_owned()
+    })
+}
+
+/// Boots an image as a CD in a machine with as many CPUs, to its end. The console is what standard output holds.
+fn boot(image: &Path, cpus: u32, mebibytes: u64) -> Finished {
+    let lock = path("machine.lock");
+    let lock = File::create(&lock).unwrap_or_else(|cause| panic!("{}: {cause}", lock.display()));
+    lock.lock().expect("a lock");
+    let qemu = setup::qemu(Progress::Lines).expect("QEMU");
+    let mut machine = Command::new(qemu)
+        .args(["-machine", "q35", "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"])
+        .args(["-accel", "tcg,thread=multi", "-cpu", "max", "-serial", "stdio"])
+        .args(["-smp", &cpus.to_string(), "-m", &format!("{mebibytes}M")])
+        .args(["-device", "isa-debug-exit,iobase=0xf4,iosize=0x4", "-cdrom"])
+        .arg(image)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("QEMU starts");
+    fn text(mut from: impl Read + Send + 'static) -> thread::JoinHandle<String> {
+        thread::spawn(move || {
+            let mut bytes = Vec::new();
+            let _ = from.read_to_end(&mut bytes);
+            String::from_utf8_lossy(&bytes).replace('\r', "")
+        })
+    }
+    let console = text(machine.stdout.take().expect("a pipe"));
+    let errors = text(machine.stderr.take().expect("a pipe"));
+    let deadline = Instant::now() + LIMIT;
+    let status = loop {
+        match machine.try_wait().expect("a status") {
+            Some(status) => break Some(status),
+            None if Instant::now() > deadline => {
+                machine.kill().expect("killed");
+                machine.wait().expect("ended");
+                break None;
+            }
+            None => thread::sleep(Duration::from_millis(20)),
+        }
+    };
+    let [stdout, stderr] = [console, errors].map(|reader| reader.join().expect("read"));
+    let Some(status) = status else {
+        panic!("no end within {LIMIT:?}\n--- console\n{stdout}\n--- QEMU\n{stderr}\n---")
+    };
+    Finished { status, stdout, stderr }
+}
+
+#[track_caller]
+fn expect_line(booted: &Finished, start: &str) {
+    assert!(booted.stdout.lines().any(|line| line.starts_with(start)), "no line starts with {start:?}\n{booted}");
+}
+
+#[test]
+fn the_image_boots_to_the_guests_verdict() {
+    let file = path("default.iso");
+    image(&file, &["--vcpus", "2", "--memory", "256M", "--at-end", "debug-exit"], None).expect_status(0);
+    let booted = boot(&file, 3, 448);
+    booted.expect_status(1);
+    for line in [
+        "nestling: 3 CPUs",
+        "nestling: guest started: 2 vCPUs, 256 MiB",
+        "nestling-selfcheck: 2 CPUs",
+        "nestling-selfcheck: PASS",
+        "nestling: PASS: the guest switched itself off; self-check: PASS",
+    ] {
+        expect_line(&booted, line);
+    }
+    assert!(!booted.stdout.contains("LEAK"), "{booted}");
+
+    // The same image where there are too few CPUs, or too little memory.
+    let few = boot(&file, 2, 448);
+    few.expect_status(73);
+    expect_line(
+        &few,
+        "nestling: FAIL: the hypervisor gave up: 2 vCPUs need 3 CPUs (one keeps house), this machine has 2",
+    );
+    let small = boot(&file, 3, 256);
+    small.expect_status(73);
+    expect_line(&small, "nestling: FAIL: the hypervisor gave up: the guest needs 272 MiB");
+}
+
+#[test]
+fn the_machine_ends_as_it_was_asked_to() {
+    let [kernel, initrd] = small_guest("resets", RESETS);
+    let guest = ["--kernel", &kernel, "--initrd", &initrd, "--vcpus", "1", "--memory", "64M"];
+    for (at_end, mode, status, verdict) in [
+        ("power-off", "shell", 0, "PASS: the guest asked for a reset (status 1)"),
+        ("reset", "shell", 0, "PASS: the guest asked for a reset (status 1)"),
+        ("debug-exit", "check", 65, "FAIL: the guest asked for a reset; self-check: no verdict (status 65)"),
+    ] {
+        let file = path(&format!("{at_end}.iso"));
+        image(&file, &[&guest[..], &["--at-end", at_end, "--mode", mode]].concat(), None).expect_status(0);
+        let booted = boot(&file, 2, 256);
+        booted.expect_status(status);
+        expect_line(&booted, &format!("nestling: {verdict}"));
+    }
+}
+
+/// A directory of its own, and the names in it.
+fn directory(name: &str) -> (PathBuf, impl Fn() -> Vec<String>) {
+    let directory = path(name);
+    // There from an earlier run, or not.
+    let _ = fs::remove_dir_all(&directory);
+    fs::create_dir_all(&directory).expect("a directory");
+    let listed = directory.clone();
+    let names = move || {
+        let entries = fs::read_dir(&listed).expect("listed").map(|entry| entry.expect("an entry").file_name());
+        entries.map(|name| name.to_string_lossy().into_owned()).collect()
+    };
+    (directory, names)
+}
+
+#[test]
+fn what_cannot_be_written_is_refused_and_nothing_is_left() {
+    let [kernel, initrd] = small_guest("refused", RESETS);
+    let guest = ["--kernel", &kernel, "--initrd", &initrd, "--memory", "64M", "--hypervisor", SOME_PROGRAM];
+    let (place, names) = directory("image-refused");
+    image(&place.join("no/such/directory.iso"), &guest, None).expect_status(2).expect_stderr("No such file");
+    image(&place, &guest, None).expect_status(2).expect_stderr("directory");
+    image(Path::new("/proc/image.iso"), &guest, None).expect_status(2).expect_stderr("image /proc/image.iso");
+    // What is refused of a run's guest is refused of an image's.
+    for (arguments, reason) in [(["--vcpus", "0"], "0 vCPUs"), (["--kernel", SOME_PROGRAM], "not a Linux bzImage")] {
+        run(arguments).expect_status(2).expect_stderr(reason);
+        image(&place.join("x.iso"), &arguments, None).expect_status(2).expect_stderr(reason);
+    }
+    image(&place.join("x.iso"), &["--timeout", "5"], None).expect_status(2).expect_stderr("--timeout");
+    image(&place.join("x.iso"), &["--at-end", "explode"], None).expect_status(2).expect_stderr("power-off");
+    assert_eq!(names(), [""; 0]);
+}
+
+#[test]
+fn a_tool_that_is_missing_or_fails_leaves_what_was_there() {
+    let [kernel, initrd] = small_guest("tools", RESETS);
+    let guest = ["--kernel", &kernel, "--initrd", &initrd, "--memory", "64M", "--hypervisor", SOME_PROGRAM];
+    let (place, names) = directory("image-tools");
+    let (programs, _) = directory("image-programs");
+    let file = place.join("there.iso");
+    fs::write(&file, "what was there").expect("written");
+    let unharmed = || {
+        assert_eq!(names(), ["there.iso"]);
+        assert_eq!(fs::read_to_string(&file).expect("read"), "what was there");
+    };
+
+    let nowhere = programs.to_str().expect("a path in text");
+    image(&file, &guest, Some(nowhere)).expect_status(76).expect_stderr("grub-common");
+    unharmed();
+
+    let search = format!("{nowhere}:{}", env::var("PATH").expect("a search path"));
+    let tool = |name: &str, script: &str| {
+        let program = programs.join(name);
+        fs::write(&program, format!("#!/bin/sh\n{script}\n")).expect("written");
+        fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).expect("made a program");
+    };
+    for name in ["xorriso", "mformat"] {
+        tool(name, "exit 1");
+    }
+    tool("grub-mkrescue", "echo half >$2; echo no room is left >&2; exit 3");
+    image(&file, &guest, Some(&search)).expect_status(78).expect_stderr("no room is left");
+    unharmed();
+    tool("grub-mkrescue", "echo half >$2");
+    image(&file, &guest, Some(&search)).expect_status(78).expect_stderr("has written no image");
+    unharmed();
+}
