@@ -59,8 +59,8 @@ pub enum BoardClaim {
     Data,
     /// The PCI address register, whole.
     PciAddress,
-    /// PCI configuration data.
-    PciData,
+    /// PCI configuration data, from this byte of a register on.
+    PciData(u8),
     /// A byte of the test device's latch.
     Latch(u8),
     /// The test device's page flush.
@@ -77,7 +77,7 @@ pub const fn decode(port: u16, width: Width) -> Option<BoardClaim> {
         FW_CFG_SELECT => BoardClaim::Select,
         FW_CFG_DATA => BoardClaim::Data,
         PCI_ADDRESS if matches!(width, Width::Dword) => BoardClaim::PciAddress,
-        PCI_DATA..=0xcff => BoardClaim::PciData,
+        PCI_DATA..=0xcff => BoardClaim::PciData((port - PCI_DATA) as u8),
         testdev::LATCH..=0xe3 => BoardClaim::Latch((port - testdev::LATCH) as u8),
         testdev::FLUSH..=0xe7 => BoardClaim::Flush,
         testdev::LINES..=0x2017 => BoardClaim::Line((port - testdev::LINES) as u8),
@@ -124,7 +124,7 @@ impl Board {
                 bytes.fold(0, |value, lane| value | u32::from(self.test.latch(first + lane as u8)) << (8 * lane))
             }
             BoardClaim::PciAddress => self.pci.address(),
-            BoardClaim::PciData => width.mask(),
+            BoardClaim::PciData(lane) => self.pci.read(lane, width),
             BoardClaim::Select | BoardClaim::Flush | BoardClaim::Line(_) | BoardClaim::Shutdown => 0,
         }
     }
@@ -146,16 +146,33 @@ impl Board {
                     return BoardEffect::PowerOff;
                 }
             }
-            BoardClaim::Data | BoardClaim::PciData => {}
+            BoardClaim::PciData(lane) => self.pci.write(lane, width, value),
+            BoardClaim::Data => {}
         }
         BoardEffect::None
     }
 
+    /// Reads a port that no other device claims; `None` where no PCI device is either.
+    pub fn bar_input(&self, port: u16, width: Width) -> Option<u32> {
+        self.pci.device.port(port)?;
+        let byte = |lane| u32::from(self.pci.device.port(port.wrapping_add(lane)).unwrap_or(u8::MAX));
+        Some((0..width.bytes()).fold(0, |value, lane| value | byte(lane) << (8 * lane)))
+    }
+
+    /// Writes such a port; `false` where no PCI device is.
+    pub fn bar_output(&mut self, port: u16, width: Width, value: u32) -> bool {
+        let bytes = value.to_le_bytes();
+        let lanes = (0..width.bytes()).zip(bytes);
+        // All that answer are written, not the first alone.
+        lanes.fold(false, |any, (lane, byte)| self.pci.device.set_port(port.wrapping_add(lane), byte) | any)
+    }
+
     /// Reads memory; `None` where the board has none. `bytes` is 1, 2, 4 or 8.
     pub fn read(&self, gpa: u64, bytes: usize) -> Option<u64> {
-        match window(gpa)? {
-            Window::IoApic(offset) => Some(u64::from(self.ioapic.read(offset, bytes))),
-            Window::TestRam(offset) => self.test.read(offset, bytes),
+        match window(gpa) {
+            Some(Window::IoApic(offset)) => Some(u64::from(self.ioapic.read(offset, bytes))),
+            Some(Window::TestRam(offset)) => self.test.read(offset, bytes),
+            None => self.pci.device.memory(gpa, bytes),
         }
     }
 
@@ -164,7 +181,7 @@ impl Board {
         match window(gpa) {
             Some(Window::IoApic(offset)) => self.ioapic.write(offset, bytes, value as u32),
             Some(Window::TestRam(offset)) => self.test.write(offset, bytes, value),
-            None => return false,
+            None => return self.pci.device.set_memory(gpa, bytes, value),
         }
         true
     }
@@ -215,11 +232,17 @@ mod tests {
     }
 
     #[test]
-    fn pci_has_a_bus_and_nothing_on_it() {
+    fn pci_has_a_bus_with_the_test_device_on_it() {
         let mut board = board();
         let _ = board.output(claim(0xcf8, Width::Dword), Width::Dword, 0x8000_0000);
         assert_eq!(board.input(claim(0xcf8, Width::Dword), Width::Dword), 0x8000_0000);
         assert_eq!(board.input(claim(0xcfc, Width::Dword), Width::Dword), u32::MAX);
+        let _ = board.output(claim(0xcf8, Width::Dword), Width::Dword, 0x8000_1000);
+        assert_eq!(board.input(claim(0xcfe, Width::Word), Width::Word), 5);
+        assert!(board.write(0xfebf_f000, 1, 0) && board.bar_output(0xc000, Width::Byte, 2));
+        assert_eq!((board.read(0xfebf_f001, 1), board.bar_input(0xc000, Width::Word)), (Some(1), Some(0x105)));
+        assert_eq!(board.bar_input(0xc0fe, Width::Dword), Some(0xffff_0000));
+        assert_eq!((board.bar_input(0xc100, Width::Byte), board.bar_output(0xc100, Width::Dword, 0)), (None, false));
         assert_eq!(decode(0xcf9, Width::Byte), None, "the reset register's");
     }
 

@@ -21,6 +21,7 @@ pub mod fw_cfg;
 pub mod ioapic;
 pub mod lapic;
 pub mod pci;
+pub mod pci_testdev;
 pub mod pic;
 pub mod pit;
 pub mod platform;

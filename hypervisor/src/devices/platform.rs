@@ -144,7 +144,10 @@ impl Platform {
             Some(Claim::Reset) if port == RESET_CONTROL && width != Width::Byte => self.unclaimed_read(port, width),
             Some(_) => (0..width.bytes())
                 .fold(0, |value, lane| value | u32::from(self.read_byte(port.wrapping_add(lane))) << (8 * lane)),
-            None => self.unclaimed_read(port, width),
+            None => match self.board.as_ref().and_then(|board| board.bar_input(port, width)) {
+                Some(value) => value,
+                None => self.unclaimed_read(port, width),
+            },
         };
         self.settle();
         value
@@ -174,7 +177,11 @@ impl Platform {
                     self.write_byte(port.wrapping_add(lane), (value >> (8 * lane)) as u8);
                 }
             }
-            None => self.note_unclaimed(port, Direction::Write),
+            None => {
+                if !self.board.as_mut().is_some_and(|board| board.bar_output(port, width, value)) {
+                    self.note_unclaimed(port, Direction::Write);
+                }
+            }
         }
         self.settle();
     }

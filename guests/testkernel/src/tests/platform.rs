@@ -17,6 +17,7 @@ pub(super) fn run() {
     outl(0xcf8, 0x8000_0000);
     check!(inl(0xcf8) == 0x8000_0000, "PCI address {:#x}", inl(0xcf8));
     check!(inl(0xcfc) == !0, "PCI device {:#x}", inl(0xcfc));
+    pci();
     latch();
     modes();
 }
@@ -42,6 +43,54 @@ fn multiboot() {
         let content = bytes(start, (end - start) as usize);
         check!(content == b"NR_CPUS=4\nTEST_DEVICE=1\n", "module {content:?}");
     }
+}
+
+/// The one PCI function: software finds it by scanning, sizes its BARs, and does its tests.
+fn pci() {
+    let select = |function: u32, register: u32| outl(0xcf8, 1 << 31 | function << 8 | register);
+    let mut found = None;
+    for function in 0..256 {
+        select(function, 0);
+        if (inw(0xcfc), inw(0xcfe)) == (0x1b36, 0x0005) {
+            found = found.or(Some(function));
+        }
+    }
+    let Some(function) = found else { return check!(false, "no PCI test device") };
+    let bar = |number: u32| {
+        select(function, 0x10 + 4 * number);
+        let value = inl(0xcfc);
+        outl(0xcfc, !0);
+        let size = !(inl(0xcfc) & !0xf) + 1;
+        outl(0xcfc, value);
+        check!(inl(0xcfc) == value, "BAR {number} became {:#x}", inl(0xcfc));
+        (value, size)
+    };
+    let ((memory, memory_size), (ports, _)) = (bar(0), bar(1));
+    check!(memory & 0xf == 0 && memory_size == 4096, "BAR 0 {memory:#x}, {memory_size} bytes");
+    check!(ports & 3 == 1, "BAR 1 {ports:#x}");
+    let (at, ports) = (u64::from(memory), (ports & !3) as u16);
+    // SAFETY: both are registers of the device.
+    let put = |offset: u64, value: u8| unsafe {
+        core::ptr::with_exposed_provenance_mut::<u8>((at + offset) as usize).write_volatile(value);
+    };
+    let mut tests = 0;
+    for number in 0..=255 {
+        put(0, number);
+        outb(ports, number);
+        put(0, number);
+        let width = word(at) >> 8 & 0xff;
+        if width != 1 {
+            break;
+        }
+        let (offset, value) = (word(at + 4), word(at + 8) as u8);
+        put(u64::from(offset), value);
+        put(u64::from(offset), value);
+        check!(number != 0 || word(at + 12) == 2, "{} writes counted", word(at + 12));
+        outb(ports, number);
+        check!(inb(ports + 1) == 1 && inb(ports + 16) == b'p', "port test {number}");
+        tests += 1;
+    }
+    check!(tests == 3, "{tests} tests");
 }
 
 fn latch() {
