@@ -14,6 +14,7 @@
 pub mod apic;
 pub mod barrier;
 pub mod clock;
+pub mod extended;
 pub mod instructions;
 pub mod local;
 pub mod panic;

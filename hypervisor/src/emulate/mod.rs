@@ -81,6 +81,8 @@ pub struct Cpu {
     pub segments: [Segment; 6],
     /// Physical address bits of the guest's CPU.
     pub physical_bits: u32,
+    /// Rights to pages by their protection keys.
+    pub pkru: u32,
 }
 
 /// Operand, address and instruction sizes by default.

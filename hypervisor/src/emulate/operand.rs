@@ -41,8 +41,8 @@ pub(super) struct Space<'a, B> {
 impl<B: Bus> Space<'_, B> {
     /// Translates for an access that lies in one page.
     pub(super) fn translate(&mut self, linear: u64, access: Access) -> Result<u64, Stop> {
-        let Cpu { cr0, cr3, cr4, efer, cpl, physical_bits, .. } = *self.cpu;
-        let paging = Paging { cr0, cr3, cr4, efer, rflags: self.cpu.registers.rflags, cpl, physical_bits };
+        let Cpu { cr0, cr3, cr4, efer, cpl, physical_bits, pkru, .. } = *self.cpu;
+        let paging = Paging { cr0, cr3, cr4, efer, rflags: self.cpu.registers.rflags, cpl, physical_bits, pkru };
         walk::translate(self.bus, &paging, linear, access)
     }
 

@@ -132,6 +132,7 @@ fn cpu(wide: bool) -> Cpu {
         cpl: 0,
         segments,
         physical_bits: 40,
+        pkru: 0,
     }
 }
 
@@ -597,4 +598,29 @@ fn what_is_seen_of_an_instruction_that_others_execute() {
     assert_eq!(seen(&[0x2e, 0xf1]), Some((Kind::Int1, 2)));
     assert_eq!(seen(&[0x0f, 0x0b]), Some((Kind::Other, 2)));
     assert_eq!(seen(&[0x0f, 0x04]), None);
+}
+
+#[test]
+fn protection_keys_forbid_data_and_not_code() {
+    // mov [rbx], eax, and mov eax, [rbx]; all pages are the user's and have key 3.
+    let (write, read) = ([0x89, 0x03], [0x8b, 0x03]);
+    let fault = |code| End::Raise(Exception::PageFault { code, address: 0x2000 });
+    for (pkru, wp, cpl, code, end) in [
+        (0, true, 3, write, End::Done),
+        (1 << 6, true, 3, read, fault(0x25)),
+        (2 << 6, true, 3, read, End::Done),
+        (2 << 6, true, 3, write, fault(0x27)),
+        (2 << 6, true, 0, write, fault(0x23)),
+        (2 << 6, false, 0, write, End::Done),
+        (1 << 6, false, 0, read, fault(0x21)),
+        (!(3 << 6), true, 3, write, End::Done),
+    ] {
+        let (mut cpu, mut machine) = (cpu(true), Machine::new());
+        machine.long_tables(3 << 59 | 7);
+        (cpu.pkru, cpu.cpl, cpu.registers.general[3]) = (pkru, cpl, 0x2000);
+        cpu.cr0 = 0x8000_0001 | u64::from(wp) << 16;
+        assert_eq!(run(&cpu, &mut machine, &code).end, End::Done, "keys are off");
+        cpu.cr4 |= 1 << 22;
+        assert_eq!(run(&cpu, &mut machine, &code).end, end, "{pkru:#x} {wp} {cpl}");
+    }
 }

@@ -6,7 +6,7 @@
 //! compare-and-swap from the entry that was judged: if another vCPU has changed the entry since, the walk starts over,
 //! and never marks an entry that it did not judge.
 //!
-//! Protection keys are not looked at: guests are not offered them.
+//! Protection keys are looked at in long mode, for user pages (APM vol. 2, 5.6.7).
 
 use super::{Bus, Exception, Stop};
 
@@ -26,6 +26,8 @@ const CR4_PAE: u64 = 1 << 5;
 const CR4_LA57: u64 = 1 << 12;
 const CR4_SMEP: u64 = 1 << 20;
 const CR4_SMAP: u64 = 1 << 21;
+const CR4_PKE: u64 = 1 << 22;
+const KEY_SHIFT: u32 = 59;
 const EFER_LMA: u64 = 1 << 10;
 const EFER_NXE: u64 = 1 << 11;
 const RFLAGS_AC: u64 = 1 << 18;
@@ -35,6 +37,7 @@ const CODE_WRITE: u32 = 1 << 1;
 const CODE_USER: u32 = 1 << 2;
 const CODE_RESERVED: u32 = 1 << 3;
 const CODE_FETCH: u32 = 1 << 4;
+const CODE_KEY: u32 = 1 << 5;
 
 /// How often a walk starts over because entries change under it.
 const ATTEMPTS: usize = 16;
@@ -69,6 +72,8 @@ pub struct Paging {
     pub cpl: u8,
     /// Physical address bits.
     pub physical_bits: u32,
+    /// Rights by protection keys: two bits a key, no access and no write.
+    pub pkru: u32,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -157,6 +162,16 @@ impl Paging {
     }
 }
 
+impl Paging {
+    /// Whether the key in a user page's entry forbids an access that its other bits allow. Fetches need no key, and writes
+    /// of the supervisor heed it where they heed write protection.
+    fn locked(&self, entry: u64, access: Access) -> bool {
+        let rights = self.pkru >> (2 * (entry >> KEY_SHIFT & 0xf)) & 3;
+        let guarded = access == Access::Write && (self.user() || self.cr0 & CR0_WP != 0);
+        self.cr4 & CR4_PKE != 0 && access != Access::Execute && (rights & 1 != 0 || rights & 2 != 0 && guarded)
+    }
+}
+
 #[derive(Clone, Copy)]
 struct Rights {
     user: bool,
@@ -222,6 +237,9 @@ fn attempt(
         }
         if !paging.allows(rights, access) {
             return Err(paging.fault(linear, access, CODE_PRESENT).into());
+        }
+        if format == Format::Long && rights.user && paging.locked(entry, access) {
+            return Err(paging.fault(linear, access, CODE_PRESENT | CODE_KEY).into());
         }
         for (index, &(at, entry)) in seen[..levels].iter().enumerate().skip(level - 1) {
             let dirty = if index + 1 == level && access == Access::Write { DIRTY } else { 0 };

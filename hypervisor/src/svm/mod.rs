@@ -11,7 +11,7 @@ use alloc::string::{String, ToString};
 use alloc::vec::Vec;
 use core::arch::x86_64::__cpuid;
 
-use crate::cpu::instructions;
+use crate::cpu::{extended, instructions};
 use crate::memory::frames;
 
 pub use vcpu::Vcpu;
@@ -135,4 +135,5 @@ pub fn enable() {
         instructions::wrmsr(MSR_EFER, instructions::rdmsr(MSR_EFER) | EFER_SVME);
         instructions::wrmsr(MSR_VM_HSAVE_PA, save);
     }
+    extended::enable();
 }

@@ -32,6 +32,7 @@ use super::exit;
 use super::permission::Maps;
 use super::vmcb::{Intercepts1, Intercepts2, NESTED_PAGING, Save, Segment, TlbControl, Vmcb, virtual_interrupt};
 use super::{EFER_SVME, Features};
+use crate::cpu::extended;
 use crate::emulate;
 use crate::guest::{VcpuInit, entry as start};
 use crate::memory::frames::{self, FRAME};
@@ -45,6 +46,7 @@ const RFLAGS_IF: u64 = 1 << 9;
 const RFLAGS_TF: u64 = 1 << 8;
 const RFLAGS_RF: u64 = 1 << 16;
 const RFLAGS_FIXED: u64 = 1 << 1;
+const CR4_PKE: u64 = 1 << 22;
 const CR0_RESET: u64 = 0x6000_0010;
 const PAT_RESET: u64 = 0x0007_0406_0007_0406;
 /// The guest's ASID. One VM, one vCPU a CPU: the number only has to differ from the host's, 0.
@@ -490,6 +492,7 @@ impl GuestCpu for Vcpu {
             cpl: save.cpl,
             segments: [&save.es, &save.cs, &save.ss, &save.ds, &save.fs, &save.gs].map(segment),
             physical_bits,
+            pkru: if save.cr4 & CR4_PKE != 0 { extended::pkru() } else { 0 },
         }
     }
 

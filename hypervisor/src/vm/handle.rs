@@ -12,6 +12,7 @@ use super::policy::cpuid::{CpuidContext, CpuidPolicy};
 use super::policy::kvmclock::write_wall_clock;
 use super::policy::msr::{MsrEffect, MsrState, UnknownMsr};
 use super::vcpu::Vcpu;
+use crate::cpu::extended::{self, XCR0_RESET};
 use crate::cpu::instructions;
 use crate::devices::{Gp, Now, Width};
 
@@ -21,9 +22,13 @@ mod length {
     pub(super) const MSR: u64 = 2;
     pub(super) const HLT: u64 = 1;
     pub(super) const INVD_WBINVD: u64 = 2;
+    pub(super) const XSETBV: u64 = 3;
 }
 
 pub(super) const MSR_TSC_AUX: u32 = 0xc000_0103;
+
+const CPUID_XSAVE: u32 = 0xd;
+const CR4_OSXSAVE: u64 = 1 << 18;
 
 /// CPUID 1, EDX: there is a local APIC, and it is enabled.
 const CPUID_APIC: u32 = 1 << 9;
@@ -81,7 +86,8 @@ impl<C: GuestCpu> Vcpu<C> {
             Exit::CacheFlush => self.cpu.advance(length::INVD_WBINVD),
             Exit::Hypercall => self.hypercall(),
             Exit::InvalidOpcode | Exit::Int1 => return Ok(self.met(exit)),
-            Exit::Undefined | Exit::SetExtendedControl => self.cpu.raise(Raised::InvalidOpcode),
+            Exit::Undefined => self.cpu.raise(Raised::InvalidOpcode),
+            Exit::SetExtendedControl => self.set_extended_control(),
             Exit::WriteTaskPriority => return Ok(self.write_task_priority()),
             Exit::Exception(exception) => self.cpu.raise(Raised::Again(exception)),
             Exit::NoCounters => self.cpu.raise(Raised::GeneralProtection),
@@ -168,8 +174,8 @@ impl<C: GuestCpu> Vcpu<C> {
 
     fn cpuid(&mut self) {
         let (leaf, subleaf) = (self.cpu.register(RAX) as u32, self.cpu.register(RCX) as u32);
-        // XSAVE is not offered, so XCR0 is what it is after reset: x87 only.
-        let context = CpuidContext { apic_id: self.lapic.id(), cr4: self.cpu.cr4(), xcr0: 1 };
+        let xcr0 = if leaf == CPUID_XSAVE && self.policy.cpuid.has_xsave() { extended::xcr0() } else { XCR0_RESET };
+        let context = CpuidContext { apic_id: self.lapic.id(), cr4: self.cpu.cr4(), xcr0 };
         let mut regs = self.policy.cpuid.query(leaf, subleaf, context);
         if leaf == 1 && !self.lapic.is_enabled() {
             regs.edx &= !CPUID_APIC;
@@ -178,6 +184,21 @@ impl<C: GuestCpu> Vcpu<C> {
             self.cpu.set_register(register, u64::from(value));
         }
         self.cpu.advance(length::CPUID);
+    }
+
+    /// XSETBV (APM vol. 4). Where the hypervisor offers no XSAVE, CR4.OSXSAVE can be set all the same if the CPU has it.
+    fn set_extended_control(&mut self) {
+        if !self.policy.cpuid.has_xsave() || self.cpu.cr4() & CR4_OSXSAVE == 0 {
+            return self.cpu.raise(Raised::InvalidOpcode);
+        }
+        let value = self.cpu.register(RAX) & 0xffff_ffff | self.cpu.register(RDX) << 32;
+        let privileged = self.cpu.emulated(self.policy.physical_bits).cpl == 0;
+        if !privileged || self.cpu.register(RCX) as u32 != 0 || !self.policy.cpuid.allows_xcr0(value) {
+            return self.cpu.raise(Raised::GeneralProtection);
+        }
+        // SAFETY: what the guest is offered the CPU has.
+        unsafe { extended::set_xcr0(value) };
+        self.cpu.advance(length::XSETBV);
     }
 
     fn read_msr(&mut self) {

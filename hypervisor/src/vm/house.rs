@@ -233,11 +233,17 @@ impl Vm<'_> {
         let tsc_khz = clock::tsc_khz();
         let extended = __cpuid(0x8000_0001).edx;
         let (tsc_aux, ffxsr) = (extended & 1 << 27 != 0, extended & 1 << 25 != 0);
-        // Without a way to keep the guest's XCR0 from the host (QEMU neither intercepts nor switches it), no XSAVE.
-        let cpuid = CpuidConfig { vcpus: self.config.vcpus, xsave: false, tsc_aux, tsc_khz };
+        let cpuid = CpuidConfig { vcpus: self.config.vcpus, xsave: true, tsc_aux, tsc_khz };
         let cpuid = Arc::new(CpuidPolicy::new(&ThisCpu, cpuid));
         let physical_bits = __cpuid(0x8000_0008).eax & 0xff;
-        let msrs = MsrConfig { tsc_khz, tsc_offset: clock.started().wrapping_neg(), physical_bits, ffxsr, tsc_aux };
+        let msrs = MsrConfig {
+            tsc_khz,
+            tsc_offset: clock.started().wrapping_neg(),
+            physical_bits,
+            linear_bits: cpuid.linear_bits(),
+            ffxsr,
+            tsc_aux,
+        };
         let mut vcpus = Vec::new();
         for number in 0..count {
             let cpu = svm::Vcpu::new(self.features, &self.maps).ok_or("no memory for a vCPU")?;

@@ -21,7 +21,7 @@ use super::handle::{MSR_TSC_AUX, Next, Policy};
 use super::ring::Ring;
 use super::shared::{End, Place, Shared};
 use super::storm::Stall;
-use crate::cpu::{apic, clock, instructions, local};
+use crate::cpu::{apic, clock, extended, instructions, local};
 use crate::devices::lapic::{Lapic, LapicConfig};
 use crate::guest::VcpuInit;
 use crate::memory::embedder::{self, Machine};
@@ -130,6 +130,7 @@ impl<C: GuestCpu> Vcpu<C> {
     #[must_use]
     pub fn run(mut self) -> Remains {
         self.cpu.bind();
+        extended::reset();
         if self.policy.tsc_aux {
             // SAFETY: the host has the register and does not use it.
             unsafe { instructions::wrmsr(MSR_TSC_AUX, 0) };
@@ -141,6 +142,7 @@ impl<C: GuestCpu> Vcpu<C> {
             }
         }
         apic::set_timer(0);
+        extended::reset();
         // Reports walk tables.
         self.vm.storm.wait_for_end();
         let died = matches!(self.vm.cause(), Some(End::Death(..)));
@@ -243,6 +245,7 @@ impl<C: GuestCpu> Vcpu<C> {
         let pending = self.lapic.sync(&self.vm.vcpus[self.number].lapic);
         if pending.init {
             self.lapic.init();
+            extended::clear_breakpoints();
             self.activity = Activity::WaitingForStartup;
             self.nmis = 0;
             self.timer_changed = true;

@@ -6,9 +6,9 @@
 //! registers, is filled in by [`CpuidPolicy::query`].
 //!
 //! Left out on purpose: SVM and VMX (no nesting), MONITOR (MWAIT would idle the host CPU out of our hands), performance
-//! counters, speculation controls (their MSRs are not switched), 5-level guest paging and protection keys, AVX-512 and
-//! anything else whose state is larger than AVX, and SME/SEV. What needs XSAVE is left out unless the configuration says
-//! that XCR0 is switched or intercepted: some emulated hosts do neither.
+//! counters, speculation controls (their MSRs are not switched), AVX-512 and anything else whose state is larger than AVX
+//! but for protection keys, supervisor state (XSAVES), and SME/SEV. What needs XSAVE is left out unless the configuration
+//! says that XCR0 is a vCPU's own ([`crate::cpu::extended`]).
 
 use alloc::vec::Vec;
 
@@ -118,15 +118,18 @@ const L7_EBX: u32 = bits(&[0, 3, 7, 8, 9, 10, 18, 19, 20, 23, 24, 29]);
 const L7_EBX_XSAVE: u32 = bits(&[5]);
 /// TSC_ADJUST.
 const L7_EBX_ADDED: u32 = bits(&[1]);
-/// UMIP, GFNI.
-const L7_ECX: u32 = bits(&[2, 8]);
+/// UMIP, PKU, GFNI, LA57.
+const L7_ECX: u32 = bits(&[2, 3, 8, 16]);
+const L7_ECX_PKU: u32 = 1 << 3;
+const L7_ECX_OSPKE: u32 = 1 << 4;
+const L7_ECX_LA57: u32 = 1 << 16;
 /// VAES, VPCLMULQDQ.
 const L7_ECX_XSAVE: u32 = bits(&[9, 10]);
 const L7_ECX_RDPID: u32 = 1 << 22;
 /// FSRM.
 const L7_EDX: u32 = bits(&[4]);
-/// x87, SSE, AVX.
-const XCR0_ALLOWED: u64 = 7;
+/// x87, SSE, AVX, PKRU.
+const XCR0_ALLOWED: u64 = 7 | XCR0_PKRU;
 /// XSAVEOPT, XSAVEC, XGETBV with ECX = 1.
 const LD1_EAX: u32 = bits(&[0, 1, 2]);
 /// LAHF, AltMovCr8, ABM, SSE4A, misaligned SSE, 3DNow prefetch, TBM, TOPOEXT.
@@ -139,8 +142,9 @@ const E1_EDX: u32 = bits(&[0, 1, 2, 3, 4, 5, 6, 7, 8, 11, 13, 14, 15, 16, 17, 20
 const E1_EDX_RDTSCP: u32 = 1 << 27;
 /// Invariant TSC.
 const E7_EDX: u32 = 1 << 8;
-/// Linear address bits of 4-level paging.
+/// Linear address bits of paging with four and with five levels.
 const LINEAR_BITS: u32 = 48;
+const LINEAR_BITS_LA57: u32 = 57;
 /// CLZERO.
 const E8_EBX: u32 = bits(&[0]);
 /// RstrFpErrPtrs.
@@ -153,6 +157,22 @@ const E21_EAX: u32 = bits(&[0, 2, 6]);
 pub struct CpuidPolicy {
     entries: Vec<Entry>,
     vcpus: u32,
+    /// What XCR0 may have; 0 without XSAVE.
+    xcr0: u64,
+    components: Vec<Component>,
+    linear_bits: u32,
+}
+
+/// State that XSAVE manages beyond x87 and SSE.
+#[derive(Clone, Copy, Debug)]
+struct Component {
+    /// Its bit in XCR0.
+    bit: u64,
+    bytes: u32,
+    /// Where it is in the standard format.
+    offset: u32,
+    /// In the compacted format it begins at a multiple of 64 bytes.
+    aligned: bool,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -167,7 +187,7 @@ impl CpuidPolicy {
     /// Makes the leaves of a VM on this host.
     pub fn new(host: &impl HostCpuid, config: CpuidConfig) -> Self {
         let vcpus = config.vcpus.clamp(1, 255);
-        let mut policy = Self { entries: Vec::new(), vcpus };
+        let mut policy = Self { entries: Vec::new(), vcpus, xcr0: 0, components: Vec::new(), linear_bits: LINEAR_BITS };
         let basic = host.leaf(0, 0);
         let extended = host.leaf(0x8000_0000, 0);
         // A host leaf beyond the host's last one would return some other leaf's data on some CPUs.
@@ -203,7 +223,9 @@ impl CpuidPolicy {
                 }
             }
             0xb => regs.edx = context.apic_id,
-            0xd if subleaf <= 1 && found.is_some() => regs.ebx = xsave_bytes(context.xcr0),
+            7 if regs.ecx & L7_ECX_PKU != 0 && context.cr4 & CR4_PKE != 0 => regs.ecx |= L7_ECX_OSPKE,
+            0xd if subleaf == 0 && found.is_some() => regs.ebx = self.xsave_bytes(context.xcr0).0,
+            0xd if subleaf == 1 && found.is_some() => regs.ebx = self.xsave_bytes(context.xcr0).1,
             0x8000_001e => {
                 regs.eax = context.apic_id;
                 regs.ebx = context.apic_id & 0xff;
@@ -211,6 +233,30 @@ impl CpuidPolicy {
             _ => {}
         }
         regs
+    }
+
+    /// Whether the guest has XSAVE.
+    pub fn has_xsave(&self) -> bool {
+        self.xcr0 != 0
+    }
+
+    /// Whether the guest may put `value` in XCR0: what it was offered, x87 always, and AVX not without SSE.
+    pub fn allows_xcr0(&self, value: u64) -> bool {
+        value & !self.xcr0 == 0 && value & 1 != 0 && (value & XCR0_AVX == 0 || value & XCR0_SSE != 0)
+    }
+
+    /// Bits of the guest's linear addresses, at most.
+    pub fn linear_bits(&self) -> u32 {
+        self.linear_bits
+    }
+
+    /// Bytes of the XSAVE area for `xcr0` in the standard format, and in the compacted one.
+    fn xsave_bytes(&self, xcr0: u64) -> (u32, u32) {
+        let enabled = self.components.iter().filter(|component| xcr0 & component.bit != 0);
+        enabled.fold((LEGACY_BYTES, LEGACY_BYTES), |(standard, compacted), component| {
+            let begin = if component.aligned { compacted.next_multiple_of(64) } else { compacted };
+            (standard.max(component.offset + component.bytes), begin + component.bytes)
+        })
     }
 
     fn add(&mut self, leaf: u32, subleaf: Option<u32>, regs: CpuidRegs) {
@@ -247,6 +293,9 @@ impl CpuidPolicy {
         }
         self.add(6, None, CpuidRegs { eax: L6_EAX_ADDED, ..CpuidRegs::default() });
         let seven = ask(7, 0);
+        if seven.ecx & L7_ECX_LA57 != 0 {
+            self.linear_bits = LINEAR_BITS_LA57;
+        }
         let rdpid = if config.tsc_aux { L7_ECX_RDPID } else { 0 };
         self.add(
             7,
@@ -267,12 +316,17 @@ impl CpuidPolicy {
     }
 
     fn add_xsave(&mut self, ask: &impl Fn(u32, u32) -> CpuidRegs) {
-        let xcr0 = u64::from(ask(0xd, 0).eax) & XCR0_ALLOWED;
-        self.add(0xd, Some(0), CpuidRegs { eax: xcr0 as u32, ebx: 0, ecx: xsave_bytes(xcr0), edx: 0 });
-        self.add(0xd, Some(1), CpuidRegs { eax: ask(0xd, 1).eax & LD1_EAX, ..CpuidRegs::default() });
-        if xcr0 & XCR0_AVX != 0 {
-            self.add(0xd, Some(2), CpuidRegs { eax: AVX_BYTES, ebx: LEGACY_BYTES, ecx: 0, edx: 0 });
+        self.xcr0 = u64::from(ask(0xd, 0).eax) & XCR0_ALLOWED;
+        let offered = self.xcr0;
+        for number in [2, 9].into_iter().filter(|number| offered & 1 << number != 0) {
+            let described = ask(0xd, number);
+            let (bytes, offset, flags) = (described.eax & 0xfff, described.ebx & 0xffff, described.ecx & FLAG_ALIGNED);
+            self.add(0xd, Some(number), CpuidRegs { eax: bytes, ebx: offset, ecx: flags, edx: 0 });
+            self.components.push(Component { bit: 1 << number, bytes, offset, aligned: flags != 0 });
         }
+        let most = self.xsave_bytes(self.xcr0).0;
+        self.add(0xd, Some(0), CpuidRegs { eax: self.xcr0 as u32, ebx: 0, ecx: most, edx: 0 });
+        self.add(0xd, Some(1), CpuidRegs { eax: ask(0xd, 1).eax & LD1_EAX, ..CpuidRegs::default() });
     }
 
     fn add_extended(&mut self, ask: &impl Fn(u32, u32) -> CpuidRegs, first: CpuidRegs, config: CpuidConfig) {
@@ -304,9 +358,8 @@ impl CpuidPolicy {
             0x8000_0008,
             None,
             CpuidRegs {
-                // Physical and linear address bits; 23:16 would be a guest's own limit. Without 5-level paging there
-                // are 48 linear ones.
-                eax: eight.eax & 0xff | (eight.eax >> 8 & 0xff).min(LINEAR_BITS) << 8,
+                // Physical and linear address bits; 23:16 would be a guest's own limit.
+                eax: eight.eax & 0xff | (eight.eax >> 8 & 0xff).min(self.linear_bits) << 8,
                 ebx: eight.ebx & (E8_EBX | with_xsave(E8_EBX_XSAVE)),
                 ecx: (self.vcpus - 1) | self.id_bits() << 12,
                 edx: 0,
@@ -347,15 +400,14 @@ impl CpuidPolicy {
 }
 
 const CR4_OSXSAVE: u64 = 1 << 18;
+const CR4_PKE: u64 = 1 << 22;
+const XCR0_SSE: u64 = 1 << 1;
 const XCR0_AVX: u64 = 1 << 2;
+const XCR0_PKRU: u64 = 1 << 9;
 /// Legacy region and XSAVE header.
 const LEGACY_BYTES: u32 = 576;
-const AVX_BYTES: u32 = 256;
-
-/// Size of the XSAVE area for the features in `xcr0`; compacted and not, for the features that are offered, are the same.
-fn xsave_bytes(xcr0: u64) -> u32 {
-    LEGACY_BYTES + if xcr0 & XCR0_AVX != 0 { AVX_BYTES } else { 0 }
-}
+/// Of a component, ECX: aligned in the compacted format.
+const FLAG_ALIGNED: u32 = 1 << 1;
 
 #[cfg(test)]
 mod tests {
@@ -377,6 +429,8 @@ mod tests {
                     CpuidRegs { eax: all & !0xff | level << 5 | 1, ebx: all, ecx: all, edx: all }
                 }
                 (4 | 0x8000_001d, _) => CpuidRegs::default(),
+                (0xd, 2) => CpuidRegs { eax: 256, ebx: 576, ecx: 0, edx: 0 },
+                (0xd, 9) => CpuidRegs { eax: 8, ebx: 2432, ecx: 2, edx: 0 },
                 _ => CpuidRegs { eax: all, ebx: all, ecx: all, edx: all },
             }
         }
@@ -486,13 +540,43 @@ mod tests {
         let query = |leaf, subleaf, cr4, xcr0| policy.query(leaf, subleaf, CpuidContext { apic_id: 0, cr4, xcr0 });
         assert_eq!(query(1, 0, 0, 1).ecx >> 26 & 7, 0b101, "XSAVE and AVX, not yet enabled");
         assert_eq!(query(1, 0, CR4_OSXSAVE, 1).ecx >> 27 & 1, 1);
-        assert_eq!(query(0xd, 0, 0, 3), CpuidRegs { eax: 7, ebx: 576, ecx: 832, edx: 0 });
-        assert_eq!(query(0xd, 0, 0, 7).ebx, 832);
+        assert_eq!(query(0xd, 0, 0, 3), CpuidRegs { eax: 0x207, ebx: 576, ecx: 2440, edx: 0 });
+        assert_eq!((query(0xd, 0, 0, 7).ebx, query(0xd, 0, 0, 0x203).ebx), (832, 2440));
+        assert_eq!(
+            (query(0xd, 1, 0, 7).ebx, query(0xd, 1, 0, 0x207).ebx, query(0xd, 1, 0, 0x203).ebx),
+            (832, 840, 584)
+        );
         assert_eq!(query(0xd, 1, 0, 7).eax, 7, "no XSAVES");
         assert_eq!(query(0xd, 2, 0, 7), CpuidRegs { eax: 256, ebx: 576, ecx: 0, edx: 0 });
+        assert_eq!(query(0xd, 9, 0, 7), CpuidRegs { eax: 8, ebx: 2432, ecx: 2, edx: 0 });
         assert_eq!(query(0xd, 3, 0, 7), CpuidRegs::default());
+        for (value, allowed) in [
+            (1, true),
+            (3, true),
+            (7, true),
+            (0x207, true),
+            (0x201, true),
+            (0, false),
+            (2, false),
+            (5, false),
+            (0xf, false),
+            (1 << 63 | 1, false),
+        ] {
+            assert_eq!(policy.allows_xcr0(value), allowed, "{value:#x}");
+        }
+        assert!(!CpuidPolicy::new(&Everything, config(1, false)).has_xsave());
         assert_eq!(query(7, 0, 0, 1).ebx >> 5 & 1, 1, "AVX2");
         assert_eq!(query(7, 0, 0, 1).ebx >> 16 & 1, 0, "AVX-512 is not offered");
+    }
+
+    #[test]
+    fn five_levels_and_keys_are_as_the_cpu_has_them() {
+        let policy = CpuidPolicy::new(&Everything, config(1, false));
+        let seven = |cr4| policy.query(7, 0, CpuidContext { apic_id: 0, cr4, xcr0: 1 }).ecx;
+        assert_eq!((seven(0) & 1 << 16, seven(0) & 0x18, seven(CR4_PKE) & 0x18), (1 << 16, 8, 0x18));
+        assert_eq!((policy.linear_bits(), policy.query(0x8000_0008, 0, context(0)).eax >> 8 & 0xff), (57, 57));
+        let small = CpuidPolicy::new(&Nothing, config(1, false));
+        assert_eq!((small.linear_bits(), small.query(7, 0, context(0)).ecx), (48, 0));
     }
 
     #[test]

@@ -31,6 +31,8 @@ pub struct MsrConfig {
     pub tsc_offset: u64,
     /// Bits of a guest physical address.
     pub physical_bits: u32,
+    /// Bits of a linear address, at most.
+    pub linear_bits: u32,
     /// EFER.FFXSR is offered (CPUID 0x8000_0001 EDX bit 25).
     pub ffxsr: bool,
     /// TSC_AUX is switched, and RDTSCP offered.
@@ -322,7 +324,7 @@ fn check_field(state: &MsrState, vmcb: &impl VmcbMsrs, field: VmcbField, value: 
         | VmcbField::FsBase
         | VmcbField::GsBase
         | VmcbField::SysenterEsp
-        | VmcbField::SysenterEip => canonical(value),
+        | VmcbField::SysenterEip => canonical(value, state.config.linear_bits),
         VmcbField::Sfmask => within(value, 0xffff_ffff),
         VmcbField::Star | VmcbField::SysenterCs => Ok(value),
         VmcbField::Cr0 => Err(Gp),
@@ -333,9 +335,10 @@ fn within(value: u64, valid: u64) -> Result<u64, Gp> {
     if value & !valid == 0 { Ok(value) } else { Err(Gp) }
 }
 
-/// With 4-level paging, bits 63:47 are all alike.
-fn canonical(value: u64) -> Result<u64, Gp> {
-    if matches!(value >> 47, 0 | 0x1_ffff) { Ok(value) } else { Err(Gp) }
+/// The bits above a linear address are all alike: above the widest that the CPU has, in whichever mode it is.
+fn canonical(value: u64, linear_bits: u32) -> Result<u64, Gp> {
+    let unused = 64 - linear_bits;
+    if (value as i64) << unused >> unused == value as i64 { Ok(value) } else { Err(Gp) }
 }
 
 #[cfg(test)]
@@ -390,6 +393,7 @@ mod tests {
                     tsc_khz,
                     tsc_offset: 0u64.wrapping_sub(1000),
                     physical_bits: 40,
+                    linear_bits: 48,
                     ffxsr: false,
                     tsc_aux: true,
                 }),
@@ -544,7 +548,7 @@ mod tests {
                 _ = vcpu.write(msr, value);
             }
             assert_eq!(vcpu.vmcb.get(VmcbField::Efer) & (1 << 12), 0);
-            assert!(canonical(vcpu.vmcb.get(VmcbField::Lstar)).is_ok());
+            assert!(canonical(vcpu.vmcb.get(VmcbField::Lstar), 48).is_ok());
             assert!(vcpu.vmcb.get(VmcbField::Pat).to_le_bytes().iter().all(|kind| matches!(kind, 0 | 1 | 4..=7)));
         }
     }
