@@ -11,6 +11,8 @@
 //! |---|---|---|
 //! | absent, MMIO | leaf, table, MMIO | a fault; nothing: an absent entry is in no TLB |
 //! | leaf | leaf with more rights | a fault; nothing: a stale TLB faults again and finds it (spurious) |
+//! | leaf | leaf without W, or with A or D cleared ([`weaken`]) | dirty logging, aging; a flush that may wait until what was learned is told ([`Debt`]) |
+//! | leaf | table of leaves of the same frames, rights and dirty bits | a split; nothing: both translate alike |
 //! | leaf, table, access-tracked, MMIO | frozen | a zap; a flush, and the entry stays frozen until it is done |
 //! | frozen | absent | the zap that froze it, after its flush |
 //! | any | dead (frozen for good) | the unlinker of a table, for each of its entries |
@@ -21,14 +23,15 @@
 //! # What the types say
 //! An [`Entry`] has no store: the functions here are the only way to change one. What takes something away wants to see
 //! that a hold is open in which the flush is owed ([`Owed`]), what gives an entry free again that it was paid
-//! ([`Flushed`]).
+//! ([`Flushed`]). What a weaker leaf owes is written down as it is made ([`Debt`]).
 
 use crate::addr::{ENTRIES, Level};
 use crate::events::{Counter, SeatCounters};
 use crate::format::{Format, State};
+use crate::mutants::{self, Mutant};
 use crate::reclaim::Owed;
 use crate::sync::{AtomicU64, Ordering, load_for_update};
-use crate::tlb::Flushed;
+use crate::tlb::{Debt, Flushed};
 
 /// One entry of a table that the CPU may be walking. Read anywhere inside the lock, changed by the functions below.
 #[derive(Debug)]
@@ -53,22 +56,50 @@ impl Entry {
 pub(crate) fn legal<F: Format>(old: u64, new: u64, level: Level) -> bool {
     match (F::decode(old, level), F::decode(new, level)) {
         (State::Absent | State::Mmio { .. }, State::Leaf(_) | State::Table(_) | State::Mmio { .. }) => true,
-        (State::Leaf(old), State::Leaf(new)) => {
+        (State::Leaf(old) | State::AccessTracked(old), State::Leaf(new)) => {
             old.hfn == new.hfn
                 && new.rights.contains(old.rights)
                 && old.memory == new.memory
                 && (new.dirty || !old.dirty)
         }
+        // What stands in the table is the splitter's to show.
+        (State::Leaf(_) | State::AccessTracked(_), State::Table(_)) => level > Level::K4,
         (State::Frozen, State::Absent) => true,
         (_, State::Frozen) => true,
         _ => false,
     }
 }
 
+/// Whether the mapping `old` may lose `bits` while a TLB may still have it with them: what is lost is noticed no later
+/// than the flush, which may wait until someone is told. Not so for MMU_WRITABLE: others conclude from its absence.
+pub(crate) fn may_wait<F: Format>(old: u64, bits: u64, level: Level) -> bool {
+    F::is_mapping(old, level) && bits & !(F::WRITE | F::CPU_OWNED) == 0
+}
+
+/// Takes `bits` (of W, A and D) from the mapping `old`, or says what `cell` holds now. The flush that this owes goes to
+/// `debt`, which outlives the hold.
+#[inline]
+pub(crate) fn weaken<F: Format>(cell: &Entry, level: Level, old: u64, bits: u64, debt: &mut Debt) -> Result<(), u64> {
+    let lost = if mutants::is(Mutant::SoftwareBitsLost) { F::MMU_WRITABLE } else { 0 };
+    debug_assert!(may_wait::<F>(old, bits, level), "{} {level:?}: {old:#x} - {bits:#x}", F::NAME);
+    cell.0.compare_exchange(old, old & !(bits | lost), Ordering::AcqRel, Ordering::Acquire)?;
+    debt.note();
+    Ok(())
+}
+
+/// Writes an entry of a table that nothing leads to yet.
+#[inline]
+pub(crate) fn prepare(cell: &Entry, raw: u64) {
+    // Relaxed: the compare-and-swap that links the table releases it.
+    cell.0.store(raw, Ordering::Relaxed);
+}
+
 /// Which books a change has to be entered in. The caller knows it at compile time; debug builds check that it is so.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Books {
     LeafAdded,
+    /// A leaf becomes a table of leaves of the level below.
+    LeafSplit,
     None,
 }
 
@@ -76,6 +107,7 @@ fn books<F: Format>(old: u64, new: u64, level: Level) -> Books {
     match (F::decode(old, level), F::decode(new, level)) {
         (State::Leaf(_) | State::AccessTracked(_), State::Leaf(_)) => Books::None,
         (_, State::Leaf(_)) => Books::LeafAdded,
+        (State::Leaf(_) | State::AccessTracked(_), State::Table(_)) => Books::LeafSplit,
         _ => Books::None,
     }
 }
@@ -97,8 +129,13 @@ pub(crate) fn change<F: Format>(
     debug_assert_eq!(books::<F>(old, new, level), book, "{} {level:?}: {old:#x} -> {new:#x}", F::NAME);
     match cell.0.compare_exchange(old, new, Ordering::AcqRel, Ordering::Acquire) {
         Ok(_) => {
-            if book == Books::LeafAdded {
-                seat.leaf(level, 1);
+            match book {
+                Books::LeafAdded => seat.leaf(level, 1),
+                Books::LeafSplit => {
+                    seat.leaf(level, 1u64.wrapping_neg());
+                    seat.leaf(level.down().unwrap_or(Level::K4), ENTRIES as u64);
+                }
+                Books::None => {}
             }
             Ok(())
         }
@@ -133,25 +170,39 @@ pub(crate) fn freeze<F: Format>(
     Ok(())
 }
 
+/// What [`seize`] met.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Seized {
+    /// The way to another table.
+    Table(u64),
+    /// A mapping with the dirty bit set.
+    Dirty,
+}
+
 /// Freezes all entries of a table of `level` that the caller has unlinked, whatever they hold; returns how many leaves
-/// they were, and hands what led to tables to `below`. A fault that is still walking the table loses its
-/// compare-and-swap against this, or won before and is undone by it.
+/// they were, and hands what led to tables, and mappings that are dirty, to `take` with their index. A fault that is
+/// still walking the table loses its compare-and-swap against this, or won before and is undone by it.
 pub(crate) fn seize<F: Format>(
     entries: &[Entry; ENTRIES],
     level: Level,
     seat: &SeatCounters,
     _owed: Owed<'_>,
-    mut below: impl FnMut(u64),
+    mut take: impl FnMut(usize, Seized),
 ) -> u64 {
     let mut leaves = 0u64;
-    for cell in entries {
+    for (index, cell) in entries.iter().enumerate() {
         let old = cell.0.swap(F::DEAD, Ordering::AcqRel);
         if old == F::ABSENT {
             continue;
         }
         match F::decode(old, level) {
-            State::Leaf(_) | State::AccessTracked(_) => leaves += 1,
-            State::Table(_) => below(old),
+            State::Leaf(leaf) | State::AccessTracked(leaf) => {
+                leaves += 1;
+                if leaf.dirty {
+                    take(index, Seized::Dirty);
+                }
+            }
+            State::Table(_) => take(index, Seized::Table(old)),
             State::Absent | State::Mmio { .. } | State::Frozen => {}
         }
     }
@@ -233,17 +284,17 @@ mod tests {
         fill::<Npt>(&entries[3], Level::K4, leaf(1, Rights::all()), &seat).unwrap();
         fill::<Npt>(&entries[511], Level::K4, leaf(2, Rights::READ), &seat).unwrap();
         entries[4].0.store(Npt::FROZEN, Ordering::Relaxed);
-        let leaves = seize::<Npt>(&entries, Level::K4, &seat, owed, |raw| panic!("{raw:#x} leads to no table"));
+        let leaves = seize::<Npt>(&entries, Level::K4, &seat, owed, |index, met| panic!("{index}: {met:?}"));
         let booked = crate::events::Counters::sum([&seat].into_iter());
         assert_eq!((leaves, booked.leaves_4k, booked.leaves_zapped), (2, 0, 2));
         thaw::<Npt>(&entries[4], &flushed);
         assert!(entries.iter().all(|cell| cell.read() == Npt::DEAD), "dead entries stay dead");
         let new = leaf(1, Rights::all());
         assert_eq!(fill::<Npt>(&entries[3], Level::K4, new, &seat), Err(Npt::DEAD), "a late fault loses");
-        let tables = core::cell::Cell::new(0);
+        let tables = core::cell::Cell::new(None);
         let upper = [const { Entry(AtomicU64::new(Npt::ABSENT)) }; ENTRIES];
         upper[7].0.store(Npt::table(Hfn(9)), Ordering::Relaxed);
-        assert_eq!(seize::<Npt>(&upper, Level::M2, &seat, owed, |raw| tables.set(tables.get() + raw)), 0);
-        assert_eq!(tables.get(), Npt::table(Hfn(9)));
+        assert_eq!(seize::<Npt>(&upper, Level::M2, &seat, owed, |index, met| tables.set(Some((index, met)))), 0);
+        assert_eq!(tables.get(), Some((7, Seized::Table(Npt::table(Hfn(9))))));
     }
 }

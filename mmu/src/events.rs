@@ -37,6 +37,8 @@ macro_rules! counters {
 counters! {
     /// Faults that made or changed a mapping.
     faults_fixed = Fixed,
+    /// Of these, the ones that gave a write right back that only the dirty log had taken.
+    faults_fast = Fast,
     /// Faults that found the mapping already there: another vCPU was faster, or the TLB was stale.
     faults_spurious = Spurious,
     /// Faults given back to the guest to try again: slots, backing or entry were changing.
@@ -57,6 +59,8 @@ counters! {
     leaves_2m = Leaf2M,
     /// Leaves of 1 GiB mapped now.
     leaves_1g = Leaf1G,
+    /// Huge leaves ever split.
+    leaves_split = LeafSplit,
     /// Leaves ever zapped.
     leaves_zapped = Zapped,
     /// Table frames that the library holds now (linked, cached by a vCPU, or waiting to be freed).

@@ -47,6 +47,7 @@ pub use format::State;
 pub use host::{Access, Host, VcpuId};
 pub use mmu::{Config, ConfigError, Mmu, OutOfMemory, SlotZap};
 pub use root::{AdBits, Role};
+pub use slots::dirty::{Granularity, LogConfig, LogError, LogStart, Split, Tracking};
 pub use slots::{AddressSpace, Slot, SlotConfig, SlotError, SlotFlags, SlotId};
 pub use tdp::inspect::{Walk, WalkStep};
 pub use tdp::zap::Zapped;

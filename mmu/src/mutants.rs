@@ -69,6 +69,20 @@ pub enum Mutant {
     ExclusiveWithoutWaiting,
     /// The entries of a table that is unlinked are not seized.
     UnlinkedTableNotSeized,
+    /// A zap forgets that what it removes was dirty.
+    DirtyBitDroppedByZap,
+    /// A fault sets the bit of the log before the entry becomes writable.
+    DirtyBeforeWritable,
+    /// Dirty pages are handed out before the vCPUs have forgotten that they may write them.
+    DirtyHandedOutBeforeFlush,
+    /// Pages whose entries are write-protected are not flushed (KVM, 7c8a4742c4ab).
+    ProtectedWithoutFlush,
+    /// The flush that is owed is forgotten when a walk yields (KVM, a835429cda91).
+    FlushLostOnYield,
+    /// Entries that track writes by protection are armed as if the CPU set their dirty bits (CVE-2024-26990).
+    DirtyBitClearedWhereProtectionTracks,
+    /// Splitting or protecting a leaf loses its software bits.
+    SoftwareBitsLost,
 }
 
 #[cfg(feature = "loom")]

@@ -74,6 +74,42 @@ impl Flushed {
     }
 }
 
+/// A flush that an operation owes before it tells anyone what it learned: of entries that were armed, which stay
+/// MMU_WRITABLE, and of bits that were taken. It outlives the holds of the lock in which it was run up.
+#[derive(Debug)]
+#[must_use = "what was learned must not be told before the flush"]
+pub(crate) struct Debt(bool);
+
+impl Debt {
+    /// Nothing, so far.
+    pub(crate) fn nothing() -> Self {
+        Self(false)
+    }
+
+    /// A flush, whatever follows.
+    pub(crate) fn flush() -> Self {
+        Self(true)
+    }
+
+    /// From here on, a flush.
+    pub(crate) fn note(&mut self) {
+        self.0 = true;
+    }
+
+    /// Pays. To be called outside the lock, or inside; it waits for vCPUs only.
+    pub(crate) fn pay<H: Host>(mut self, mmu: &crate::Mmu<H>, counters: &SeatCounters) {
+        if core::mem::take(&mut self.0) && !mutants::is(Mutant::ProtectedWithoutFlush) {
+            mmu.tlb.flush(&mmu.host, counters);
+        }
+    }
+}
+
+impl Drop for Debt {
+    fn drop(&mut self) {
+        debug_assert!(!self.0, "a flush is owed and was not paid");
+    }
+}
+
 impl Tlb {
     pub(crate) fn new(vcpus: usize) -> Self {
         // Vcpus start one generation behind: the first entry flushes, whatever ran on the CPU before.

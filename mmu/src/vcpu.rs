@@ -18,7 +18,7 @@ use core::fmt;
 
 use crate::Mmu;
 use crate::OutOfMemory;
-use crate::addr::{Gfn, Gpa, Hpa, Level};
+use crate::addr::{Gfn, GfnRange, Gpa, Hpa, Level};
 use crate::events::{Counter, Event};
 use crate::format::{MMIO_GENERATION_MASK, State};
 use crate::host::{Access, BackingError, Host, VcpuId};
@@ -26,9 +26,11 @@ use crate::lock::{Shared, Ticket};
 use crate::mutants::{self, Mutant};
 use crate::notify::Snapshot;
 use crate::root::{Loaded, Role, give_back};
+use crate::slots::dirty::DirtyLog;
 use crate::slots::{Slot, SlotFlags, SlotState};
-use crate::tdp::fault::{Mapping, Obstructed, TableCache, map_mmio, map_page, needed};
+use crate::tdp::fault::{Mapping, Obstructed, TableCache, fix_protected, map_mmio, map_page, needed};
 use crate::tdp::inspect::{translate, walk};
+use crate::tdp::protect::Logged;
 use crate::tlb::FREE_OBSOLETE_ROOTS;
 
 /// Why the CPU reported a second-stage fault.
@@ -110,11 +112,20 @@ struct Hint {
     /// Ends where the vCPU's roots do, if that is before the slot's own end.
     slot: Slot,
     generation: u64,
+    /// The slot's log, if it has one. (A log that was stopped meanwhile is kept from being freed by this, until another
+    /// slot is remembered.)
+    log: Option<Arc<DirtyLog>>,
 }
 
 impl Hint {
     /// Nothing is remembered: holds no frame.
-    const NONE: Self = Self { slot: Slot::EMPTY, generation: 0 };
+    const NONE: Self = Self { slot: Slot::EMPTY, generation: 0, log: None };
+
+    /// The log, as the tables see it.
+    fn logged(&self) -> Option<Logged<'_>> {
+        // What cuts the slot off at a root's limit cuts its end.
+        self.log.as_deref().map(|log| Logged { log, first: self.slot.range().start })
+    }
 
     /// Whether it is the slot of `gfn` as long as the memslots are of generation `now`.
     #[inline]
@@ -327,6 +338,9 @@ impl<H: Host> Vcpu<H> {
     // Always inlined, or the compiler would make one function of it for the usual case and the cold one.
     #[inline(always)]
     fn back(&mut self, gpa: Gpa, access: Access, snapshot: Snapshot) -> Result<Outcome, FaultError> {
+        if !self.hint.slot.is_plain() {
+            return self.back_special(gpa, access, snapshot);
+        }
         let mmu = &*self.mmu;
         let (slot, gfn) = (&self.hint.slot, gpa.gfn());
         let extent = match mmu.host.resolve(slot, gfn, access) {
@@ -336,11 +350,10 @@ impl<H: Host> Vcpu<H> {
         };
         let late = if mutants::is(Mutant::SnapshotAfterBacking) { mmu.notify.snapshot(gfn) } else { None };
         let snapshot = late.unwrap_or(snapshot);
-        let writable = extent.writable && !slot.flags().contains(SlotFlags::READ_ONLY);
-        if !writable && access == Access::Write {
+        if !extent.writable && access == Access::Write {
             return self.refuse(snapshot, Ok(Outcome::ReadOnly));
         }
-        let want = Mapping::new(slot.range(), gfn, access, extent, writable);
+        let want = Mapping::new(slot.range(), gfn, access, extent, extent.writable);
         if !self.cache.is_full() {
             Self::top_up(mmu, &self.ticket, &mut self.cache)?;
         }
@@ -356,7 +369,62 @@ impl<H: Host> Vcpu<H> {
             drop(inside);
             return Ok(Outcome::Fixed { level: Level::K4 });
         }
-        Obstructed { inside, want, generation, snapshot }.map(root, &mut self.cache)
+        Obstructed { inside, want, generation, snapshot, logged: None }.map(root, &mut self.cache)
+    }
+
+    /// As [`Vcpu::back`], for a slot whose writes are not simply let through.
+    #[inline(never)]
+    fn back_special(&mut self, gpa: Gpa, access: Access, snapshot: Snapshot) -> Result<Outcome, FaultError> {
+        let gfn = gpa.gfn();
+        if access == Access::Write
+            && let Some(outcome) = self.fix_protected(gfn)
+        {
+            return Ok(outcome);
+        }
+        let mmu = &*self.mmu;
+        let slot = &self.hint.slot;
+        let extent = match mmu.host.resolve(slot, gfn, access) {
+            Ok(extent) if extent.gfns.contains(gfn) => extent,
+            Ok(_) => return self.refuse(snapshot, Err(FaultError::BadExtent)),
+            Err(error) => return self.refuse(snapshot, Err(FaultError::Backing(error))),
+        };
+        let writable = extent.writable && !slot.flags().contains(SlotFlags::READ_ONLY);
+        if !writable && access == Access::Write {
+            return self.refuse(snapshot, Ok(Outcome::ReadOnly));
+        }
+        let want = Mapping::new(slot.range(), gfn, access, extent, writable);
+        Self::top_up(mmu, &self.ticket, &mut self.cache)?;
+        let root = self.roots.current().ok_or(FaultError::NoRoot)?;
+        let (generation, logged) = (self.hint.generation, self.hint.logged());
+        let inside = Shared::enter(mmu, &mut self.ticket);
+        Obstructed { inside, want, generation, snapshot, logged }.map(root, &mut self.cache)
+    }
+
+    /// Gives a write right back that only the dirty log has taken, without asking the backing (F6).
+    ///
+    /// Inside the lock like every fault: entering is two plain stores and the look for a writer, and it is the mark that
+    /// keeps the tables. No invalidation has to be looked for: the entry maps what it mapped before, and one that is to
+    /// go will be found by its zap, which flushes.
+    #[inline]
+    fn fix_protected(&mut self, gfn: Gfn) -> Option<Outcome> {
+        let (logged, root) = (self.hint.logged()?, self.roots.current()?);
+        let inside = Shared::enter(&self.mmu, &mut self.ticket);
+        // The slot's log is still this one, and the slot is not read-only now.
+        if self.mmu.slots.generation() != self.hint.generation || !root.is_valid(&inside) {
+            return None;
+        }
+        let outcome = fix_protected(&inside, root, gfn, &logged)?;
+        if matches!(outcome, Outcome::Fixed { .. }) {
+            inside.counters().add(Counter::Fast, 1);
+        }
+        Some(outcome)
+    }
+
+    /// The embedder itself has written to `range`, for the guest on this vCPU and in its address space; see
+    /// [`crate::Worker::mark_dirty`].
+    pub fn mark_dirty(&mut self, range: GfnRange) {
+        let inside = Shared::enter(&self.mmu, &mut self.ticket);
+        self.mmu.slots.read(&inside).mark_dirty(self.role.space(), range);
     }
 
     /// A fault ends without a mapping, because the backing said so. That it said so may be news of yesterday too: of a
@@ -394,7 +462,7 @@ impl<H: Host> Vcpu<H> {
         if slot.state() == SlotState::Changing {
             return Found::Changing;
         }
-        self.hint = Hint { slot: slot.up_to(limit), generation };
+        self.hint = Hint { slot: slot.up_to(limit), generation, log: slot.log().cloned() };
         Found::Slot
     }
 

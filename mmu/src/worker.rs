@@ -5,6 +5,8 @@
 //! leave guest mode, for readers to leave the lock, for other updates. So a thread that runs a vCPU may use a worker
 //! only while that vCPU is not in guest mode, which the borrow of [`crate::InGuest`] does not know about.
 
+mod dirty;
+
 use alloc::sync::Arc;
 use core::fmt;
 
@@ -77,13 +79,13 @@ impl<H: Host> Worker<H> {
     /// The slot that holds `gfn` in `space`, as faults see it now.
     pub fn slot_at(&mut self, space: AddressSpace, gfn: Gfn) -> Option<Slot> {
         let inside = Shared::enter(&self.mmu, &mut self.ticket);
-        self.mmu.slots.read(&inside).find(space, gfn).map(|slot| **slot)
+        self.mmu.slots.read(&inside).find(space, gfn).map(|slot| slot.slot())
     }
 
     /// All slots, space by space in the order of their frames, as faults see them now.
     pub fn slots(&mut self) -> alloc::vec::Vec<Slot> {
         let inside = Shared::enter(&self.mmu, &mut self.ticket);
-        self.mmu.slots.read(&inside).iter().map(|slot| **slot).collect()
+        self.mmu.slots.read(&inside).iter().map(|slot| slot.slot()).collect()
     }
 
     /// Removes every mapping of `range` in all address spaces. When it returns, no vCPU uses one that was there when it was called; faults may

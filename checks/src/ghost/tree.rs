@@ -64,7 +64,7 @@ impl Tree {
                 Seen::Absent => self.leftovers.push((level, raw)),
                 Seen::Reserved => self.reserved += 1,
                 Seen::Leaf(hfn, allows) => {
-                    let (allows, dirty) = (above.and(allows), raw & F::DIRTY != 0);
+                    let (allows, dirty) = (above.and(allows), raw & <F as Cpu>::DIRTY != 0);
                     self.leaves.push(Leaf { gfn, level, hfn, allows, dirty });
                 }
                 Seen::Table(next, allows) => {

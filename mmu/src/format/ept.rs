@@ -104,7 +104,10 @@ impl Format for Ept {
     const NAME: &'static str = "ept";
     const FROZEN: u64 = 0x1a0;
     const DEAD: u64 = 0x3a0;
-    const CPU_OWNED: u64 = A | D;
+    const ACCESSED: u64 = A;
+    const DIRTY: u64 = D;
+    const WRITE: u64 = W;
+    const MMU_WRITABLE: u64 = MMU_WRITABLE;
 
     #[inline]
     fn table(frame: Hfn) -> u64 {
@@ -148,6 +151,11 @@ impl Format for Ept {
     fn next_table(raw: u64, level: Level) -> Option<Hfn> {
         let table = level > Level::K4 && raw & (R | PRESENT | LARGE) == R | PRESENT;
         table.then_some(Hfn((raw & FRAME) >> PAGE_SHIFT))
+    }
+
+    #[inline]
+    fn is_mapping(raw: u64, level: Level) -> bool {
+        raw & PRESENT != 0 && (level == Level::K4 || raw & LARGE != 0 || raw & RWX == 0)
     }
 
     #[inline]

@@ -138,8 +138,19 @@ pub trait Format: Copy + Send + Sync + core::fmt::Debug + 'static {
     fn next_table(raw: u64, level: Level) -> Option<Hfn>;
     /// Whether `raw` is a leaf that allows an access with `rights`.
     fn permits(raw: u64, level: Level, rights: Rights) -> bool;
-    /// Bits that the CPU sets on its own in a live entry of this format (accessed and dirty).
-    const CPU_OWNED: u64;
+    /// Whether `raw` maps something: a leaf, or one whose rights are taken for access tracking.
+    fn is_mapping(raw: u64, level: Level) -> bool;
+
+    /// The bit that the CPU sets in an entry that it uses.
+    const ACCESSED: u64;
+    /// The bit that the CPU sets in a leaf that it writes through.
+    const DIRTY: u64;
+    /// The write right of a leaf.
+    const WRITE: u64;
+    /// The bit for [`Leaf::mmu_writable`].
+    const MMU_WRITABLE: u64;
+    /// Bits that the CPU sets on its own in a live entry of this format.
+    const CPU_OWNED: u64 = Self::ACCESSED | Self::DIRTY;
 }
 
 #[cfg(test)]

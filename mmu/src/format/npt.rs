@@ -91,7 +91,10 @@ impl Format for Npt {
     const NAME: &'static str = "npt";
     const FROZEN: u64 = 0x1a0;
     const DEAD: u64 = 0x3a0;
-    const CPU_OWNED: u64 = A | D;
+    const ACCESSED: u64 = A;
+    const DIRTY: u64 = D;
+    const WRITE: u64 = W;
+    const MMU_WRITABLE: u64 = MMU_WRITABLE;
 
     #[inline]
     fn table(frame: Hfn) -> u64 {
@@ -137,6 +140,11 @@ impl Format for Npt {
     fn next_table(raw: u64, level: Level) -> Option<Hfn> {
         let table = level > Level::K4 && raw & (P | PRESENT | PS) == P | PRESENT;
         table.then_some(Hfn((raw & FRAME) >> PAGE_SHIFT))
+    }
+
+    #[inline]
+    fn is_mapping(raw: u64, level: Level) -> bool {
+        raw & PRESENT != 0 && (level == Level::K4 || raw & PS != 0 || raw & P == 0)
     }
 
     #[inline]

@@ -233,6 +233,15 @@ impl Roots {
         self.lists.lock(|| host.relax()).valid.iter().find(is_it).map(RootRef::another)
     }
 
+    /// Waits until every root that is obsolete now is empty. The caller is not inside the lock, and empties none itself.
+    pub(crate) fn wait_until_emptied<H: Host>(&self, host: &H) {
+        let generation = self.lists.lock(|| host.relax()).generation;
+        let left = |lists: &Lists| lists.defunct.iter().any(|(defunct, _)| *defunct <= generation);
+        while left(&self.lists.lock(|| host.relax())) {
+            host.yield_now();
+        }
+    }
+
     /// All roots, for the end of the MMU, when nobody else holds any.
     pub(crate) fn take(&mut self) -> impl Iterator<Item = (Hfn, Level)> + use<> {
         let lists = self.lists.get_mut();

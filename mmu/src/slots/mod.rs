@@ -30,6 +30,7 @@
 //! MMIO entries carry the low bits of the generation and are stale in any other. Before these bits come round again,
 //! all of them are zapped, or one of long ago would be valid again.
 
+pub mod dirty;
 mod set;
 
 use alloc::boxed::Box;
@@ -44,6 +45,7 @@ use crate::root::AllRoots;
 use crate::sync::{AtomicU64, Ordering, Padded, Watched};
 use crate::tdp::zap::Gone;
 use crate::{Host, OutOfMemory};
+use dirty::{DirtyLog, LogConfig, LogError};
 pub(crate) use set::SlotSet;
 
 /// The number an embedder gives a slot; unique in one MMU at one time.
@@ -106,6 +108,17 @@ pub enum SlotState {
     Changing,
 }
 
+bitflags::bitflags! {
+    /// Why a write to a slot is not simply let through. Reasons add up.
+    #[derive(Clone, Copy, PartialEq, Eq, Debug)]
+    struct Special: u8 {
+        /// The slot is read-only.
+        const READ_ONLY = 1;
+        /// Its writes are logged.
+        const LOGGED = 2;
+    }
+}
+
 /// A slot as faults see it; immutable, replaced by every change.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Slot {
@@ -115,6 +128,47 @@ pub struct Slot {
     flags: SlotFlags,
     backing: u64,
     state: SlotState,
+    special: Special,
+}
+
+/// A slot of the set, with what the library keeps for it.
+#[derive(Clone, Debug)]
+pub(crate) struct Memslot {
+    slot: Slot,
+    log: Option<Arc<DirtyLog>>,
+}
+
+impl core::ops::Deref for Memslot {
+    type Target = Slot;
+    #[inline]
+    fn deref(&self) -> &Slot {
+        &self.slot
+    }
+}
+
+impl Memslot {
+    fn new(slot: Slot) -> Self {
+        Self { slot, log: None }
+    }
+
+    /// As embedders see it.
+    pub(crate) fn slot(&self) -> Slot {
+        self.slot
+    }
+
+    #[inline]
+    pub(crate) fn log(&self) -> Option<&Arc<DirtyLog>> {
+        self.log.as_ref()
+    }
+
+    /// The same memory, described by `slot`.
+    fn as_slot(&self, slot: Slot) -> Self {
+        let mut new = Self { slot, ..self.clone() };
+        new.slot.special = Special::empty();
+        new.slot.special.set(Special::READ_ONLY, slot.flags.contains(SlotFlags::READ_ONLY));
+        new.slot.special.set(Special::LOGGED, self.log.is_some());
+        new
+    }
 }
 
 impl Slot {
@@ -126,6 +180,7 @@ impl Slot {
         flags: SlotFlags::empty(),
         backing: 0,
         state: SlotState::Changing,
+        special: Special::empty(),
     };
 
     fn new(config: SlotConfig) -> Result<Self, SlotError> {
@@ -137,7 +192,8 @@ impl Slot {
             return Err(SlotError::Unaligned);
         }
         let range = GfnRange::new(base.gfn(), size >> PAGE_SHIFT).ok_or(SlotError::TooHigh)?;
-        Ok(Self { id, space, range, flags, backing, state: SlotState::Ready })
+        let special = if flags.contains(SlotFlags::READ_ONLY) { Special::READ_ONLY } else { Special::empty() };
+        Ok(Self { id, space, range, flags, backing, state: SlotState::Ready, special })
     }
 
     /// Its number.
@@ -173,6 +229,17 @@ impl Slot {
     #[inline]
     pub const fn state(&self) -> SlotState {
         self.state
+    }
+
+    /// Whether its writes are logged.
+    pub const fn is_logged(&self) -> bool {
+        self.special.contains(Special::LOGGED)
+    }
+
+    /// Whether nothing stands in the way of a write to memory that the backing lets the guest write.
+    #[inline]
+    pub(crate) const fn is_plain(&self) -> bool {
+        self.special.is_empty()
     }
 
     /// The slot as far as `limit`, for who can not reach further.
@@ -241,7 +308,7 @@ pub(crate) struct Slots {
 /// What updates work on, behind the update lock.
 #[derive(Debug)]
 pub(crate) struct Updates {
-    by_id: BTreeMap<SlotId, Arc<Slot>>,
+    by_id: BTreeMap<SlotId, Arc<Memslot>>,
     right: UpdateRight<SlotSet>,
     limit: usize,
     /// First frame that no root can translate.
@@ -308,11 +375,11 @@ impl Slots {
 pub(crate) struct Prepared(Box<Watched<SlotSet>>);
 
 impl Updates {
-    fn prepare(&mut self, slots: &Slots, remove: Option<&Slot>, insert: Option<Arc<Slot>>) -> Prepared {
+    fn prepare(&mut self, slots: &Slots, remove: Option<&Memslot>, insert: Option<Arc<Memslot>>) -> Prepared {
         Prepared(Box::new(Watched::new(slots.set.read_exclusive(&mut self.right).changed(remove, insert))))
     }
 
-    fn get(&self, id: SlotId) -> Result<Arc<Slot>, SlotError> {
+    fn get(&self, id: SlotId) -> Result<Arc<Memslot>, SlotError> {
         self.by_id.get(&id).cloned().ok_or(SlotError::NotFound)
     }
 
@@ -330,7 +397,7 @@ impl Updates {
 
     /// Prepares a new slot.
     pub(crate) fn add(&mut self, slots: &Slots, config: SlotConfig) -> Result<Prepared, SlotError> {
-        let slot = Arc::new(Slot::new(config)?);
+        let slot = Arc::new(Memslot::new(Slot::new(config)?));
         if self.by_id.contains_key(&slot.id) {
             return Err(SlotError::InUse);
         }
@@ -348,14 +415,43 @@ impl Updates {
         let new = match change {
             Change::Delete => None,
             Change::Move(base) => Some(Slot::new(SlotConfig { base, ..old.config() })?),
-            Change::Flags(flags) => Some(Slot { flags, ..*old }),
+            Change::Flags(flags) => Some(Slot { flags, ..old.slot() }),
         };
         if let Some(new) = &new {
             self.check(slots, new, Some(id))?;
         }
-        let changing = Arc::new(Slot { state: SlotState::Changing, ..*old });
+        // The log stays with both: what the zap in between finds dirty goes there.
+        let changing = Arc::new(old.as_slot(Slot { state: SlotState::Changing, ..old.slot() }));
+        let new = new.map(|new| Arc::new(old.as_slot(new)));
         let prepared = self.prepare(slots, Some(&old), Some(Arc::clone(&changing)));
-        Ok((Begun { changing, new: new.map(Arc::new) }, prepared))
+        Ok((Begun { changing, new }, prepared))
+    }
+
+    /// Prepares `id` with a log, or without one.
+    pub(crate) fn change_log(
+        &mut self,
+        slots: &Slots,
+        id: SlotId,
+        config: Option<LogConfig>,
+    ) -> Result<(Arc<Memslot>, Prepared), LogError> {
+        let old = self.get(id)?;
+        let log = match config {
+            Some(_) if old.log.is_some() => return Err(LogError::Running),
+            None if old.log.is_none() => return Err(LogError::NotRunning),
+            Some(config) => Some(DirtyLog::new(old.range().pages(), config)?),
+            None => None,
+        };
+        let new = Arc::new(Memslot { log, ..(*old).clone() }.as_slot(old.slot()));
+        self.by_id.insert(id, Arc::clone(&new));
+        let prepared = self.prepare(slots, Some(&old), Some(Arc::clone(&new)));
+        Ok((new, prepared))
+    }
+
+    /// The slot `id`, which has a log.
+    pub(crate) fn logged(&self, id: SlotId) -> Result<(Arc<Memslot>, Arc<DirtyLog>), LogError> {
+        let slot = self.get(id)?;
+        let log = slot.log.clone().ok_or(LogError::NotRunning)?;
+        Ok((slot, log))
     }
 
     /// Last step, when nothing leads to the slot's memory any more: prepares what the slot has become.
@@ -380,8 +476,8 @@ pub(crate) enum Change {
 /// A change between its first and its last publication.
 #[must_use = "the slot stays in the changing state, and its faults are retried, until the change is finished"]
 pub(crate) struct Begun {
-    changing: Arc<Slot>,
-    new: Option<Arc<Slot>>,
+    changing: Arc<Memslot>,
+    new: Option<Arc<Memslot>>,
 }
 
 impl Begun {

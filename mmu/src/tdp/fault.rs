@@ -13,10 +13,14 @@
 //!   grow here, so nothing is flushed.
 //! - A table where the mapping would like a huge leaf stays: the fault maps a smaller leaf below it. Making it huge
 //!   again is collapsing, not faulting.
+//! - In a slot whose writes are logged, an entry becomes writable when it is written, and the log is told after that; a
+//!   leaf larger than the log wants is split by its first write. What was only armed again is fixed by
+//!   [`fix_protected`], one compare-and-swap.
 //! - A frozen entry is being zapped: the fault is retried by the guest, the zap will have ended soon.
 
 use crate::addr::{Gfn, GfnRange, Hfn, Level};
 use crate::entry::{self, Books, Entry, change};
+use crate::events::Counter;
 use crate::format::{Format, Leaf, Rights, State};
 use crate::host::{Access, Extent, Host};
 use crate::lock::Shared;
@@ -24,6 +28,8 @@ use crate::mutants::{self, Mutant};
 use crate::notify::Snapshot;
 use crate::root::{AdBits, RootRef};
 use crate::table::Table;
+use crate::tdp::protect::Logged;
+use crate::tdp::split::split;
 use crate::vcpu::{FaultError, Outcome};
 
 /// Table frames in hand, so that nothing is allocated inside the lock (I19).
@@ -152,6 +158,8 @@ pub(crate) struct Obstructed<'a, H: Host> {
     /// Of the memslots that the slot was found in.
     pub(crate) generation: u64,
     pub(crate) snapshot: Snapshot,
+    /// The slot's log, if it has one.
+    pub(crate) logged: Option<Logged<'a>>,
 }
 
 impl<H: Host> Obstructed<'_, H> {
@@ -159,17 +167,84 @@ impl<H: Host> Obstructed<'_, H> {
     #[cold]
     #[inline(never)]
     pub(crate) fn map(self, root: &RootRef, cache: &mut TableCache) -> Result<Outcome, FaultError> {
-        let Self { inside, want, generation, snapshot } = self;
-        let level = want.level(inside.mmu.config.largest);
+        let Self { inside, want, generation, snapshot, logged } = self;
+        let log = logged.map(|logged| Log { by_dirty_bit: logged.by_dirty_bit(root), logged });
+        let largest = inside.mmu.config.largest;
+        let level = want.level(if log.is_some_and(|log| log.logged.by_page()) { Level::K4 } else { largest });
         let block = GfnRange::block(level, want.gfn);
         let stale = inside.mmu.slots.generation() != generation && !mutants::is(Mutant::SlotsTestedBeforeTheLockOnly);
         let overtaken = stale || inside.mmu.notify.must_retry(snapshot, block);
         if overtaken || !root.is_valid(&inside) {
             return Ok(Outcome::Retry);
         }
-        // Where nobody looks at dirty bits, or none are set, the leaf counts as written as soon as it may be.
-        let dirty = want.writes() || root.role().ad_bits() == AdBits::Off && want.writable;
-        Walk { inside: &inside, cache, want, dirty }.map(root, level)
+        let without_ad = root.role().ad_bits() == AdBits::Off;
+        Walk { inside: &inside, cache, want, without_ad, log }.map(root, level)
+    }
+}
+
+/// The log of the slot, for one root.
+#[derive(Clone, Copy)]
+struct Log<'l> {
+    logged: Logged<'l>,
+    /// The CPU notices writes; otherwise an entry becomes writable when it is written first, and is marked then.
+    by_dirty_bit: bool,
+}
+
+impl Log<'_> {
+    /// Whether nobody may write through a leaf of `level` without a fault that tells the log.
+    fn protects(&self, level: Level) -> bool {
+        !self.by_dirty_bit || self.is_too_large(level)
+    }
+
+    /// Whether leaves of `level` must not be written through at all.
+    fn is_too_large(&self, level: Level) -> bool {
+        level > Level::K4 && self.logged.by_page()
+    }
+
+    /// A leaf of `level` for `gfn` has become writable.
+    fn mark(&self, level: Level, gfn: Gfn) {
+        if level == Level::K4 {
+            self.logged.log.mark(gfn.0 - self.logged.first.0);
+        } else {
+            self.logged.log.mark_range(self.logged.first, GfnRange::block(level, gfn));
+        }
+    }
+}
+
+/// Makes the leaf of 4 KiB for `gfn` writable, if nothing but the log keeps it from being so, and tells the log. `None`
+/// where there is anything else.
+#[inline]
+pub(crate) fn fix_protected<H: Host>(
+    inside: &Shared<'_, H>,
+    root: &RootRef,
+    gfn: Gfn,
+    logged: &Logged<'_>,
+) -> Option<Outcome> {
+    let table = Table::leaves(inside, root, gfn)?;
+    let cell = table.entry(gfn);
+    let mut raw = cell.read();
+    loop {
+        if H::Format::permits(raw, Level::K4, Rights::WRITE) {
+            return Some(Outcome::Spurious);
+        }
+        if !H::Format::permits(raw, Level::K4, Rights::READ) || raw & H::Format::MMU_WRITABLE == 0 {
+            return None;
+        }
+        let new = raw | H::Format::WRITE | H::Format::CPU_OWNED;
+        let page = gfn.0 - logged.first.0;
+        if mutants::is(Mutant::DirtyBeforeWritable) {
+            logged.log.mark(page);
+        }
+        match change::<H::Format>(cell, Level::K4, raw, new, Books::None, inside.counters()) {
+            Ok(()) => {
+                // After it: `slots::dirty` says why. (The dirty bit says the same, where it counts.)
+                if !logged.by_dirty_bit(root) && !mutants::is(Mutant::DirtyBeforeWritable) {
+                    logged.log.mark(page);
+                }
+                return Some(Outcome::Fixed { level: Level::K4 });
+            }
+            Err(now) => raw = now,
+        }
     }
 }
 
@@ -178,8 +253,9 @@ struct Walk<'w, 'a, H: Host> {
     inside: &'w Shared<'a, H>,
     cache: &'w mut TableCache,
     want: Mapping,
-    /// The dirty bit of its leaf.
-    dirty: bool,
+    /// Where nobody looks at dirty bits, or none are set, a leaf counts as written as soon as it may be.
+    without_ad: bool,
+    log: Option<Log<'w>>,
 }
 
 enum Step<'g, H: Host> {
@@ -189,6 +265,8 @@ enum Step<'g, H: Host> {
 
 enum Met<'g, H: Host> {
     Replace(u64, Books),
+    /// A leaf that must not be written through as a whole.
+    Split,
     Step(Step<'g, H>),
 }
 
@@ -239,18 +317,54 @@ impl<'w, H: Host> Walk<'w, '_, H> {
     }
 
     /// `cell` is where the leaf belongs, or holds a larger one already.
-    fn fill(&self, table: &Table<'w, H>, cell: &Entry, mut raw: u64) -> Step<'w, H> {
+    fn fill(&mut self, table: &Table<'w, H>, cell: &Entry, mut raw: u64) -> Step<'w, H> {
         let level = table.level;
         loop {
             let (new, book) = match self.meet(table, raw) {
                 Met::Replace(new, book) => (new, book),
+                Met::Split => {
+                    let Some(frame) = self.cache.take() else { return Step::Done(Err(FaultError::OutOfTables)) };
+                    match split(self.inside, table, cell, raw, frame) {
+                        Ok(next) => {
+                            self.inside.counters().add(Counter::LeafSplit, 1);
+                            return Step::Into(next);
+                        }
+                        Err(now) => {
+                            self.cache.put(frame);
+                            raw = now;
+                            continue;
+                        }
+                    }
+                }
                 Met::Step(step) => return step,
             };
+            let marks = self.log.filter(|log| !log.by_dirty_bit && new & H::Format::WRITE != 0);
+            if let Some(log) = marks.filter(|_| mutants::is(Mutant::DirtyBeforeWritable)) {
+                log.mark(level, self.want.gfn);
+            }
             match change::<H::Format>(cell, level, raw, new, book, self.inside.counters()) {
-                Ok(()) => return Step::Done(Ok(Outcome::Fixed { level })),
+                Ok(()) => {
+                    // After the entry became writable, and before the lock is left: `slots::dirty` says why.
+                    if let Some(log) = marks.filter(|_| !mutants::is(Mutant::DirtyBeforeWritable)) {
+                        log.mark(level, self.want.gfn);
+                    }
+                    return Step::Done(Ok(Outcome::Fixed { level }));
+                }
                 Err(now) => raw = now,
             }
         }
+    }
+
+    /// The leaf of `level` for what is wanted. A log lets it be written through only if it is written now, or the CPU
+    /// notices.
+    fn leaf(&self, level: Level) -> Leaf {
+        let writes = self.want.writes();
+        let mut leaf = self.want.leaf(level, writes);
+        if self.log.is_some_and(|log| log.is_too_large(level) || log.protects(level) && !writes) {
+            leaf.rights -= Rights::WRITE;
+        }
+        leaf.dirty |= self.without_ad && leaf.rights.contains(Rights::WRITE);
+        leaf
     }
 
     /// What to do about an entry that holds `raw`.
@@ -265,10 +379,15 @@ impl<'w, H: Host> Walk<'w, '_, H> {
         match H::Format::decode(raw, level) {
             // An MMIO entry of an older memslot generation, or one that raced with us: there is memory now.
             State::Absent | State::Mmio { .. } => {
-                Met::Replace(H::Format::leaf(level, want.leaf(level, self.dirty)), Books::LeafAdded)
+                Met::Replace(H::Format::leaf(level, self.leaf(level)), Books::LeafAdded)
+            }
+            State::Leaf(_) | State::AccessTracked(_)
+                if want.writes() && self.log.is_some_and(|log| log.is_too_large(level)) =>
+            {
+                Met::Split
             }
             State::Leaf(old) | State::AccessTracked(old) => {
-                let new = want.leaf(level, self.dirty);
+                let new = self.leaf(level);
                 let moved = old.hfn != new.hfn && !mutants::is(Mutant::LeafChangedInPlace);
                 if moved || old.memory != new.memory {
                     return Met::Step(Step::Done(Err(FaultError::BackingChanged)));
@@ -277,7 +396,7 @@ impl<'w, H: Host> Walk<'w, '_, H> {
                 Met::Replace(H::Format::leaf(level, leaf), Books::None)
             }
             State::Frozen if mutants::is(Mutant::FrozenFilled) => {
-                Met::Replace(H::Format::leaf(level, want.leaf(level, self.dirty)), Books::LeafAdded)
+                Met::Replace(H::Format::leaf(level, self.leaf(level)), Books::LeafAdded)
             }
             State::Frozen => Met::Step(Step::Done(Ok(Outcome::Retry))),
             State::Table(_) => unreachable!("tables were followed above"),

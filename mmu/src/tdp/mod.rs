@@ -2,8 +2,12 @@
 //!
 //! `fault` fills entries, `zap` empties them; both walk from a root through [`crate::table`] and change entries
 //! through [`crate::entry`] only, so that any number of vCPUs may fault while ranges are zapped; `inspect` only looks.
-//! Protection, splitting, collapsing and aging get their own files here.
+//! `sweep` goes through what is mapped for those that change it and
+//! leave it: `protect` arms pages for the dirty log, `split` makes small leaves of a huge one.
 
 pub(crate) mod fault;
 pub(crate) mod inspect;
+pub(crate) mod protect;
+pub(crate) mod split;
+pub(crate) mod sweep;
 pub(crate) mod zap;

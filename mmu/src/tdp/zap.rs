@@ -25,7 +25,7 @@ use core::marker::PhantomData;
 
 use crate::Mmu;
 use crate::addr::{ENTRIES, Gfn, GfnRange, Level};
-use crate::entry::{Entry, seize};
+use crate::entry::{Entry, Seized, seize};
 use crate::events::{Counter, Event};
 use crate::format::{Format, State};
 use crate::host::Host;
@@ -33,6 +33,7 @@ use crate::lock::{Shared, Ticket};
 use crate::mutants::{self, Mutant};
 use crate::reclaim::{Batch, Debts, hand_over, hold};
 use crate::root::{RootRef, RootSet};
+use crate::slots::AddressSpace;
 use crate::table::Table;
 
 /// Steps of one hold at most, where its end costs a flush.
@@ -78,12 +79,12 @@ pub(crate) fn zap_range<H: Host, S: RootSet<H>>(
     let mut total = Zapped::default();
     while let Some(root) = roots.next(mmu) {
         let end = range.end.min(root.role().level().root_limit());
-        let mut next = range.start;
+        let (mut next, space) = (range.start, root.role().space());
         while next < end {
             let others_wait = hold(mmu, ticket, batch, roots.reach(), |hold| {
                 while next < end && !hold.should_end() {
                     let (inside, debts) = hold.step();
-                    next = Step { inside, debts, range, zapped: &mut total }.run(&root, next);
+                    next = Step { inside, debts, space, range, zapped: &mut total }.run(&root, next);
                 }
                 hold.others_wait()
             });
@@ -105,6 +106,7 @@ pub(crate) fn zap_range<H: Host, S: RootSet<H>>(
 struct Step<'s, 'a, H: Host> {
     inside: &'s Shared<'a, H>,
     debts: Debts<'s>,
+    space: AddressSpace,
     range: GfnRange,
     zapped: &'s mut Zapped,
 }
@@ -172,6 +174,9 @@ impl<H: Host> Step<'_, '_, H> {
             }
             match self.debts.freeze::<H>(table.entry(gfn), table.level, raw) {
                 Ok(()) => {
+                    if raw & H::Format::DIRTY != 0 && H::Format::is_mapping(raw, table.level) {
+                        self.was_dirty(table.level, gfn);
+                    }
                     self.zapped.leaves += u64::from(!matches!(H::Format::decode(raw, table.level), State::Mmio { .. }));
                     return;
                 }
@@ -187,17 +192,33 @@ impl<H: Host> Step<'_, '_, H> {
             self.debts.owe_flush();
             return;
         }
-        self.bury(table, raw);
+        self.bury(table, gfn, raw);
     }
 
-    /// Takes the table that `raw` leads to apart: nothing leads to it any more.
-    fn bury(&mut self, parent: &Table<'_, H>, raw: u64) {
+    /// What was mapped by a leaf of `level` at `gfn`, and is no more, was written through it.
+    ///
+    /// After the entry changed and before the lock is left: `slots::dirty` says why.
+    fn was_dirty(&self, level: Level, gfn: Gfn) {
+        if !mutants::is(Mutant::DirtyBitDroppedByZap) {
+            self.inside.mmu.slots.read(self.inside).mark_dirty(self.space, GfnRange::block(level, gfn));
+        }
+    }
+
+    /// Takes the table that `raw`, the entry of `parent` for `gfn`, leads to apart: nothing leads to it any more.
+    fn bury(&mut self, parent: &Table<'_, H>, gfn: Gfn, raw: u64) {
         let (Some(table), Some(frame)) = (parent.next(raw), H::Format::next_table(raw, parent.level)) else { return };
         let (counters, owed) = (self.debts.counters, self.debts.owed());
         if mutants::is(Mutant::UnlinkedTableNotSeized) {
             return self.debts.unlinked(frame);
         }
-        let leaves = seize::<H::Format>(table.entries(), table.level, counters, owed, |raw| self.bury(&table, raw));
+        let first = parent.level.align_down(gfn).0;
+        let leaves = seize::<H::Format>(table.entries(), table.level, counters, owed, |index, met| {
+            let gfn = Gfn(first + index as u64 * table.level.pages());
+            match met {
+                Seized::Table(raw) => self.bury(&table, gfn, raw),
+                Seized::Dirty => self.was_dirty(table.level, gfn),
+            }
+        });
         self.zapped.leaves += leaves;
         self.zapped.tables += 1;
         self.debts.unlinked(frame);

@@ -40,7 +40,7 @@ pub fn walk<F: Cpu>(
     // Without them a CPU writes nothing to its tables, and has nothing to write before a first write either.
     let (accessed, dirty) = match ad_bits {
         AdBits::Off if F::AD_IS_OPTIONAL => (0, 0),
-        _ => (F::ACCESSED, F::DIRTY),
+        _ => (<F as Cpu>::ACCESSED, <F as Cpu>::DIRTY),
     };
     loop {
         let Some(cell) = arena.entry(table.frame, table.life, table.level.index(gfn)) else {

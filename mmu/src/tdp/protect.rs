@@ -1,0 +1,296 @@
+//! Arming pages for the dirty log, and gathering what the CPU has noticed of them.
+//!
+//! # Protocol
+//! See [`crate::slots::dirty`] for the order in which a taker does these, and [`super::sweep`] for the walk. In roots whose
+//! entries the CPU marks dirty, arming clears the dirty bit; in roots without, or where the log asks for it, it takes the
+//! write right and leaves MMU_WRITABLE, by which a fault knows that it may give the right back. Which of the two is asked
+//! of each root by itself: to clear dirty bits that no CPU sets would lose every write from then on (CVE-2024-26990).
+//!
+//! Arming owes a flush before the bits are handed out. Not before the lock is left: no one concludes anything from an
+//! entry that is only armed, as long as MMU_WRITABLE says that a TLB may still know it as writable.
+//!
+//! A leaf larger than the log's granularity is split, or loses its write right, so that its first write splits it. Its
+//! dirty bit stands for all its frames: when it is cleared for some, the others are marked first to last.
+
+use crate::Mmu;
+use crate::OutOfMemory;
+use crate::addr::{Gfn, GfnRange, Hfn, Level};
+use crate::entry::{Entry, weaken};
+use crate::events::Counter;
+use crate::format::Format;
+use crate::host::Host;
+use crate::lock::{Shared, Ticket};
+use crate::mutants::{self, Mutant};
+use crate::root::{AdBits, RootRef, give_back};
+use crate::slots::dirty::{DirtyLog, Granularity, Split, Tracking, WORD};
+use crate::table::Table;
+use crate::tdp::split::split;
+use crate::tdp::sweep::{Visited, Visitor};
+use crate::tlb::Debt;
+
+/// Tables that a sweep takes along, so that it need not leave the lock for each huge leaf.
+const SPARES: usize = 16;
+
+/// Tables for splitting, allocated outside the lock.
+#[derive(Debug, Default)]
+pub(crate) struct Spares {
+    frames: [Hfn; SPARES],
+    count: usize,
+    /// The embedder had none the last time.
+    exhausted: bool,
+}
+
+impl Spares {
+    fn take(&mut self) -> Option<Hfn> {
+        self.count = self.count.checked_sub(1)?;
+        Some(self.frames[self.count])
+    }
+
+    fn put(&mut self, frame: Hfn) {
+        self.frames[self.count] = frame;
+        self.count += 1;
+    }
+
+    pub(crate) fn refill<H: Host>(&mut self, mmu: &Mmu<H>, ticket: &Ticket) {
+        while self.count < SPARES {
+            let Some(frame) = mmu.host.alloc_table() else {
+                self.exhausted = self.count == 0;
+                return;
+            };
+            ticket.counters().add(Counter::TableFrames, 1);
+            self.put(frame);
+        }
+    }
+
+    /// Gives back what was not needed. Whether there was always a table.
+    pub(crate) fn release<H: Host>(mut self, mmu: &Mmu<H>, ticket: &Ticket) -> Result<(), OutOfMemory> {
+        while let Some(frame) = self.take() {
+            give_back(&mmu.host, frame, ticket.counters());
+        }
+        if self.exhausted { Err(OutOfMemory) } else { Ok(()) }
+    }
+
+    /// Splits the mapping `raw` of `table` at `gfn`.
+    pub(crate) fn split<H: Host>(
+        &mut self,
+        inside: &Shared<'_, H>,
+        table: &Table<'_, H>,
+        gfn: Gfn,
+        raw: u64,
+    ) -> Visited {
+        let Some(frame) = self.take() else {
+            // Without a table the leaf stays; its first write will need one, and its fault reports that there is none.
+            return if self.exhausted { Visited::Done } else { Visited::NeedsTable };
+        };
+        match split(inside, table, table.entry(gfn), raw, frame) {
+            Ok(_) => inside.counters().add(Counter::LeafSplit, 1),
+            Err(_) => self.put(frame),
+        }
+        Visited::Again
+    }
+}
+
+/// A slot's log as the tables see it.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Logged<'l> {
+    pub(crate) log: &'l DirtyLog,
+    /// The slot's first frame.
+    pub(crate) first: Gfn,
+}
+
+impl Logged<'_> {
+    /// Whether the CPU notices writes through the leaves of `root`.
+    #[inline]
+    pub(crate) fn by_dirty_bit(&self, root: &RootRef) -> bool {
+        self.log.config().tracking == Tracking::DirtyBit && root.role().ad_bits() == AdBits::On
+    }
+
+    /// Whether leaves above 4 KiB must not be written through.
+    #[inline]
+    pub(crate) fn by_page(&self) -> bool {
+        self.log.config().granularity == Granularity::Page
+    }
+}
+
+/// Which pages are to be armed.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Pages<'w> {
+    /// All.
+    All,
+    /// Those whose bits are set in these words of the log, the first of which is word `first`.
+    Taken { first: usize, words: &'w [u64] },
+}
+
+/// Arms pages.
+pub(crate) struct Arm<'l> {
+    logged: Logged<'l>,
+    pages: Pages<'l>,
+    /// What is taken from a leaf of 4 KiB in the present root.
+    bits: u64,
+    by_dirty_bit: bool,
+    spares: Spares,
+    debt: &'l mut Debt,
+}
+
+impl<'l> Arm<'l> {
+    pub(crate) fn new(logged: Logged<'l>, pages: Pages<'l>, debt: &'l mut Debt) -> Self {
+        Self { logged, pages, bits: 0, by_dirty_bit: false, spares: Spares::default(), debt }
+    }
+
+    /// Ends it: a table was missing only if leaves were left unsplit, which their first writes make good.
+    pub(crate) fn end<H: Host>(self, mmu: &Mmu<H>, ticket: &Ticket) {
+        let _ = self.spares.release(mmu, ticket);
+    }
+
+    /// The bits of `word` that are to be armed, of a word of the log.
+    fn wanted(&self, word: usize) -> u64 {
+        match self.pages {
+            Pages::All => u64::MAX,
+            Pages::Taken { first, words } => {
+                word.checked_sub(first).and_then(|index| words.get(index)).copied().unwrap_or(0)
+            }
+        }
+    }
+
+    fn page(&self, gfn: Gfn) -> u64 {
+        gfn.0 - self.logged.first.0
+    }
+
+    /// The dirty bit of a leaf that maps `block` was cleared: the frames whose pages are not being taken stay dirty.
+    fn keep_others(&self, block: GfnRange) {
+        let Pages::Taken { .. } = self.pages else { return };
+        let mut page = block.start.0.saturating_sub(self.logged.first.0);
+        let end = block.end.0.saturating_sub(self.logged.first.0);
+        while page < end {
+            let (word, next) = ((page / WORD) as usize, ((page / WORD + 1) * WORD).min(end));
+            let in_block = u64::MAX << (page % WORD) & u64::MAX >> (page / WORD * WORD + WORD - next);
+            let others = in_block & !self.wanted(word);
+            if others != 0 && self.logged.log.has_words(word, 1) {
+                self.logged.log.mark_word(word, others);
+            }
+            page = next;
+        }
+    }
+}
+
+/// Takes `bits` from the mapping in `cell`, if it has any of them.
+#[inline]
+fn arm<F: Format>(cell: &Entry, bits: u64, debt: &mut Debt) {
+    let mut raw = cell.read();
+    while raw & bits != 0 && F::is_mapping(raw, Level::K4) {
+        match weaken::<F>(cell, Level::K4, raw, bits, debt) {
+            Ok(()) => return,
+            Err(now) => raw = now,
+        }
+    }
+}
+
+impl<H: Host> Visitor<H> for Arm<'_> {
+    fn enters(&mut self, root: &RootRef) -> bool {
+        self.by_dirty_bit = self.logged.by_dirty_bit(root);
+        let clear_only = self.by_dirty_bit || mutants::is(Mutant::DirtyBitClearedWhereProtectionTracks);
+        self.bits = H::Format::DIRTY | if clear_only { 0 } else { H::Format::WRITE };
+        true
+    }
+
+    fn seek(&self, from: Gfn) -> Gfn {
+        let Pages::Taken { first, words } = self.pages else { return from };
+        let page = self.page(from);
+        let word = (page / WORD) as usize;
+        let Some(mut index) = word.checked_sub(first).filter(|index| *index < words.len()) else { return from };
+        let mut left = words[index] & u64::MAX << (page % WORD);
+        while left == 0 {
+            index += 1;
+            match words.get(index) {
+                Some(next) => left = *next,
+                // Past the range's end, which the caller compares.
+                None => return Gfn(self.logged.first.0 + (first + index) as u64 * WORD),
+            }
+        }
+        Gfn(self.logged.first.0 + (first + index) as u64 * WORD + u64::from(left.trailing_zeros()))
+    }
+
+    fn leaves(&mut self, _inside: &Shared<'_, H>, table: &Table<'_, H>, range: GfnRange) {
+        let (entries, bits) = (table.entries(), self.bits);
+        let Pages::Taken { .. } = self.pages else {
+            let start = Level::K4.index(range.start);
+            for cell in &entries[start..start + range.pages() as usize] {
+                arm::<H::Format>(cell, bits, self.debt);
+            }
+            return;
+        };
+        let (mut page, end) = (self.page(range.start), self.page(range.end));
+        while page < end {
+            let (word, next) = ((page / WORD) as usize, ((page / WORD + 1) * WORD).min(end));
+            let base = page / WORD * WORD;
+            let mut left = self.wanted(word) & u64::MAX << (page % WORD) & u64::MAX >> (base + WORD - next);
+            let first = self.logged.first.0 + base;
+            while left != 0 {
+                let gfn = Gfn(first + u64::from(left.trailing_zeros()));
+                arm::<H::Format>(&entries[Level::K4.index(gfn)], bits, self.debt);
+                left &= left - 1;
+            }
+            page = next;
+        }
+    }
+
+    fn huge(&mut self, inside: &Shared<'_, H>, table: &Table<'_, H>, gfn: Gfn, raw: u64) -> Visited {
+        let by_page = self.logged.by_page();
+        if by_page && self.logged.log.config().split == Split::Eager && !self.spares.exhausted {
+            return self.spares.split(inside, table, gfn, raw);
+        }
+        // Larger than the granularity: nobody may write through it, whoever notices writes to the small ones.
+        let bits = if by_page { H::Format::WRITE | H::Format::DIRTY } else { self.bits };
+        if raw & bits == 0 {
+            return Visited::Done;
+        }
+        if weaken::<H::Format>(table.entry(gfn), table.level, raw, bits, self.debt).is_err() {
+            return Visited::Again;
+        }
+        if raw & H::Format::DIRTY != 0 && self.by_dirty_bit {
+            self.keep_others(GfnRange::block(table.level, gfn));
+        }
+        Visited::Done
+    }
+
+    fn refill(&mut self, mmu: &Mmu<H>, ticket: &Ticket) {
+        self.spares.refill(mmu, ticket);
+    }
+}
+
+/// Copies dirty bits of the tables into the log; the tables stay as they are.
+pub(crate) struct Gather<'l> {
+    pub(crate) logged: Logged<'l>,
+}
+
+impl<H: Host> Visitor<H> for Gather<'_> {
+    fn enters(&mut self, root: &RootRef) -> bool {
+        self.logged.by_dirty_bit(root)
+    }
+
+    fn leaves(&mut self, _inside: &Shared<'_, H>, table: &Table<'_, H>, range: GfnRange) {
+        let mut page = range.start.0 - self.logged.first.0;
+        let (start, mut mask) = (Level::K4.index(range.start), 0);
+        for cell in &table.entries()[start..start + range.pages() as usize] {
+            let raw = cell.read();
+            if raw & H::Format::DIRTY != 0 && H::Format::is_mapping(raw, Level::K4) {
+                mask |= 1 << (page % WORD);
+            }
+            page += 1;
+            if page % WORD == 0 && mask != 0 {
+                self.logged.log.mark_word((page / WORD) as usize - 1, mask);
+                mask = 0;
+            }
+        }
+        if mask != 0 {
+            self.logged.log.mark_word((page / WORD) as usize, mask);
+        }
+    }
+
+    fn huge(&mut self, _inside: &Shared<'_, H>, table: &Table<'_, H>, gfn: Gfn, raw: u64) -> Visited {
+        if raw & H::Format::DIRTY != 0 {
+            self.logged.log.mark_range(self.logged.first, GfnRange::block(table.level, gfn));
+        }
+        Visited::Done
+    }
+}

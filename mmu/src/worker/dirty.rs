@@ -1,0 +1,182 @@
+//! What an embedder does with dirty logs. [`crate::slots::dirty`] says why it is right.
+//!
+//! A slot of *n* pages has ⌈n / 64⌉ words; bit *b* of word *w* stands for the slot's page 64 · w + b. All of these wait
+//! for memslot updates in progress, and hold the next ones back while they run.
+
+use super::Worker;
+use crate::addr::{Gfn, GfnRange};
+use crate::host::Host;
+use crate::lock::Shared;
+use crate::mutants::{self, Mutant};
+use crate::reclaim::synchronize;
+use crate::slots::dirty::{DirtyLog, LogConfig, LogError, LogStart, Tracking, WORD};
+use crate::slots::{AddressSpace, Memslot, SlotId};
+use crate::tdp::protect::{Arm, Gather, Logged, Pages};
+use crate::tdp::sweep::sweep;
+use crate::tlb::Debt;
+use alloc::sync::Arc;
+
+/// Words that are armed in one go. 64 pages each: a log of 1 GiB has 4096.
+const CHUNK: usize = 64;
+
+fn logged<'l>(slot: &Memslot, log: &'l DirtyLog) -> Logged<'l> {
+    Logged { log, first: slot.range().start }
+}
+
+/// The frames of `count` words of the slot's log, from word `first` on.
+fn frames(slot: &Memslot, first: usize, count: usize) -> GfnRange {
+    let start = slot.range().start.0 + first as u64 * WORD;
+    GfnRange { start: Gfn(start), end: Gfn(start + count as u64 * WORD).min(slot.range().end) }
+}
+
+fn dirty_pages(words: &[u64]) -> u64 {
+    words.iter().map(|word| u64::from(word.count_ones())).sum()
+}
+
+impl<H: Host> Worker<H> {
+    /// Starts logging writes to a slot, while vCPUs run. From its return on every write is logged.
+    ///
+    /// With [`LogStart::AllDirty`] the cost does not depend on what is mapped.
+    pub fn start_log(&mut self, id: SlotId, config: LogConfig) -> Result<(), LogError> {
+        let mmu = Arc::clone(&self.mmu);
+        let mut updates = mmu.updates.lock(|| mmu.host.relax());
+        let (slot, prepared) = updates.change_log(&mmu.slots, id, Some(config))?;
+        let published = mmu.slots.publish(&mut updates, prepared);
+        // After this no fault makes an entry writable without a word to the log.
+        self.settle(&mmu, published);
+        if config.start == LogStart::Clean {
+            let Some(log) = slot.log() else { return Err(LogError::NotRunning) };
+            let mut debt = Debt::flush();
+            let mut arm = Arm::new(logged(&slot, log), Pages::All, &mut debt);
+            sweep(&mmu, &mut self.ticket, slot.space(), slot.range(), &mut arm);
+            arm.end(&mmu, &self.ticket);
+            debt.pay(&mmu, self.ticket.counters());
+        }
+        Ok(())
+    }
+
+    /// Stops logging writes to a slot. What is in the log and was not asked for is forgotten.
+    pub fn stop_log(&mut self, id: SlotId) -> Result<(), LogError> {
+        let mmu = Arc::clone(&self.mmu);
+        let mut updates = mmu.updates.lock(|| mmu.host.relax());
+        let (_, prepared) = updates.change_log(&mmu.slots, id, None)?;
+        let published = mmu.slots.publish(&mut updates, prepared);
+        self.settle(&mmu, published);
+        Ok(())
+    }
+
+    /// Copies the log's words from `first_word` on into `out`. Nothing is cleared or armed: that is
+    /// [`Worker::clear_dirty`]'s part. How many pages are dirty.
+    pub fn get_dirty(&mut self, id: SlotId, first_word: usize, out: &mut [u64]) -> Result<u64, LogError> {
+        let mmu = Arc::clone(&self.mmu);
+        let updates = mmu.updates.lock(|| mmu.host.relax());
+        let (slot, log) = updates.logged(id)?;
+        self.gather(&slot, &log, first_word, out.len())?;
+        for (word, out) in (first_word..).zip(out.iter_mut()) {
+            *out = log.get_word(word);
+        }
+        Ok(dirty_pages(out))
+    }
+
+    /// Clears and arms the pages of `mask`, whose first word is the log's `first_word`. How many of them were dirty.
+    ///
+    /// Their data is to be read after this has returned: a write between [`Worker::get_dirty`] and this is not reported
+    /// again.
+    pub fn clear_dirty(&mut self, id: SlotId, first_word: usize, mask: &[u64]) -> Result<u64, LogError> {
+        let mmu = Arc::clone(&self.mmu);
+        let updates = mmu.updates.lock(|| mmu.host.relax());
+        let (slot, log) = updates.logged(id)?;
+        if !log.has_words(first_word, mask.len()) {
+            return Err(LogError::PastTheEnd);
+        }
+        let (mut debt, mut pages) = (Debt::nothing(), 0);
+        for (chunk, mask) in mask.chunks(CHUNK).enumerate() {
+            let first = first_word + chunk * CHUNK;
+            let mut taken = [0; CHUNK];
+            let taken = &mut taken[..mask.len()];
+            for ((word, mask), taken) in (first..).zip(mask).zip(taken.iter_mut()) {
+                *taken = log.take_word(word, *mask);
+            }
+            pages += self.arm_taken(&slot, &log, first, taken, &mut debt);
+        }
+        debt.pay(&mmu, self.ticket.counters());
+        Ok(pages)
+    }
+
+    /// Takes the log's words from `first_word` on into `out`, and arms their pages (get and clear). How many pages are
+    /// dirty.
+    ///
+    /// Every write that was finished when this is called is in `out` or was in an earlier answer; the data of the pages
+    /// is to be read after this has returned.
+    pub fn harvest_dirty(&mut self, id: SlotId, first_word: usize, out: &mut [u64]) -> Result<u64, LogError> {
+        let mmu = Arc::clone(&self.mmu);
+        let updates = mmu.updates.lock(|| mmu.host.relax());
+        let (slot, log) = updates.logged(id)?;
+        self.gather(&slot, &log, first_word, out.len())?;
+        for (word, out) in (first_word..).zip(out.iter_mut()) {
+            *out = log.take_word(word, u64::MAX);
+        }
+        let mut debt = Debt::nothing();
+        if mutants::is(Mutant::DirtyHandedOutBeforeFlush) {
+            Debt::flush().pay(&mmu, self.ticket.counters());
+            let mut late = Debt::nothing();
+            let pages = self.arm_taken(&slot, &log, first_word, out, &mut late);
+            core::mem::forget(late);
+            return Ok(pages);
+        }
+        let pages = self.arm_taken(&slot, &log, first_word, out, &mut debt);
+        debt.pay(&mmu, self.ticket.counters());
+        Ok(pages)
+    }
+
+    /// Gives bits back to the log: what was taken and not used, as when a migration failed, or what another log knew.
+    pub fn merge_dirty(&mut self, id: SlotId, first_word: usize, bits: &[u64]) -> Result<(), LogError> {
+        let mmu = Arc::clone(&self.mmu);
+        let updates = mmu.updates.lock(|| mmu.host.relax());
+        let (_, log) = updates.logged(id)?;
+        if !log.has_words(first_word, bits.len()) {
+            return Err(LogError::PastTheEnd);
+        }
+        for (word, bits) in (first_word..).zip(bits).filter(|(_, bits)| **bits != 0) {
+            log.mark_word(word, *bits);
+        }
+        Ok(())
+    }
+
+    /// The embedder itself has written to `range`: a device, a loader, an instruction that it carried out for the guest.
+    ///
+    /// To be called after the write, and before anyone is told that it is done. Frames without a log are left out.
+    pub fn mark_dirty(&mut self, space: AddressSpace, range: GfnRange) {
+        let inside = Shared::enter(&self.mmu, &mut self.ticket);
+        self.mmu.slots.read(&inside).mark_dirty(space, range);
+    }
+
+    /// Brings what is known of writes up to now into the log.
+    fn gather(&mut self, slot: &Memslot, log: &DirtyLog, first: usize, count: usize) -> Result<(), LogError> {
+        if !log.has_words(first, count) {
+            return Err(LogError::PastTheEnd);
+        }
+        let mmu = &*self.mmu;
+        if log.config().tracking == Tracking::DirtyBit {
+            let mut gather = Gather { logged: logged(slot, log) };
+            sweep(mmu, &mut self.ticket, slot.space(), frames(slot, first, count), &mut gather);
+            // Roots that were obsolete before their turn were left out; what they know, whoever empties them brings
+            // to the log. Those that become obsolete from here on were gone through.
+            mmu.roots.wait_until_emptied(&mmu.host);
+        }
+        synchronize(mmu);
+        Ok(())
+    }
+
+    /// Arms the pages of words that were taken. How many they are.
+    fn arm_taken(&mut self, slot: &Memslot, log: &DirtyLog, first: usize, taken: &[u64], debt: &mut Debt) -> u64 {
+        let pages = dirty_pages(taken);
+        if pages > 0 {
+            debt.note();
+            let mut arm = Arm::new(logged(slot, log), Pages::Taken { first, words: taken }, debt);
+            sweep(&self.mmu, &mut self.ticket, slot.space(), frames(slot, first, taken.len()), &mut arm);
+            arm.end(&self.mmu, &self.ticket);
+        }
+        pages
+    }
+}
