@@ -132,7 +132,7 @@ fn without_bits<F: Cpu>() {
     // Read first: the guest may write from then on without anybody's noticing, so it counts as written.
     assert_eq!(cpu.run_one(START, Access::Read), Done::Memory);
     let made = raw(START);
-    assert_ne!(made & F::DIRTY, 0);
+    assert_ne!(made & <F as Cpu>::DIRTY, 0);
     assert_eq!(cpu.run_one(START, Access::Write), Done::Memory);
     assert_eq!(raw(START), made, "nothing is left for the CPU to write");
 
@@ -142,7 +142,7 @@ fn without_bits<F: Cpu>() {
     mmu.worker().expect("a worker is free").set_slot_flags(SlotId(1), SlotFlags::READ_ONLY).expect("it is there");
     mmu.host().ghost().changed_flags(SlotId(1), SlotFlags::READ_ONLY, true);
     assert_eq!(cpu.run_one(read_only, Access::Read), Done::Memory);
-    assert_eq!(raw(read_only) & F::DIRTY, 0);
+    assert_eq!(raw(read_only) & <F as Cpu>::DIRTY, 0);
 
     // Tables with the bits beside them are as always: clean until the CPU writes.
     cpu.set_role(mmu.role());

@@ -112,20 +112,11 @@ struct Hint {
     /// Ends where the vCPU's roots do, if that is before the slot's own end.
     slot: Slot,
     generation: u64,
-    /// The slot's log, if it has one. (A log that was stopped meanwhile is kept from being freed by this, until another
-    /// slot is remembered.)
-    log: Option<Arc<DirtyLog>>,
 }
 
 impl Hint {
     /// Nothing is remembered: holds no frame.
-    const NONE: Self = Self { slot: Slot::EMPTY, generation: 0, log: None };
-
-    /// The log, as the tables see it.
-    fn logged(&self) -> Option<Logged<'_>> {
-        // What cuts the slot off at a root's limit cuts its end.
-        self.log.as_deref().map(|log| Logged { log, first: self.slot.range().start })
-    }
+    const NONE: Self = Self { slot: Slot::EMPTY, generation: 0 };
 
     /// Whether it is the slot of `gfn` as long as the memslots are of generation `now`.
     #[inline]
@@ -134,10 +125,32 @@ impl Hint {
     }
 }
 
+/// What is remembered besides of a slot whose writes are not simply let through. Kept apart from the [`Hint`] of other
+/// slots, so that their faults need not ask.
+#[derive(Debug)]
+struct Watched {
+    hint: Hint,
+    /// The slot's log, if it has one. (A log that was stopped meanwhile is kept from being freed by this, until another
+    /// such slot is remembered.)
+    log: Option<Arc<DirtyLog>>,
+}
+
+impl Watched {
+    const NONE: Self = Self { hint: Hint::NONE, log: None };
+
+    /// The log, as the tables see it.
+    fn logged(&self) -> Option<Logged<'_>> {
+        // What cuts the slot off at a root's limit cuts its end.
+        self.log.as_deref().map(|log| Logged { log, first: self.hint.slot.range().start })
+    }
+}
+
 /// What the memslots say of a frame.
 enum Found {
     /// It is in the slot that is remembered now.
     Slot,
+    /// It is in the slot that is remembered as watched now.
+    Watched,
     /// Its slot is being deleted, moved or restricted.
     Changing,
     /// It has no memory, in memslots of this generation.
@@ -153,6 +166,7 @@ pub struct Vcpu<H: Host> {
     roots: Loaded,
     cache: TableCache,
     hint: Hint,
+    watched: Watched,
     /// The TLB generation of the last flush.
     flushed: u64,
     /// The TLB must be flushed before the guest runs.
@@ -213,7 +227,18 @@ impl<H: Host> Vcpu<H> {
         let (mmu, cache) = (Arc::clone(mmu), TableCache::default());
         // Owed from the start: this number may have been another vCPU's, which was told to flush and did not any more.
         let flush_owed = true;
-        Some(Self { mmu, ticket, id, role, roots: Loaded::default(), cache, hint: Hint::NONE, flushed: 0, flush_owed })
+        Some(Self {
+            mmu,
+            ticket,
+            id,
+            role,
+            roots: Loaded::default(),
+            cache,
+            hint: Hint::NONE,
+            watched: Watched::NONE,
+            flushed: 0,
+            flush_owed,
+        })
     }
 
     /// The vCPU's number.
@@ -261,6 +286,7 @@ impl<H: Host> Vcpu<H> {
         if role != self.role {
             self.role = role;
             self.hint = Hint::NONE;
+            self.watched = Watched::NONE;
             self.roots.switch(role, &self.mmu.host, self.ticket.counters());
             // What the TLB holds was filled through another root, and one address-space number serves both.
             self.flush_owed = true;
@@ -334,24 +360,21 @@ impl<H: Host> Vcpu<H> {
         }
     }
 
-    /// Asks the backing of the slot that is remembered, which is that of the fault.
+    /// Asks the backing of the slot that is remembered, which is that of the fault and lets writes through.
     // Always inlined, or the compiler would make one function of it for the usual case and the cold one.
     #[inline(always)]
     fn back(&mut self, gpa: Gpa, access: Access, snapshot: Snapshot) -> Result<Outcome, FaultError> {
-        if !self.hint.slot.is_plain() {
-            return self.back_special(gpa, access, snapshot);
-        }
         let mmu = &*self.mmu;
         let (slot, gfn) = (&self.hint.slot, gpa.gfn());
         let extent = match mmu.host.resolve(slot, gfn, access) {
             Ok(extent) if extent.gfns.contains(gfn) => extent,
-            Ok(_) => return self.refuse(snapshot, Err(FaultError::BadExtent)),
-            Err(error) => return self.refuse(snapshot, Err(FaultError::Backing(error))),
+            Ok(_) => return self.refuse(&self.hint, snapshot, Err(FaultError::BadExtent)),
+            Err(error) => return self.refuse(&self.hint, snapshot, Err(FaultError::Backing(error))),
         };
         let late = if mutants::is(Mutant::SnapshotAfterBacking) { mmu.notify.snapshot(gfn) } else { None };
         let snapshot = late.unwrap_or(snapshot);
         if !extent.writable && access == Access::Write {
-            return self.refuse(snapshot, Ok(Outcome::ReadOnly));
+            return self.refuse(&self.hint, snapshot, Ok(Outcome::ReadOnly));
         }
         let want = Mapping::new(slot.range(), gfn, access, extent, extent.writable);
         if !self.cache.is_full() {
@@ -374,7 +397,7 @@ impl<H: Host> Vcpu<H> {
 
     /// As [`Vcpu::back`], for a slot whose writes are not simply let through.
     #[inline(never)]
-    fn back_special(&mut self, gpa: Gpa, access: Access, snapshot: Snapshot) -> Result<Outcome, FaultError> {
+    fn back_watched(&mut self, gpa: Gpa, access: Access, snapshot: Snapshot) -> Result<Outcome, FaultError> {
         let gfn = gpa.gfn();
         if access == Access::Write
             && let Some(outcome) = self.fix_protected(gfn)
@@ -382,20 +405,20 @@ impl<H: Host> Vcpu<H> {
             return Ok(outcome);
         }
         let mmu = &*self.mmu;
-        let slot = &self.hint.slot;
+        let slot = &self.watched.hint.slot;
         let extent = match mmu.host.resolve(slot, gfn, access) {
             Ok(extent) if extent.gfns.contains(gfn) => extent,
-            Ok(_) => return self.refuse(snapshot, Err(FaultError::BadExtent)),
-            Err(error) => return self.refuse(snapshot, Err(FaultError::Backing(error))),
+            Ok(_) => return self.refuse(&self.watched.hint, snapshot, Err(FaultError::BadExtent)),
+            Err(error) => return self.refuse(&self.watched.hint, snapshot, Err(FaultError::Backing(error))),
         };
         let writable = extent.writable && !slot.flags().contains(SlotFlags::READ_ONLY);
         if !writable && access == Access::Write {
-            return self.refuse(snapshot, Ok(Outcome::ReadOnly));
+            return self.refuse(&self.watched.hint, snapshot, Ok(Outcome::ReadOnly));
         }
         let want = Mapping::new(slot.range(), gfn, access, extent, writable);
         Self::top_up(mmu, &self.ticket, &mut self.cache)?;
         let root = self.roots.current().ok_or(FaultError::NoRoot)?;
-        let (generation, logged) = (self.hint.generation, self.hint.logged());
+        let (generation, logged) = (self.watched.hint.generation, self.watched.logged());
         let inside = Shared::enter(mmu, &mut self.ticket);
         Obstructed { inside, want, generation, snapshot, logged }.map(root, &mut self.cache)
     }
@@ -407,10 +430,10 @@ impl<H: Host> Vcpu<H> {
     /// go will be found by its zap, which flushes.
     #[inline]
     fn fix_protected(&mut self, gfn: Gfn) -> Option<Outcome> {
-        let (logged, root) = (self.hint.logged()?, self.roots.current()?);
+        let (logged, root) = (self.watched.logged()?, self.roots.current()?);
         let inside = Shared::enter(&self.mmu, &mut self.ticket);
         // The slot's log is still this one, and the slot is not read-only now.
-        if self.mmu.slots.generation() != self.hint.generation || !root.is_valid(&inside) {
+        if self.mmu.slots.generation() != self.watched.hint.generation || !root.is_valid(&inside) {
             return None;
         }
         let outcome = fix_protected(&inside, root, gfn, &logged)?;
@@ -433,8 +456,13 @@ impl<H: Host> Vcpu<H> {
     /// Outside the lock: whatever the backing told had happened before the answer, and the update or invalidation
     /// began before that, so it is seen here.
     #[cold]
-    fn refuse(&self, snapshot: Snapshot, result: Result<Outcome, FaultError>) -> Result<Outcome, FaultError> {
-        let overtaken = self.mmu.slots.generation() != self.hint.generation || self.mmu.notify.is_overtaken(snapshot);
+    fn refuse(
+        &self,
+        hint: &Hint,
+        snapshot: Snapshot,
+        result: Result<Outcome, FaultError>,
+    ) -> Result<Outcome, FaultError> {
+        let overtaken = self.mmu.slots.generation() != hint.generation || self.mmu.notify.is_overtaken(snapshot);
         if overtaken { Ok(Outcome::Retry) } else { result }
     }
 
@@ -442,14 +470,18 @@ impl<H: Host> Vcpu<H> {
     #[cold]
     fn find_slot(&mut self, gpa: Gpa, access: Access, snapshot: Snapshot) -> Result<Outcome, FaultError> {
         let gfn = gpa.gfn();
+        if self.watched.hint.holds(gfn, self.mmu.slots.generation()) {
+            return self.back_watched(gpa, access, snapshot);
+        }
         match self.look_up_slot(gfn) {
             Found::Slot => self.back(gpa, access, snapshot),
+            Found::Watched => self.back_watched(gpa, access, snapshot),
             Found::Changing => Ok(Outcome::Retry),
             Found::Nothing { generation } => self.no_memory(gfn, generation),
         }
     }
 
-    /// Finds the slot of `gfn` and remembers it if it is in use.
+    /// Finds the slot of `gfn` and remembers it if it is in use, under one of two names.
     fn look_up_slot(&mut self, gfn: Gfn) -> Found {
         let inside = Shared::enter(&self.mmu, &mut self.ticket);
         let set = self.mmu.slots.read(&inside);
@@ -462,8 +494,14 @@ impl<H: Host> Vcpu<H> {
         if slot.state() == SlotState::Changing {
             return Found::Changing;
         }
-        self.hint = Hint { slot: slot.up_to(limit), generation, log: slot.log().cloned() };
-        Found::Slot
+        let hint = Hint { slot: slot.up_to(limit), generation };
+        if slot.is_plain() {
+            self.hint = hint;
+            Found::Slot
+        } else {
+            self.watched = Watched { hint, log: slot.log().cloned() };
+            Found::Watched
+        }
     }
 
     /// No slot holds `gfn`: leaves an MMIO entry, unless a slot was added meanwhile.
