@@ -1,7 +1,7 @@
 //! Random programs in one thread, against the ghost.
 
 use nestling::{Level, SlotZap};
-use nestling_checks::program::single::{Lie, Op, Setting, Spot, Table, run_on};
+use nestling_checks::program::single::{Lie, LogOp, Op, Setting, Spot, Table, run_on};
 use nestling_checks::scene::{assert_none, deep};
 use proptest::prelude::*;
 
@@ -24,6 +24,17 @@ fn lie() -> impl Strategy<Value = Lie> {
     prop_oneof![4 => Just(Lie::Aligned), 1 => Just(Lie::Crooked), 2 => pieces, 1 => Just(Lie::HostReadOnly)]
 }
 
+fn log_op() -> impl Strategy<Value = LogOp> {
+    let part = || prop_oneof![2 => Just((0, 255)), 1 => (any::<u8>(), any::<u8>())];
+    prop_oneof![
+        3 => any::<[bool; 4]>().prop_map(|[dirty_bit, leaf, all, eager]| LogOp::Start { dirty_bit, leaf, all, eager }),
+        1 => Just(LogOp::Stop),
+        6 => part().prop_map(|(from, to)| LogOp::Harvest(from, to)),
+        3 => (part(), any::<u64>()).prop_map(|((from, to), seed)| LogOp::GetAndClear(from, to, seed)),
+        1 => any::<u64>().prop_map(LogOp::Merge),
+    ]
+}
+
 fn op() -> impl Strategy<Value = Op> {
     let id = || 0u8..5;
     let few = || prop_oneof![4 => 1u64..4, 4 => Just(512), 4 => 1u64..1600, 1 => Just(2 << 18)];
@@ -42,6 +53,8 @@ fn op() -> impl Strategy<Value = Op> {
         // In the same block, where a huge leaf would reach into the range.
         2 => (spot(), 1u64..5, 0u16..512).prop_map(|(at, pages, page)| Op::TouchDuring(at, pages, Spot { page, ..at })),
         1 => (0u8..6).prop_map(Op::Starve),
+        8 => (id(), log_op()).prop_map(|(id, op)| Op::Log(id, op)),
+        1 => (any::<bool>(), spot(), few()).prop_map(|(by_vcpu, at, pages)| Op::Device(by_vcpu, at, pages)),
     ]
 }
 

@@ -14,6 +14,7 @@
 //! A zap takes no memory away, so it is remembered as a range and the time of its call: a translation that was read
 //! from the tables before that time must not be used after the zap's return.
 
+pub mod dirty;
 pub mod history;
 pub mod object;
 pub mod tree;
@@ -59,6 +60,7 @@ pub struct Ghost {
     next_frame: u64,
     host_frames: u64,
     zaps: VecDeque<(GfnRange, u64)>,
+    logs: BTreeMap<SlotId, dirty::Book>,
     history: History,
     violations: Vec<Violation>,
     changing: u32,
@@ -260,6 +262,7 @@ impl Ghost {
                 self.note(place.range, format!("deleted {id:?}"));
             }
             self.placements.retain(|place| place.id != id);
+            self.log_stopped(id);
         }
         self.end_change();
     }
@@ -330,6 +333,11 @@ impl Ghost {
     pub fn access(&mut self, vcpu: VcpuId, space: AddressSpace, gfn: Gfn, hfn: Hfn, access: Access, born: u64) {
         self.accesses += 1;
         self.note_guest(gfn, format!("{vcpu:?} {access:?} to {hfn:?} by a translation of {born}"));
+        if access == Access::Write {
+            let page = GfnRange { start: gfn, end: Gfn(gfn.0 + 1) };
+            self.trying(space, page);
+            self.wrote(space, page);
+        }
         let here = |place: &&Placement| place.space == space && place.range.contains(gfn);
         let allowed = self.placements.iter().filter(here).any(|place| {
             let frame = self
@@ -348,6 +356,15 @@ impl Ghost {
             );
             self.violation(Some(gfn), text);
         }
+    }
+
+    /// A fault is about to be handed in. The time.
+    pub fn fault_begins(&mut self, space: AddressSpace, gfn: Gfn, access: Access) -> u64 {
+        if access == Access::Write && !self.logs.is_empty() {
+            // Its entry may count as written whether or not the guest comes back to write.
+            self.trying(space, GfnRange { start: gfn, end: Gfn(gfn.0 + 1) });
+        }
+        self.tick()
     }
 
     /// A fault that was handed in at `began` has ended.

@@ -247,7 +247,7 @@ impl<F: Cpu> GuestCpu<F> {
     fn handle(&mut self, Instruction { gfn, access }: Instruction, stopped: Stopped, tries: u64) -> Option<Done> {
         let Stopped::Fault(cause) = stopped else { return None };
         let id = self.vcpu.id();
-        let began = self.mmu.host().ghost().tick();
+        let began = self.mmu.host().ghost().fault_begins(self.role().space(), gfn, access);
         let result = self.vcpu.fault(Fault { gpa: gfn.gpa(), access, cause });
         self.mmu.host().ghost().fault_ended(id, self.role().space(), gfn, access, began, &result);
         match result {

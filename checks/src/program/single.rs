@@ -4,6 +4,8 @@
 //! forgotten at the next entry, because the library says so, or the ghost sees the access. After every operation the
 //! whole tree is read and compared, and the counters with it.
 
+mod dirty;
+
 use std::sync::Arc;
 
 use nestling::format::{Ept, Npt};
@@ -11,6 +13,8 @@ use nestling::{
     Access, AdBits, AddressSpace, Config, FaultError, Gfn, GfnRange, Level, Mmu, Role, SlotConfig, SlotError,
     SlotFlags, SlotId, SlotZap, VcpuId, Worker,
 };
+
+pub use dirty::LogOp;
 
 use crate::ghost::object::Shape;
 use crate::ghost::tree::Leaf;
@@ -88,6 +92,10 @@ pub enum Op {
     TouchDuring(Spot, u64, Spot),
     /// From now on table frames run out after so many requests.
     Starve(u8),
+    /// Something about the dirty log of a slot.
+    Log(u8, LogOp),
+    /// The embedder writes to a range, by the vCPU or by the worker.
+    Device(bool, Spot, u64),
 }
 
 /// How a slot's memory lies.
@@ -172,6 +180,8 @@ impl<F: Cpu> Single<F> {
                 self.invalidate(self.range(at, pages), true, Some(self.gfn(touch)));
             }
             Op::Starve(after) => self.starve(after.into()),
+            Op::Log(id, op) => self.log_op(id, op),
+            Op::Device(by_vcpu, at, pages) => self.device_writes(by_vcpu, at, pages),
         }
         self.check();
     }
