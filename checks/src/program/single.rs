@@ -161,6 +161,12 @@ impl<F: Cpu> Single<F> {
 
     /// Carries out one operation and checks everything after it.
     pub fn run(&mut self, op: Op) {
+        self.act(op);
+        self.check();
+    }
+
+    /// Carries out one operation; the tables are not looked at.
+    pub fn act(&mut self, op: Op) {
         match op {
             Op::Add { id, smm, at, pages, shape, read_only } => self.add(id, space(smm), at, pages, shape, read_only),
             Op::Delete(id) => self.delete(SlotId(id.into())),
@@ -183,7 +189,6 @@ impl<F: Cpu> Single<F> {
             Op::Log(id, op) => self.log_op(id, op),
             Op::Device(by_vcpu, at, pages) => self.device_writes(by_vcpu, at, pages),
         }
-        self.check();
     }
 
     fn complain(&self, what: String) {
