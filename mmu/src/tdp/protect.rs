@@ -277,7 +277,7 @@ impl<H: Host> Visitor<H> for Gather<'_> {
                 mask |= 1 << (page % WORD);
             }
             page += 1;
-            if page % WORD == 0 && mask != 0 {
+            if page.is_multiple_of(WORD) && mask != 0 {
                 self.logged.log.mark_word((page / WORD) as usize - 1, mask);
                 mask = 0;
             }
