@@ -6,10 +6,10 @@ use super::operand::mask;
 
 pub(super) const CF: u64 = 1 << 0;
 const PF: u64 = 1 << 2;
-const AF: u64 = 1 << 4;
+pub(super) const AF: u64 = 1 << 4;
 pub(super) const ZF: u64 = 1 << 6;
 const SF: u64 = 1 << 7;
-const OF: u64 = 1 << 11;
+pub(super) const OF: u64 = 1 << 11;
 /// All six.
 pub(super) const ARITHMETIC: u64 = CF | PF | AF | ZF | SF | OF;
 
@@ -30,7 +30,7 @@ const fn top(bytes: usize) -> u64 {
 }
 
 /// SF, ZF and PF of a result.
-const fn of_result(result: u64, bytes: usize) -> u64 {
+pub(super) const fn of_result(result: u64, bytes: usize) -> u64 {
     let result = result & mask(bytes);
     let sign = if result & top(bytes) != 0 { SF } else { 0 };
     let zero = if result == 0 { ZF } else { 0 };
@@ -98,33 +98,37 @@ pub(super) const fn step(operation: Binary, a: u64, bytes: usize, rflags: u64) -
 }
 
 #[cfg(test)]
+/// Executes an instruction on this CPU: two operands and the flags before, the result and the flags after.
+macro_rules! native {
+    ($name:literal, $operands:literal, $class:ident, $size:ident, $a:expr, $b:expr, $flags:expr) => {{
+        let (mut a, mut flags): ($size, u64) = ($a as $size, $flags);
+        // SAFETY: registers and flags only; the stack is used as a push and its pop, past the red zone.
+        unsafe {
+            core::arch::asm!(
+                "lea rsp, [rsp - 128]",
+                "push {f}",
+                "popfq",
+                concat!($name, $operands),
+                "pushfq",
+                "pop {f}",
+                "lea rsp, [rsp + 128]",
+                f = inout(reg) flags,
+                a = inout($class) a,
+                b = in($class) $b as $size,
+                in("rcx") $b as u64,
+            );
+        }
+        (u64::from(a), flags)
+    }};
+}
+#[cfg(test)]
+pub(super) use native;
+
+#[cfg(test)]
 mod tests {
     use super::*;
     use crate::devices::testing::Random;
     use core::arch::asm;
-
-    /// Executes an instruction on this CPU: two operands and the flags before, the result and the flags after.
-    macro_rules! native {
-        ($name:literal, $operands:literal, $class:ident, $size:ident, $a:expr, $b:expr, $flags:expr) => {{
-            let (mut a, mut flags): ($size, u64) = ($a as $size, $flags);
-            // SAFETY: registers and flags only; the stack is used as a push and its pop, past the red zone.
-            unsafe {
-                asm!(
-                    "lea rsp, [rsp - 128]",
-                    "push {f}",
-                    "popfq",
-                    concat!($name, $operands),
-                    "pushfq",
-                    "pop {f}",
-                    "lea rsp, [rsp + 128]",
-                    f = inout(reg) flags,
-                    a = inout($class) a,
-                    b = in($class) $b as $size,
-                );
-            }
-            (u64::from(a), flags)
-        }};
-    }
 
     macro_rules! by_size {
         ($name:literal, $operation:expr, $logic:expr) => {{

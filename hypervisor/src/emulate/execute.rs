@@ -4,15 +4,17 @@
 //! here or not at all. Order within an instruction: read what is read, translate for what is written, write, and only
 //! then change registers. So whatever stops it stops it whole.
 
-use iced_x86::{ConditionCode, Instruction, Mnemonic, OpKind, Register};
+use iced_x86::{Code, ConditionCode, Instruction, Mnemonic, OpKind, Register};
 
 use super::alu::{self, Binary};
 use super::operand::{Place, Space, mask};
+use super::shift::{self, Count, Shift};
 use super::walk::Access;
-use super::{Bus, CodeSize, Registers, SEGMENT_BIG, Stop, segment};
+use super::{Bus, CodeSize, Exception, Registers, SEGMENT_BIG, Stop, segment, vector};
 
 const RAX: usize = 0;
 const RSP: usize = 4;
+const RBP: usize = 5;
 
 /// One instruction under way.
 pub(super) struct Machine<'a, 'b, B> {
@@ -55,6 +57,35 @@ impl<B: Bus> Machine<'_, '_, B> {
             M::Bts => self.bit(instruction, |value, bit| Some(value | bit))?,
             M::Btr => self.bit(instruction, |value, bit| Some(value & !bit))?,
             M::Btc => self.bit(instruction, |value, bit| Some(value ^ bit))?,
+            M::Shl | M::Sal => self.shift(instruction, Shift::Left)?,
+            M::Shr => self.shift(instruction, Shift::Right)?,
+            M::Sar => self.shift(instruction, Shift::Arithmetic)?,
+            M::Rol => self.shift(instruction, Shift::RotateLeft)?,
+            M::Ror => self.shift(instruction, Shift::RotateRight)?,
+            M::Rcl => self.shift(instruction, Shift::RotateCarryLeft)?,
+            M::Rcr => self.shift(instruction, Shift::RotateCarryRight)?,
+            M::Shld => self.double_shift(instruction, true)?,
+            M::Shrd => self.double_shift(instruction, false)?,
+            M::Mul => self.multiply(instruction, false)?,
+            M::Imul if instruction.op_count() == 1 => self.multiply(instruction, true)?,
+            M::Imul => self.multiply_into(instruction)?,
+            M::Div => self.divide(instruction, false)?,
+            M::Idiv => self.divide(instruction, true)?,
+            M::Bsf => self.count(instruction, Count::ScanForward)?,
+            M::Bsr => self.count(instruction, Count::ScanReverse)?,
+            M::Tzcnt => self.count(instruction, Count::Trailing)?,
+            M::Lzcnt => self.count(instruction, Count::Leading)?,
+            M::Popcnt => self.count(instruction, Count::Ones)?,
+            M::Cmpxchg8b => self.compare_exchange_8(instruction)?,
+            // Nothing of the guest's is in a cache of ours.
+            M::Clflush | M::Clflushopt | M::Clwb => {}
+            M::Call => return self.call(instruction),
+            M::Jmp => return self.jump(instruction),
+            M::Ret => return self.ret(instruction),
+            M::Leave => self.leave(instruction)?,
+            _ if vector::is_move(instruction.mnemonic()) && !instruction.is_string_instruction() => {
+                self.move_vector(instruction)?;
+            }
             M::Movsb | M::Movsw | M::Movsd | M::Movsq => return self.movs(instruction),
             M::Stosb | M::Stosw | M::Stosd | M::Stosq => return self.stos(instruction),
             M::Lodsb | M::Lodsw | M::Lodsd | M::Lodsq => return self.lods(instruction),
@@ -105,7 +136,7 @@ impl<B: Bus> Machine<'_, '_, B> {
     }
 
     /// The offset of a memory operand in its segment.
-    fn offset(&self, instruction: &Instruction, index: u32) -> Result<u64, Stop> {
+    pub(super) fn offset(&self, instruction: &Instruction, index: u32) -> Result<u64, Stop> {
         let value = |register: Register, _, _| {
             if register.is_segment_register() { Some(0) } else { register.is_gpr().then(|| self.register(register)) }
         };
@@ -242,6 +273,163 @@ impl<B: Bus> Machine<'_, '_, B> {
         Ok(())
     }
 
+    fn shift(&mut self, instruction: &Instruction, kind: Shift) -> Result<(), Stop> {
+        let bytes = Self::bytes(instruction, 0)?;
+        let count = self.source(instruction, 1, 1)?;
+        self.unary(instruction, |value, _, flags| shift::shift(kind, value, count, bytes, flags))
+    }
+
+    fn double_shift(&mut self, instruction: &Instruction, left: bool) -> Result<(), Stop> {
+        let bytes = Self::bytes(instruction, 0)?;
+        let (other, count) = (self.source(instruction, 1, bytes)?, self.source(instruction, 2, 1)?);
+        self.unary(instruction, |value, _, flags| shift::double(left, value, other, count, bytes, flags))
+    }
+
+    /// The upper half of the double-sized accumulator: AH of a byte's, else (E/R)DX.
+    const fn upper(bytes: usize) -> Register {
+        match bytes {
+            1 => Register::AH,
+            2 => Register::DX,
+            4 => Register::EDX,
+            _ => Register::RDX,
+        }
+    }
+
+    fn multiply(&mut self, instruction: &Instruction, signed: bool) -> Result<(), Stop> {
+        let bytes = Self::bytes(instruction, 0)?;
+        let factor = self.source(instruction, 0, bytes)?;
+        let other = self.register(accumulator(bytes));
+        let (low, high, flags) = shift::multiply(signed, other, factor, bytes, self.registers.rflags);
+        self.set_register(accumulator(bytes), low);
+        self.set_register(Self::upper(bytes), high);
+        self.registers.rflags = flags;
+        Ok(())
+    }
+
+    /// IMUL with two or three operands.
+    fn multiply_into(&mut self, instruction: &Instruction) -> Result<(), Stop> {
+        let bytes = Self::bytes(instruction, 0)?;
+        let last = instruction.op_count() - 1;
+        let (a, b) = (self.source(instruction, last - 1, bytes)?, self.source(instruction, last, bytes)?);
+        let (low, _, flags) = shift::multiply(true, a, b, bytes, self.registers.rflags);
+        self.set_register(instruction.op_register(0), low);
+        self.registers.rflags = flags;
+        Ok(())
+    }
+
+    fn divide(&mut self, instruction: &Instruction, signed: bool) -> Result<(), Stop> {
+        let bytes = Self::bytes(instruction, 0)?;
+        let by = self.source(instruction, 0, bytes)?;
+        let (high, low) = (self.register(Self::upper(bytes)), self.register(accumulator(bytes)));
+        let (quotient, remainder) = shift::divide(signed, high, low, by, bytes).ok_or(Exception::Divide)?;
+        self.set_register(accumulator(bytes), quotient);
+        self.set_register(Self::upper(bytes), remainder);
+        Ok(())
+    }
+
+    fn count(&mut self, instruction: &Instruction, kind: Count) -> Result<(), Stop> {
+        let bytes = Self::bytes(instruction, 0)?;
+        let value = self.source(instruction, 1, bytes)?;
+        let (count, flags) = shift::count(kind, value, bytes, self.registers.rflags);
+        if let Some(count) = count {
+            self.set_register(instruction.op_register(0), count);
+        }
+        self.registers.rflags = flags;
+        Ok(())
+    }
+
+    /// CMPXCHG8B: EDX:EAX is compared, ECX:EBX goes in.
+    fn compare_exchange_8(&mut self, instruction: &Instruction) -> Result<(), Stop> {
+        let pair = |machine: &Self, high, low| machine.register(high) << 32 | machine.register(low);
+        let expected = pair(self, Register::EDX, Register::EAX);
+        let new = pair(self, Register::ECX, Register::EBX);
+        let old = self.update(instruction, |value| if value == expected { new } else { value })?;
+        if old == expected {
+            self.registers.rflags |= alu::ZF;
+        } else {
+            self.registers.rflags &= !alu::ZF;
+            self.set_register(Register::EAX, old);
+            self.set_register(Register::EDX, old >> 32);
+        }
+        Ok(())
+    }
+
+    /// Puts a value on the stack, wherever that is; returns the new stack pointer, which is not set.
+    fn store_on_stack(&mut self, value: u64, bytes: usize) -> Result<u64, Stop> {
+        let top = self.registers.general[RSP].wrapping_sub(bytes as u64);
+        let place = self.space.place(segment::SS, top & self.stack_mask(), bytes, Access::Write)?;
+        self.space.store(place, value)?;
+        Ok(top)
+    }
+
+    /// A near target: operand 0.
+    fn target(&mut self, instruction: &Instruction) -> Result<u64, Stop> {
+        let target = match instruction.op_kind(0) {
+            OpKind::NearBranch16 | OpKind::NearBranch32 | OpKind::NearBranch64 => instruction.near_branch_target(),
+            _ if instruction.is_jmp_near_indirect() || instruction.is_call_near_indirect() => {
+                let bytes = Self::bytes(instruction, 0)?;
+                self.source(instruction, 0, bytes)?
+            }
+            _ => return Err(Stop::Unsupported),
+        };
+        self.may_jump(target).map(|()| target)
+    }
+
+    /// Whether code can be at an address (APM vol. 2, 4.12.1 and 5.3.1).
+    fn may_jump(&self, target: u64) -> Result<(), Stop> {
+        let inside = match self.space.cpu.code_size() {
+            CodeSize::Bits64 => self.space.is_canonical(target),
+            _ => target <= u64::from(self.space.cpu.segments[segment::CS].limit),
+        };
+        if inside { Ok(()) } else { Err(Exception::GeneralProtection.into()) }
+    }
+
+    fn call(mut self, instruction: &Instruction) -> Result<(), Stop> {
+        let bytes = instruction.stack_pointer_increment().unsigned_abs() as usize;
+        let target = self.target(instruction)?;
+        let top = self.store_on_stack(instruction.next_ip(), bytes)?;
+        self.set_stack(top);
+        self.registers.rip = target;
+        Ok(())
+    }
+
+    fn jump(mut self, instruction: &Instruction) -> Result<(), Stop> {
+        self.registers.rip = self.target(instruction)?;
+        Ok(())
+    }
+
+    /// A near return, and the bytes of arguments that it takes from the stack.
+    fn ret(mut self, instruction: &Instruction) -> Result<(), Stop> {
+        let arguments = if instruction.op_count() == 1 { u64::from(instruction.immediate16()) } else { 0 };
+        let bytes = (i64::from(instruction.stack_pointer_increment()) - arguments as i64) as usize;
+        if !matches!(bytes, 2 | 4 | 8) {
+            return Err(Stop::Unsupported);
+        }
+        let top = self.registers.general[RSP];
+        let place = self.space.place(segment::SS, top & self.stack_mask(), bytes, Access::Read)?;
+        let target = self.space.load(place)?;
+        self.may_jump(target)?;
+        self.set_stack(top.wrapping_add(bytes as u64).wrapping_add(arguments));
+        self.registers.rip = target;
+        Ok(())
+    }
+
+    /// LEAVE: the stack pointer from the frame pointer, and that from the stack.
+    fn leave(&mut self, instruction: &Instruction) -> Result<(), Stop> {
+        let register = match instruction.code() {
+            Code::Leavew => Register::BP,
+            Code::Leaved => Register::EBP,
+            _ => Register::RBP,
+        };
+        let bytes = register.size();
+        let top = self.registers.general[RBP];
+        let place = self.space.place(segment::SS, top & self.stack_mask(), bytes, Access::Read)?;
+        let value = self.space.load(place)?;
+        self.set_stack(top.wrapping_add(bytes as u64));
+        self.set_register(register, value);
+        Ok(())
+    }
+
     /// PUSH of a memory operand, or of a register or immediate onto a stack in device memory.
     fn push(&mut self, instruction: &Instruction) -> Result<(), Stop> {
         let bytes = instruction.stack_pointer_increment().unsigned_abs() as usize;
@@ -249,9 +437,7 @@ impl<B: Bus> Machine<'_, '_, B> {
             return Err(Stop::Unsupported);
         }
         let value = self.source(instruction, 0, bytes)?;
-        let top = self.registers.general[RSP].wrapping_sub(bytes as u64);
-        let place = self.space.place(segment::SS, top & self.stack_mask(), bytes, Access::Write)?;
-        self.space.store(place, value)?;
+        let top = self.store_on_stack(value, bytes)?;
         self.set_stack(top);
         Ok(())
     }

@@ -19,7 +19,9 @@
 mod alu;
 mod execute;
 mod operand;
+mod shift;
 mod string;
+mod vector;
 pub mod walk;
 
 #[cfg(test)]
@@ -60,6 +62,8 @@ pub struct Registers {
     pub rip: u64,
     /// Flags.
     pub rflags: u64,
+    /// XMM0 to XMM15.
+    pub vectors: [u128; 16],
 }
 
 /// A vCPU as far as one instruction depends on it.
@@ -166,8 +170,12 @@ pub trait Bus {
 /// An exception for the guest, RIP at the instruction that caused it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Exception {
+    /// #DE.
+    Divide,
     /// #UD.
     InvalidOpcode,
+    /// #NM.
+    DeviceNotAvailable,
     /// #SS(0).
     Stack,
     /// #GP(0).

@@ -66,16 +66,27 @@ impl<B: Bus> Space<'_, B> {
         Ok(Place { first, split, second, bytes })
     }
 
+    /// A segment's base; in 64-bit mode only FS and GS have one.
+    pub(super) fn base(&self, which: usize) -> u64 {
+        let wide = self.cpu.code_size() == CodeSize::Bits64;
+        if wide && which < segment::FS { 0 } else { self.cpu.segments[which].base }
+    }
+
+    /// Whether the upper bits of an address repeat its topmost one.
+    pub(super) fn is_canonical(&self, address: u64) -> bool {
+        let unused = 64 - if self.cpu.cr4 & CR4_LA57 != 0 { 57 } else { 48 };
+        ((address << unused) as i64 >> unused) as u64 == address
+    }
+
     fn linear(&self, which: usize, offset: u64, bytes: usize, access: Access) -> Result<u64, Exception> {
         let violation = if which == segment::SS { Exception::Stack } else { Exception::GeneralProtection };
         let register = &self.cpu.segments[which];
         let last = offset.wrapping_add(bytes as u64 - 1);
         if self.cpu.code_size() == CodeSize::Bits64 {
-            let base = if which >= segment::FS { register.base } else { 0 };
+            let base = self.base(which);
             let (first, last) = (base.wrapping_add(offset), base.wrapping_add(last));
-            let bits = if self.cpu.cr4 & CR4_LA57 != 0 { 57 } else { 48 };
-            let canonical = |address: u64| ((address << (64 - bits)) as i64 >> (64 - bits)) as u64 == address;
-            return if canonical(first) && canonical(last) { Ok(first) } else { Err(violation) };
+            let canonical = self.is_canonical(first) && self.is_canonical(last);
+            return if canonical { Ok(first) } else { Err(violation) };
         }
         let attributes = register.attributes;
         let code = attributes & TYPE_CODE != 0;

@@ -54,6 +54,8 @@ const ASID: u32 = 1;
 /// #DB and #AC, so that their delivery can't loop ([`Intercepted`]), #UD, behind which a hypercall of the other vendor may
 /// be, and #MC, which is the host's.
 const EXCEPTIONS: u32 = 1 << 1 | 1 << 6 | 1 << 17 | 1 << 18;
+/// Where XMM0 is in an FXSAVE image (APM vol. 2, 11.4.4).
+const XMM: usize = 160;
 /// CR8's bit in the intercept words.
 const CR8: u16 = 1 << 8;
 const RBX: usize = 3;
@@ -223,6 +225,12 @@ impl Vcpu {
         }
     }
 
+    /// XMM0 to XMM15, as the FXSAVE image has them.
+    fn vectors(&self) -> [u128; 16] {
+        let mut images = self.switch.fx[XMM..].chunks_exact(16);
+        core::array::from_fn(|_| images.next().and_then(|image| image.try_into().ok()).map_or(0, u128::from_le_bytes))
+    }
+
     fn latch(&mut self, vector: u8) {
         self.latched = Some(vector);
         let control = &mut self.vmcb_mut().control;
@@ -387,7 +395,9 @@ impl GuestCpu for Vcpu {
     fn raise(&mut self, raised: Raised) {
         let coded = |vector: u64, code: u32| event::HAS_CODE | vector | u64::from(code) << event::CODE_SHIFT;
         let what = match raised {
+            Raised::Divide => 0,
             Raised::InvalidOpcode => 6,
+            Raised::DeviceNotAvailable => 7,
             Raised::Stack => coded(12, 0),
             Raised::GeneralProtection => coded(13, 0),
             Raised::PageFault { code, address } => {
@@ -484,7 +494,7 @@ impl GuestCpu for Vcpu {
             base: s.base,
         };
         emulate::Cpu {
-            registers: emulate::Registers { general, rip: save.rip, rflags: save.rflags },
+            registers: emulate::Registers { general, rip: save.rip, rflags: save.rflags, vectors: self.vectors() },
             cr0: save.cr0,
             cr3: save.cr3,
             cr4: save.cr4,
@@ -499,6 +509,9 @@ impl GuestCpu for Vcpu {
     fn take_over(&mut self, registers: &emulate::Registers) {
         for (index, value) in registers.general.iter().enumerate() {
             self.set_register(index, *value);
+        }
+        for (image, value) in self.switch.fx[XMM..].chunks_exact_mut(16).zip(registers.vectors) {
+            image.copy_from_slice(&value.to_le_bytes());
         }
         self.save_mut().rflags = registers.rflags;
         if self.save().rip != registers.rip {

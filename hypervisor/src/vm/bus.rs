@@ -187,6 +187,8 @@ impl<C: GuestCpu> Vcpu<C> {
             End::Done => Next::Continue,
             End::Raise(exception) => {
                 self.cpu.raise(match exception {
+                    Exception::Divide => Raised::Divide,
+                    Exception::DeviceNotAvailable => Raised::DeviceNotAvailable,
                     Exception::InvalidOpcode => Raised::InvalidOpcode,
                     Exception::Stack => Raised::Stack,
                     Exception::GeneralProtection => Raised::GeneralProtection,

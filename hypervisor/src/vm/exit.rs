@@ -41,6 +41,10 @@ pub enum Intercepted {
 /// Something to raise in the guest.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Raised {
+    /// #DE.
+    Divide,
+    /// #NM.
+    DeviceNotAvailable,
     /// #UD.
     InvalidOpcode,
     /// #SS(0).
