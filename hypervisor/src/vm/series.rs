@@ -21,8 +21,9 @@ use super::exit;
 use super::house::{self, FAULTS, Finished, Manner};
 use super::time::VmClock;
 use crate::boot::ap;
+use crate::control::{self, log};
+use crate::emulate;
 use crate::memory::{frames, usage};
-use crate::{control, emulate};
 
 const NS_PER_MS: u64 = 1_000_000;
 /// One guest in so many is mapped by 4 KiB pages only.
@@ -122,6 +123,8 @@ pub(super) fn run(bundle: &Bundle<'_>, series: Series, cpus: usize) -> Result<Gu
         control::flush();
         let before = Stock::take();
         let finished = house::start(&bundle, cpus, Manner::Slice(series.slice_ms.saturating_mul(NS_PER_MS)))?;
+        let reason = finished.death.as_ref().map(|death| &death.reason);
+        log::info!("guest {seed}: {:?} {reason:x?}", finished.exit);
         let remains = Remains::of(&finished, seed);
         drop(finished);
         let leak = before.compare(&remains);

@@ -1,8 +1,9 @@
 //! Writes a random program: mostly instructions that a CPU knows, biased to those that a hypervisor has to do with.
 //!
 //! Left out on purpose is what ends QEMU's emulation (7.2) itself, which would hide what is looked for: LTR (of a null
-//! selector, which a CPU refuses; the next event then finds "invalid tss"), and CR0.NE cleared (an x87 error then raises its
-//! interrupt line without the lock that this needs). Random bytes may still do either.
+//! selector, which a CPU refuses; the next event then finds "invalid tss"), CR0.NE cleared (an x87 error then raises its
+//! interrupt line without the lock that this needs), and data breakpoints in DR7 (met while an event is delivered, they take a
+//! lock that is held already). Random bytes may still do any of it.
 
 use super::{PROGRAMS, Random, SCRATCH, SCRATCH_BYTES};
 use crate::machine::TEST_RAM;
@@ -143,8 +144,11 @@ fn on_memory(program: &mut Program, random: &mut Random) {
                 0xc3, 0xc7, 0xd6, 0xe7, 0xf0, 0x0d, 0x18, 0x1f,
             ]),
         ]),
-        // Not group 6, where LTR is.
-        4 => program.push(&[0x0f, 1 + random.below(255) as u8]),
+        4 => match random.next() as u8 {
+            // Group 6, where LTR is, and writes to debug registers.
+            0 | 0x23 => return,
+            opcode => program.push(&[0x0f, opcode]),
+        },
         _ => program.push(&[0x0f, random.of(&[0x38u8, 0x3a]), random.next() as u8]),
     }
     operand(program, random);
@@ -159,8 +163,9 @@ fn control_register(program: &mut Program, random: &mut Random) {
     let prefix = 0x40 | (number >> 3) << 2;
     let register = (number & 7) << 3;
     if random.below(3) == 0 {
-        // Debug registers too.
-        program.push(&[prefix, 0x0f, random.of(&[0x20, 0x21, 0x23]), 0xc0 | register | random.below(8) as u8]);
+        // Debug registers too; of those that are written, not the one that switches breakpoints on.
+        let (opcode, number) = random.of(&[(0x20, number), (0x21, number), (0x21, 7), (0x23, 0), (0x23, 3), (0x23, 6)]);
+        program.push(&[prefix & !4, 0x0f, opcode, 0xc0 | (number & 7) << 3 | random.below(8) as u8]);
         return;
     }
     program.push(&[prefix, 0x0f, 0x20, 0xc0 | register]);
@@ -294,6 +299,10 @@ fn system(program: &mut Program, random: &mut Random) {
     if random.below(8) == 0 {
         program.push(&[random.of(&[0x48u8, 0x66, 0x67, 0xf3])]);
     }
+    if random.below(100) == 0 {
+        // Far jumps and calls: most are into nowhere, and the end.
+        program.push(&[0xff, random.of(&[0x28, 0x1b])]);
+    }
     program.push(random.of(&[
         &[0x0f, 0x01, 0xd8][..],
         &[0x0f, 0x01, 0xd9],
@@ -338,8 +347,6 @@ fn system(program: &mut Program, random: &mut Random) {
         &[0xcf],
         &[0xcb],
         &[0xca, 0x08, 0x00],
-        &[0xff, 0x28],
-        &[0xff, 0x1b],
         &[0x8e, 0xd8],
         &[0x8e, 0xd0],
         &[0x8e, 0xe3],
