@@ -79,7 +79,14 @@ impl Machine {
             board,
             ..PlatformConfig::default()
         };
-        let msrs = MsrConfig { tsc_khz: TSC_KHZ, tsc_offset: 0, physical_bits: 40, ffxsr: true, tsc_aux: true };
+        let msrs = MsrConfig {
+            tsc_khz: TSC_KHZ,
+            tsc_offset: 0,
+            physical_bits: 40,
+            linear_bits: 48,
+            ffxsr: true,
+            tsc_aux: true,
+        };
         let vcpu = |number: u32| {
             let config = LapicConfig { apic_id: number, bootstrap: number == 0, tsc_khz: TSC_KHZ };
             let lapic = Lapic::new(config);
@@ -113,7 +120,8 @@ impl Machine {
     /// One thing that a guest can do, or that happens to it.
     pub fn step(&mut self, source: &mut impl Source) {
         let vcpu = source.below(VCPUS as u64) as usize;
-        match source.below(20) {
+        match source.below(26) {
+            20..=25 => self.likely(source, vcpu),
             0..=6 => self.port(source),
             7..=10 => self.memory(source, vcpu),
             11..=14 => self.register(source, vcpu),
@@ -154,6 +162,64 @@ impl Machine {
             let value = source.value() as u32 & width.mask();
             self.platform.io_write(self.ns, port, width, value);
         }
+    }
+
+    /// What a guest's drivers do: without it, devices would hardly ever be set up, and nothing would come of the rest.
+    fn likely(&mut self, source: &mut impl Source, vcpu: usize) {
+        let vector = 16 + source.below(240);
+        match source.below(10) {
+            0 => self.apic(vcpu, 0xf0, 0x100 | vector),
+            1..=2 => self.apic(vcpu, 0xb0, 0),
+            3 => {
+                let kind = source.of(&[0, 0, 0, 1, 4]);
+                self.apic(vcpu, 0x310, source.below(4) << 24);
+                self.apic(vcpu, 0x300, vector | kind << 8 | source.below(4) << 18 | 1 << 14);
+            }
+            4 => self.apic(vcpu, 0x80, source.below(8) << 5),
+            5 => {
+                self.apic(vcpu, 0x320, vector | source.of(&[0, 0x2_0000, 0x4_0000]));
+                self.apic(vcpu, 0x380, source.value() & 0xffff_ffff);
+            }
+            6 => {
+                // An entry of the I/O APIC, edge or level, and its line.
+                let pin = source.below(24);
+                self.window(0xfec0_0000, 0x10 + 2 * pin);
+                self.window(0xfec0_0010, vector | source.of(&[0, 0x8000, 0x800, 0x400]));
+                self.out(0x2000 + pin as u16, Width::Dword, source.below(2) as u32);
+            }
+            7 => (0..source.below(40)).for_each(|byte| self.out(0x3f8, Width::Byte, byte as u32)),
+            8 => {
+                // Both 8259s, and the masks.
+                for (port, value) in [(0x20, 0x11), (0x21, 0x20), (0x21, 4), (0x21, 1), (0x21, 0), (0x20, 0x20)] {
+                    self.out(port, Width::Byte, value);
+                }
+            }
+            _ => {
+                // The PIT's first counter in any mode.
+                self.out(0x43, Width::Byte, 0x30 | (source.below(6) as u32) << 1);
+                self.out(0x40, Width::Byte, source.next() as u32);
+                self.out(0x40, Width::Byte, source.below(3) as u32);
+            }
+        }
+    }
+
+    fn out(&mut self, port: u16, width: Width, value: u32) {
+        self.accesses += 1;
+        self.platform.io_write(self.ns, port, width, value & width.mask());
+    }
+
+    fn window(&mut self, gpa: u64, value: u64) {
+        self.accesses += 1;
+        self.platform.memory_write(self.ns, gpa, 4, value);
+    }
+
+    /// A register of a vCPU's APIC by its offset in the window, if the APIC is there.
+    fn apic(&mut self, vcpu: usize, register: u64, value: u64) {
+        self.accesses += 1;
+        let now = self.now(vcpu);
+        let effect = self.vcpus[vcpu].lapic.window_write(now, register, 4, value);
+        self.lapic_effect(vcpu, effect);
+        self.settle(vcpu);
     }
 
     fn memory(&mut self, source: &mut impl Source, vcpu: usize) {
