@@ -50,7 +50,7 @@ fn small_guest(name: &str, code: &[u8]) -> [String; 2] {
 }
 
 /// Boots an image as a CD in a machine with as many CPUs, to its end. The console is what standard output holds.
-fn boot(image: &Path, cpus: u32, mebibytes: u64) -> Finished {
+fn boot(image: &Path, cpus: u32, mebibytes: u64, firmware: &[&str]) -> Finished {
     let lock = path("machine.lock");
     let lock = File::create(&lock).unwrap_or_else(|cause| panic!("{}: {cause}", lock.display()));
     lock.lock().expect("a lock");
@@ -59,6 +59,7 @@ fn boot(image: &Path, cpus: u32, mebibytes: u64) -> Finished {
         .args(["-machine", "q35", "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"])
         .args(["-accel", "tcg,thread=multi", "-cpu", "max", "-serial", "stdio"])
         .args(["-smp", &cpus.to_string(), "-m", &format!("{mebibytes}M")])
+        .args(firmware)
         .args(["-device", "isa-debug-exit,iobase=0xf4,iosize=0x4", "-cdrom"])
         .arg(image)
         .stdin(Stdio::null())
@@ -103,7 +104,7 @@ fn expect_line(booted: &Finished, start: &str) {
 fn the_image_boots_to_the_guests_verdict() {
     let file = path("default.iso");
     image(&file, &["--vcpus", "2", "--memory", "256M", "--at-end", "debug-exit"], None).expect_status(0);
-    let booted = boot(&file, 3, 448);
+    let booted = boot(&file, 3, 448, &[]);
     booted.expect_status(1);
     for line in [
         "nestling: 3 CPUs",
@@ -117,32 +118,62 @@ fn the_image_boots_to_the_guests_verdict() {
     assert!(!booted.stdout.contains("LEAK"), "{booted}");
 
     // The same image where there are too few CPUs, or too little memory.
-    let few = boot(&file, 2, 448);
+    let few = boot(&file, 2, 448, &[]);
     few.expect_status(73);
     expect_line(
         &few,
         "nestling: FAIL: the hypervisor gave up: 2 vCPUs need 3 CPUs (one keeps house), this machine has 2",
     );
-    let small = boot(&file, 3, 256);
+    let small = boot(&file, 3, 256, &[]);
     small.expect_status(73);
     expect_line(&small, "nestling: FAIL: the hypervisor gave up: the guest needs 272 MiB");
 }
 
+/// An image with a guest of a few instructions, and what comes of booting it.
+fn small(name: &str, code: &[u8], arguments: &[&str], firmware: &[&str]) -> Finished {
+    let [kernel, initrd] = small_guest(name, code);
+    let guest = ["--kernel", &kernel, "--initrd", &initrd, "--vcpus", "1", "--memory", "64M"];
+    let file = path(&format!("{name}.iso"));
+    image(&file, &[&guest[..], arguments].concat(), None).expect_status(0);
+    boot(&file, 2, 256, firmware)
+}
+
 #[test]
 fn the_machine_ends_as_it_was_asked_to() {
-    let [kernel, initrd] = small_guest("resets", RESETS);
-    let guest = ["--kernel", &kernel, "--initrd", &initrd, "--vcpus", "1", "--memory", "64M"];
     for (at_end, mode, status, verdict) in [
         ("power-off", "shell", 0, "PASS: the guest asked for a reset (status 1)"),
         ("reset", "shell", 0, "PASS: the guest asked for a reset (status 1)"),
         ("debug-exit", "check", 65, "FAIL: the guest asked for a reset; self-check: no verdict (status 65)"),
     ] {
-        let file = path(&format!("{at_end}.iso"));
-        image(&file, &[&guest[..], &["--at-end", at_end, "--mode", mode]].concat(), None).expect_status(0);
-        let booted = boot(&file, 2, 256);
+        let booted = small(at_end, RESETS, &["--at-end", at_end, "--mode", mode], &[]);
         booted.expect_status(status);
         expect_line(&booted, &format!("nestling: {verdict}"));
     }
+}
+
+#[test]
+fn a_guest_that_dies_is_told_of_on_the_console() {
+    // push 0; push 0; lidt [rsp]; ud2: no handler for anything.
+    let dies = [0x6a, 0, 0x6a, 0, 0x0f, 0x01, 0x1c, 0x24, 0x0f, 0x0b];
+    let booted = small("image-dies", &dies, &["--at-end", "debug-exit"], &[]);
+    booted.expect_status(71);
+    for line in ["the guest died after", "vCPU 0:", "  rip ", "  nested walk:", "  last exits", "FAIL: the guest died"]
+    {
+        expect_line(&booted, &format!("nestling: {line}"));
+    }
+}
+
+/// Where both GRUB's part for it and a firmware for QEMU are installed; neither is needed for anything else.
+#[test]
+fn efi_firmware_boots_it_too() {
+    const FIRMWARE: &str = "/usr/share/ovmf/OVMF.fd";
+    if !Path::new(FIRMWARE).exists() || !Path::new(setup::EFI_MODULES).exists() {
+        eprintln!("skipped: the packages ovmf and grub-efi-amd64-bin are not installed");
+        return;
+    }
+    let booted = small("efi", RESETS, &["--mode", "shell"], &["-bios", FIRMWARE]);
+    booted.expect_status(0);
+    expect_line(&booted, "nestling: PASS: the guest asked for a reset (status 1)");
 }
 
 /// A directory of its own, and the names in it.
