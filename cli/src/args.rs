@@ -170,6 +170,9 @@ pub struct BenchArgs {
     /// Draw them
     #[arg(long, value_name = "FILE")]
     pub svg: Option<PathBuf>,
+    /// Do only this operation of this hypervisor's, and say by function where its instructions go
+    #[arg(long, value_name = "OPERATION", conflicts_with_all = ["only", "json", "svg", "baseline"])]
+    pub profile: Option<String>,
     /// Compare with the JSON of an earlier run, name what has become worse, and fail if anything has
     #[arg(long, value_name = "FILE")]
     pub baseline: Option<PathBuf>,

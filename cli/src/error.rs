@@ -64,6 +64,12 @@ pub enum Error {
         /// Of this run.
         now: u32,
     },
+    /// An operation that is not measured here.
+    #[error("--profile: no such operation; there are {}", known.join(", "))]
+    NoSuchOperation {
+        /// Those that are.
+        known: Vec<String>,
+    },
     /// Something costs more than it did.
     #[error("worse than the baseline:\n  {named}")]
     Worse {
@@ -169,6 +175,7 @@ impl Error {
             | Self::Multiboot { .. }
             | Self::Hypervisor { .. }
             | Self::OtherPages { .. }
+            | Self::NoSuchOperation { .. }
             | Self::NoKvm(_) => Status::Usage,
             Self::Worse { .. } => Status::Worse,
             Self::HostMemory { .. } | Self::Missing { .. } | Self::Fetch { .. } => Status::Missing,

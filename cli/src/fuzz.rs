@@ -277,6 +277,7 @@ impl Prepared {
                 random: true,
                 memory_bytes: self.plan.guest.machine_memory_bytes(bundle.len() as u64),
                 acceleration: self.plan.acceleration,
+                trace: None,
             },
             |command| {
                 if self.plan.verbose {

@@ -43,6 +43,17 @@ pub struct Start<'a> {
     pub memory_bytes: u64,
     /// How to run.
     pub acceleration: Acceleration,
+    /// What to tell of the instructions that are executed.
+    pub trace: Option<&'a Trace>,
+}
+
+/// A log of executed instructions, a line each.
+#[derive(Clone, Debug)]
+pub struct Trace {
+    /// Where it goes.
+    pub log: PathBuf,
+    /// Addresses, as `-dfilter` wants them; the others are left out.
+    pub filter: String,
 }
 
 /// A running QEMU.
@@ -151,6 +162,11 @@ fn command(start: &Start<'_>, bundle: &Path, console: &Path, control: &Path) -> 
     let cpu = if start.random { RANDOM_CPU } else { "max" };
     let memory_mib = start.memory_bytes.div_ceil(1 << 20);
     let mut command = machine(start.qemu, start.acceleration, cpu, start.cpus, memory_mib);
+    if let Some(Trace { log, filter }) = start.trace {
+        // One instruction a block of translated code, and no jumps from block to block without a line. QEMU 8.1 gave the
+        // first option another name.
+        command.arg("-singlestep").args(["-d", "exec,nochain", "-dfilter", filter, "-D"]).arg(log);
+    }
     for (name, path) in [("console", console), ("control", control)] {
         // The first -serial is COM1, the second COM2.
         command.arg("-chardev").arg(socket(name, path)).args(["-serial", &format!("chardev:{name}")]);

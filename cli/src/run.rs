@@ -1,6 +1,11 @@
 //! `nestling run`: from the options to the outcome.
 
-use std::{fs::File, io::Write, path::PathBuf, time::Instant};
+use std::{
+    fs::File,
+    io::Write,
+    path::{Path, PathBuf},
+    time::Instant,
+};
 
 use nestling_control::{death, message::GuestExit};
 
@@ -11,7 +16,7 @@ use crate::{
     outcome::Outcome,
     plan::Plan,
     progress::Progress,
-    qemu::{self, Machine},
+    qemu::{self, Machine, Trace},
     report::JsonReport,
     session::{self, Ending, Queue, Remote},
     setup,
@@ -28,6 +33,7 @@ pub struct Prepared {
     qemu: PathBuf,
     loaded: Loaded,
     progress: Progress,
+    trace: Option<Trace>,
 }
 
 /// Checks the options, then installs, fetches and builds what is needed and not there.
@@ -51,7 +57,19 @@ impl Prepared {
     pub fn new(plan: Plan, report: Option<PathBuf>, progress: Progress) -> Result<Self, Error> {
         let qemu = setup::qemu(progress)?;
         let loaded = plan.guest.load(progress)?;
-        Ok(Self { plan, report, qemu, loaded, progress })
+        Ok(Self { plan, report, qemu, loaded, progress, trace: None })
+    }
+
+    /// Has QEMU tell of the instructions that it executes. Slow.
+    #[must_use]
+    pub fn traced(self, trace: Trace) -> Self {
+        Self { trace: Some(trace), ..self }
+    }
+
+    /// The hypervisor's file.
+    #[must_use]
+    pub fn hypervisor(&self) -> &Path {
+        &self.loaded.hypervisor
     }
 
     /// Starts the machine and watches it to its end, writes the report, and says on standard error how it went.
@@ -73,6 +91,7 @@ impl Prepared {
                 random: false,
                 memory_bytes,
                 acceleration: self.plan.acceleration,
+                trace: self.trace.as_ref(),
             },
             |command| {
                 if self.plan.verbose {

@@ -6,6 +6,7 @@
 mod kvm;
 mod nestling;
 mod plot;
+mod profile;
 mod rows;
 
 use std::{collections::BTreeMap, fs, path::Path};
@@ -64,6 +65,9 @@ pub struct Measurement {
 /// # Errors
 /// The first thing that cannot be done, with its reason; or that something costs more than in the baseline.
 pub fn run(args: &BenchArgs, progress: Progress) -> Result<(), Error> {
+    if let Some(operation) = &args.profile {
+        return explain(args, operation, progress);
+    }
     // Before minutes are spent.
     let baseline = args.baseline.as_deref().map(read).transpose()?;
     if let Some(earlier) = &baseline
@@ -96,6 +100,16 @@ pub fn run(args: &BenchArgs, progress: Progress) -> Result<(), Error> {
         Some(earlier) => compare(&earlier.rows, &measured.rows, f64::from(args.tolerance) / 100.0),
         None => Ok(()),
     }
+}
+
+/// Prints where one operation's instructions go.
+fn explain(args: &BenchArgs, operation: &str, progress: Progress) -> Result<(), Error> {
+    let (functions, each) = nestling::profile(args, operation, progress)?;
+    println!("{operation}: {each:.1} instructions each");
+    for (function, instructions) in functions.iter().filter(|(_, instructions)| *instructions >= 0.05) {
+        println!("{instructions:10.1}  {function}");
+    }
+    Ok(())
 }
 
 fn print(rows: &[Row]) {

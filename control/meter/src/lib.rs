@@ -65,11 +65,13 @@ pub enum Operation {
     Age,
     /// Zaps everything.
     ZapAll,
+    /// Nothing; what is to be looked at closely begins here, or ends.
+    Mark,
 }
 
 impl Operation {
     /// All of them, in the order of their numbers.
-    pub const ALL: [Self; 11] = [
+    pub const ALL: [Self; 12] = [
         Self::Nothing,
         Self::Add,
         Self::Delete,
@@ -81,6 +83,7 @@ impl Operation {
         Self::LogStop,
         Self::Age,
         Self::ZapAll,
+        Self::Mark,
     ];
 
     /// The operation of this number.

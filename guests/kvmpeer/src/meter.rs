@@ -110,7 +110,7 @@ impl<'a> Meter<'a> {
                 let bitmap = self.vm.get_dirty_log(SLOT, self.memory.bytes())?;
                 count = bitmap.iter().map(|word| word.count_ones()).sum();
             }
-            Operation::Age | Operation::ZapAll => return Ok(None),
+            Operation::Age | Operation::ZapAll | Operation::Mark => return Ok(None),
         }
         Ok(Some(count))
     }

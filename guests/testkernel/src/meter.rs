@@ -40,20 +40,16 @@ unsafe extern "C" {
 pub(crate) fn run<'a>(mut words: impl Iterator<Item = &'a str>) {
     let pages = words.next().and_then(|word| word.parse::<u32>().ok()).unwrap_or(0);
     check!((1..=MAX_PAGES).contains(&pages), "the second word is the number of pages, 1 to {MAX_PAGES}");
-    let slot = Slot { pages: u64::from(pages) };
+    let slot = Slot { pages: u64::from(pages), marked: words.next().unwrap_or("") };
     slot.map();
     slot.faults();
     slot.dirty_log();
     slot.invalidation();
     slot.translations();
-    exits();
+    slot.exits();
     // For whoever runs the guest to measure its end with all of the slot mapped.
     slot.write();
     serial::print(format_args!("{END}\n"));
-}
-
-fn tell(name: &str, count: u64, ticks: u64) {
-    serial::print(format_args!("{LINE} {name} {count} {ticks}\n"));
 }
 
 /// Ticks that some work takes, less what looking at the clock takes.
@@ -79,13 +75,35 @@ fn must(operation: Operation) -> (u64, u64) {
     done.unwrap_or_default()
 }
 
-struct Slot {
+struct Slot<'a> {
     pages: u64,
+    /// The figure whose work is to be looked at closely.
+    marked: &'a str,
 }
 
-impl Slot {
+impl Slot<'_> {
     fn count(&self) -> u64 {
         self.pages
+    }
+
+    /// Prints a figure: so often, by work that says its ticks.
+    fn tell(&self, name: &str, count: u64, work: impl FnOnce() -> u64) {
+        self.tell_if(name, count, || Some(work()));
+    }
+
+    /// As [`Slot::tell`], unless the work could not be done.
+    fn tell_if(&self, name: &str, count: u64, work: impl FnOnce() -> Option<u64>) {
+        let mark = || {
+            if name == self.marked {
+                ask(Operation::Mark);
+            }
+        };
+        mark();
+        let ticks = work();
+        mark();
+        if let Some(ticks) = ticks {
+            serial::print(format_args!("{LINE} {name} {count} {ticks}\n"));
+        }
     }
 
     /// Maps the slot by 4 KiB pages in place of the boot code's large ones.
@@ -111,73 +129,77 @@ impl Slot {
     }
 
     fn faults(&self) {
-        let empty = must(Operation::Delete);
-        tell("slot_delete_empty", 1, empty.0);
+        self.tell("slot_delete_empty", 1, || must(Operation::Delete).0);
         must(Operation::Add);
         must(Operation::Populate);
-        tell("write_fault", self.count(), ticks(|| self.write()));
-        tell("write_again", self.count(), ticks(|| self.write()));
-        let (cost, _) = must(Operation::Delete);
-        tell("slot_delete", self.count(), cost);
+        self.tell("write_fault", self.count(), || ticks(|| self.write()));
+        self.tell("write_again", self.count(), || ticks(|| self.write()));
+        self.tell("slot_delete", self.count(), || must(Operation::Delete).0);
         must(Operation::Add);
         must(Operation::Populate);
     }
 
     fn dirty_log(&self) {
         self.write();
-        let Some((start, _)) = ask(Operation::LogStart) else { return };
-        tell("dirty_enable", self.count(), start);
-        tell("dirty_write_fault", self.count(), ticks(|| self.write()));
-        let (harvest, dirty) = must(Operation::Harvest);
-        check!(dirty == self.count(), "{dirty} pages are dirty of {} that were written", self.count());
-        tell("dirty_harvest", dirty, harvest);
-        let (harvest, dirty) = must(Operation::Harvest);
-        check!(dirty == 0, "{dirty} pages are dirty, and none was written");
-        tell("dirty_harvest_clean", self.count(), harvest);
-        self.write();
-        tell("dirty_disable", self.count(), must(Operation::LogStop).0);
-        if let Some((cost, _)) = ask(Operation::LogStartAllSet) {
-            tell("dirty_enable_all_set", 1, cost);
-            must(Operation::LogStop);
+        if ask(Operation::LogStart).is_none() {
+            return;
         }
+        must(Operation::LogStop);
         self.write();
-        if let Some((cost, _)) = ask(Operation::Age) {
-            tell("age", self.count(), cost);
-        }
+        let harvest = |expected: u64| {
+            let (ticks, dirty) = must(Operation::Harvest);
+            check!(dirty == expected, "{dirty} pages are dirty of {expected} that were written");
+            ticks
+        };
+        self.tell("dirty_enable", self.count(), || must(Operation::LogStart).0);
+        self.tell("dirty_write_fault", self.count(), || ticks(|| self.write()));
+        self.tell("dirty_harvest", self.count(), || harvest(self.count()));
+        self.tell("dirty_harvest_clean", self.count(), || harvest(0));
+        self.write();
+        self.tell("dirty_disable", self.count(), || must(Operation::LogStop).0);
+        self.write();
+        self.optional("dirty_enable_all_set", 1, Operation::LogStartAllSet);
+        must(Operation::LogStop);
+        self.write();
+        self.optional("age", self.count(), Operation::Age);
+    }
+
+    /// A figure of an operation that not everybody has.
+    fn optional(&self, name: &str, count: u64, operation: Operation) {
+        self.tell_if(name, count, || ask(operation).map(|(ticks, _)| ticks));
     }
 
     /// What touches the guest's own tables: nothing for nested paging, a lot for shadow paging.
     fn translations(&self) {
         self.write();
         let invalidate = || (BASE..).step_by(PAGE as usize).take(self.pages as usize).for_each(cpu::invlpg);
-        tell("invlpg", self.count(), ticks(invalidate));
+        self.tell("invlpg", self.count(), || ticks(invalidate));
         self.write();
-        tell("cr3_reload", EXITS, ticks(|| (0..EXITS).for_each(|_| cpu::reload_cr3())));
+        self.tell("cr3_reload", EXITS, || ticks(|| (0..EXITS).for_each(|_| cpu::reload_cr3())));
         self.write();
         // Entries are written as they are: whoever shadows these tables has to find that out.
         let tables = &TABLES[..(self.pages as usize / ENTRIES).min(UNSYNC_TABLES)];
         for entry in tables.iter().flat_map(|table| &table.0) {
             entry.store(entry.load(Ordering::SeqCst), Ordering::SeqCst);
         }
-        tell("cr3_reload_unsync", tables.len() as u64, ticks(cpu::reload_cr3));
+        self.tell("cr3_reload_unsync", tables.len() as u64, || ticks(cpu::reload_cr3));
     }
 
     fn invalidation(&self) {
         self.write();
-        tell("host_invalidate", self.count(), must(Operation::Invalidate).0);
+        self.tell("host_invalidate", self.count(), || must(Operation::Invalidate).0);
         must(Operation::Populate);
         self.write();
-        if let Some((cost, _)) = ask(Operation::ZapAll) {
-            tell("zap_all", self.count(), cost);
-        }
+        self.optional("zap_all", self.count(), Operation::ZapAll);
     }
-}
 
-/// What leaving the guest costs.
-fn exits() {
-    tell("nothing", 1, must(Operation::Nothing).0);
-    tell("cpuid_exit", EXITS, ticks(|| (0..EXITS).for_each(|_| _ = core::arch::x86_64::__cpuid(0))));
-    tell("port_write", EXITS, ticks(|| (0..EXITS).for_each(|_| outb(PROGRESS_PORT, 0))));
-    let read = || (0..EXITS).for_each(|_| _ = core::hint::black_box(machine::word(machine::TEST_RAM)));
-    tell("mmio_read", EXITS, ticks(read));
+    /// What leaving the guest costs.
+    fn exits(&self) {
+        self.tell("nothing", 1, || must(Operation::Nothing).0);
+        let exit = || _ = core::arch::x86_64::__cpuid(0);
+        self.tell("cpuid_exit", EXITS, || ticks(|| (0..EXITS).for_each(|_| exit())));
+        self.tell("port_write", EXITS, || ticks(|| (0..EXITS).for_each(|_| outb(PROGRESS_PORT, 0))));
+        let read = || _ = core::hint::black_box(machine::word(machine::TEST_RAM));
+        self.tell("mmio_read", EXITS, || ticks(|| (0..EXITS).for_each(|_| read())));
+    }
 }
