@@ -25,6 +25,7 @@ mod serial;
 mod smp;
 mod tests;
 mod traps;
+mod visit;
 
 /// Fails the check with a text, unless the condition holds.
 #[macro_export]

@@ -21,8 +21,16 @@ pub(crate) const GENERAL_PROTECTION: u8 = 13;
 pub(crate) const PAGE_FAULT: u8 = 14;
 
 const CODE: u16 = 0x08;
+const DATA: u16 = 0x10;
 const FIRST_TSS: u16 = 0x28;
 const SPURIOUS: u64 = 0xff;
+/// Code and data of user mode: behind the task segments, in the order that SYSRET wants.
+const USER: usize = 5 + 2 * MOST;
+const USER_DATA: u16 = (USER as u16 + 1) * 8 | 3;
+const USER_CODE: u16 = (USER as u16 + 2) * 8 | 3;
+/// What STAR holds: SYSCALL goes to this kernel's segments, SYSRET to the user's.
+pub(crate) const STAR: u64 = (USER as u64 * 8 | 3) << 48 | (CODE as u64) << 32;
+const DESCRIPTORS: usize = USER + 3;
 const STACK_BYTES: usize = 16 << 10;
 /// DR6 when nothing is noted in it.
 pub(crate) const DR6_CLEAN: u64 = 0xffff_0ff0;
@@ -39,6 +47,9 @@ pub(crate) struct Events {
     flags: AtomicU64,
     /// Where it last was interrupted by an NMI.
     nmi_rip: AtomicU64,
+    /// Its last exception, and the stack that this kernel goes on with behind one of user mode.
+    vector: AtomicU64,
+    stack: AtomicU64,
     /// What its NMI handler does.
     on_nmi: AtomicU32,
 }
@@ -65,6 +76,8 @@ static EVENTS: [Events; MOST] = [const {
         dr6: AtomicU64::new(0),
         flags: AtomicU64::new(0),
         nmi_rip: AtomicU64::new(0),
+        vector: AtomicU64::new(0),
+        stack: AtomicU64::new(0),
         on_nmi: AtomicU32::new(0),
     }
 }; MOST];
@@ -106,7 +119,7 @@ struct Tss {
 struct Stacks([[u8; STACK_BYTES]; 3]);
 
 static mut IDT: Table = Table([[0; 2]; 256]);
-static mut GDT: [u64; 5 + 2 * MOST] = [0; 5 + 2 * MOST];
+static mut GDT: [u64; DESCRIPTORS] = [0; DESCRIPTORS];
 static mut TSS: [Tss; MOST] = [const { Tss { words: [0; 26] } }; MOST];
 static mut STACKS: [Stacks; MOST] = [const { Stacks([[0; STACK_BYTES]; 3]) }; MOST];
 
@@ -205,6 +218,11 @@ pub(crate) fn set_up(number: usize) {
             {
                 gdt.add(index).write(entry);
             }
+            for (index, entry) in
+                [0x00cf_fb00_0000_ffff, 0x00cf_f300_0000_ffff, 0x00af_fb00_0000_ffff].into_iter().enumerate()
+            {
+                gdt.add(USER + index).write(entry);
+            }
             for vector in 0..=255 {
                 set_gate(vector, true);
             }
@@ -222,7 +240,7 @@ pub(crate) fn set_up(number: usize) {
 unsafe fn load_tables(tss: u16) {
     #[repr(C, packed)]
     struct Pointer(u16, u64);
-    let gdt = Pointer(size_of::<[u64; 5 + 2 * MOST]>() as u16 - 1, (&raw const GDT).expose_provenance() as u64);
+    let gdt = Pointer(size_of::<[u64; DESCRIPTORS]>() as u16 - 1, (&raw const GDT).expose_provenance() as u64);
     let idt = Pointer(size_of::<Table>() as u16 - 1, idt_address());
     // SAFETY: the caller's tables have the same code and data segments that are in use.
     unsafe {
@@ -272,6 +290,38 @@ pub(crate) fn last() -> (u64, u64, u64) {
 pub(crate) fn last_debug() -> (u64, u64) {
     let events = &EVENTS[processor()];
     (events.dr6.load(Ordering::SeqCst), events.flags.load(Ordering::SeqCst))
+}
+
+/// This processor's last exception.
+pub(crate) fn last_vector() -> u8 {
+    EVENTS[processor()].vector.load(Ordering::SeqCst) as u8
+}
+
+/// Runs code in user mode until it raises an exception; what RDX, RSI and RDI are there. Returns what RAX was in the end.
+///
+/// # Safety
+/// The code and the stack are mapped for the user, and the code leaves this kernel's memory alone.
+pub(crate) unsafe fn in_user_mode(code: u64, stack: u64, [rdx, rsi, rdi]: [u64; 3]) -> u64 {
+    let events = &EVENTS[processor()];
+    let rax;
+    // SAFETY: all registers are declared, or put back; the handler restores this stack.
+    unsafe {
+        asm!(
+            "push rbx", "push rbp",
+            "mov [r8], rsp",
+            "lea rax, [rip + 55f]", "mov [r9], rax",
+            "push r10", "push r11", "push 2", "push r12", "push r13",
+            "xor eax, eax",
+            "iretq",
+            "55:", "pop rbp", "pop rbx",
+            in("r8") events.stack.as_ptr(), in("r9") events.resume.as_ptr(),
+            in("r10") u64::from(USER_DATA), in("r11") stack, in("r12") u64::from(USER_CODE), in("r13") code,
+            inout("rdx") rdx => _, inout("rsi") rsi => _, inout("rdi") rdi => _, out("rax") rax, out("rcx") _,
+            lateout("r8") _, lateout("r9") _, lateout("r10") _, lateout("r11") _, lateout("r12") _, lateout("r13") _,
+            out("r14") _, out("r15") _,
+        );
+    }
+    rax
 }
 
 /// Where this processor last was interrupted by an NMI.
@@ -332,6 +382,7 @@ extern "C" fn trap(frame: &mut Frame) {
     events.cr2.store(cr2, Ordering::SeqCst);
     events.rip.store(frame.rip, Ordering::SeqCst);
     events.flags.store(frame.rflags, Ordering::SeqCst);
+    events.vector.store(frame.vector, Ordering::SeqCst);
     if frame.vector as u8 == DEBUG {
         let dr6: u64;
         // SAFETY: what it says is noted; nobody else needs it.
@@ -350,6 +401,10 @@ extern "C" fn trap(frame: &mut Frame) {
         address => {
             frame.rip = address;
             frame.rflags &= !(1 << 8);
+            if frame.cs & 3 != 0 {
+                (frame.cs, frame.ss) = (CODE.into(), DATA.into());
+                frame.rsp = events.stack.load(Ordering::SeqCst);
+            }
         }
     }
 }

@@ -5,8 +5,10 @@ mod events;
 mod flush;
 mod hostile;
 mod ioapic;
+mod legacy;
 mod memory;
 mod mmio;
+mod modes;
 mod platform;
 mod timers;
 mod windows;
@@ -40,6 +42,7 @@ pub(crate) fn run(name: &str) {
         "timers" => timers::run(),
         "platform" => platform::run(),
         "flush" => flush::run(),
+        "modes" => modes::run(),
         "events" => events::run(),
         "hostile" => hostile::run(),
         "random" => random::run(),
