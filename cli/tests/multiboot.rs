@@ -57,7 +57,7 @@ fn boot(image: &Path, arguments: &[&str]) -> Finished {
     run([&["--multiboot", image, "--memory", "64M", "--timeout", LIMIT], arguments].concat())
 }
 
-/// The check passes with one vCPU and with four.
+/// The suite, or the check, passes with one vCPU and with four.
 fn passes(check: &str) {
     for vcpus in ["1", "4"] {
         let finished = boot(test_kernel(), &["--append", check, "--vcpus", vcpus]);
@@ -70,38 +70,28 @@ fn passes(check: &str) {
 }
 
 #[test]
-fn device_memory() {
-    passes("mmio");
+fn what_a_loader_hands_over() {
+    passes("image");
 }
 
 #[test]
-fn local_apics_in_both_modes() {
-    passes("apic");
+fn devices() {
+    passes("devices");
 }
 
 #[test]
-fn io_apic() {
-    passes("ioapic");
+fn modes_of_the_cpu() {
+    passes("cpu");
 }
 
 #[test]
-fn timers() {
-    passes("timers");
+fn instructions_on_device_memory() {
+    passes("emulation");
 }
 
 #[test]
-fn the_machine_that_test_kernels_expect() {
-    passes("platform");
-}
-
-#[test]
-fn pages_that_the_host_forgets() {
-    passes("flush");
-}
-
-#[test]
-fn exceptions_and_nmis() {
-    passes("events");
+fn delivery_of_events() {
+    passes("delivery");
 }
 
 /// Random machine code, guest after guest: the hypervisor ends them all, and nothing of them is left.

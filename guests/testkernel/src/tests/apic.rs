@@ -43,6 +43,13 @@ pub(super) fn run() {
     });
     others();
     moved();
+    // As it was found.
+    smp::everywhere(|_| {
+        let base = rdmsr(apic::APIC_BASE);
+        wrmsr(apic::APIC_BASE, base & !(ENABLE | X2APIC));
+        wrmsr(apic::APIC_BASE, base & !X2APIC | ENABLE);
+        apic::enable();
+    });
 }
 
 /// What only the window has.

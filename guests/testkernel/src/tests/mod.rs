@@ -13,7 +13,7 @@ mod platform;
 mod timers;
 mod windows;
 
-use crate::{check, machine, random};
+use crate::{check, machine, random, serial};
 
 /// Executes instructions of which one raises an exception, and goes on behind them. Operands are as of `asm!`.
 macro_rules! provoke {
@@ -33,9 +33,28 @@ macro_rules! provoke {
 }
 pub(crate) use provoke;
 
-/// Runs the check of that name.
+/// Suites, each of all checks of one kind: what a loader hands over, devices, modes of the processor, instructions that are
+/// executed in software, events.
+const SUITES: [(&str, &[&str]); 5] = [
+    ("image", &["handover"]),
+    ("devices", &["platform", "apic", "ioapic", "flush", "timers"]),
+    ("cpu", &["modes"]),
+    ("emulation", &["mmio"]),
+    ("delivery", &["events"]),
+];
+
+/// Runs the suite or the check of that name.
 pub(crate) fn run(name: &str) {
+    let Some((_, checks)) = SUITES.iter().find(|(suite, _)| *suite == name) else { return check(name) };
+    for name in *checks {
+        check(name);
+        serial::print(format_args!("good: {name}\n"));
+    }
+}
+
+fn check(name: &str) {
     match name {
+        "handover" => platform::handover(),
         "mmio" => mmio::run(),
         "apic" => apic::run(),
         "ioapic" => ioapic::run(),

@@ -8,8 +8,14 @@ use crate::cpu::{inb, inl, inw, outb, outl, outw};
 use crate::machine::{TEST_RAM, boot_magic, bytes, command_line, fw_cfg, information, word};
 use crate::smp;
 
-pub(super) fn run() {
+/// What the loader and the ways to 64-bit mode leave.
+pub(super) fn handover() {
     multiboot();
+    modes();
+}
+
+pub(super) fn run() {
+    handover();
     check!(&fw_cfg::<4>(0) == b"QEMU", "fw_cfg has no signature");
     check!(fw_cfg::<4>(0x11) == [0; 4], "fw_cfg item 0x11");
     let ram = u64::from_le_bytes(fw_cfg(3));
@@ -19,7 +25,6 @@ pub(super) fn run() {
     check!(inl(0xcfc) == !0, "PCI device {:#x}", inl(0xcfc));
     pci();
     latch();
-    modes();
 }
 
 fn multiboot() {
