@@ -8,7 +8,7 @@ use crate::Host;
 
 pub(crate) fn right<H: Host>(debts: &mut Debts<'_>, table: &Table<'_, H>, gfn: Gfn) -> Result<(), u64> {
     let cell = table.entry(gfn);
-    debts.freeze::<H>(cell, table.level, cell.read())
+    debts.freeze::<H>(cell, table.level, gfn, cell.read())
 }
 
 #[cfg(wrong)]

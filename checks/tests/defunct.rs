@@ -71,6 +71,15 @@ fn an_invalidation_searches_obsolete_roots_too() {
 }
 
 #[test]
+fn so_does_one_that_must_not_block() {
+    let left = leaves_left_by(config(SlotZap::Slot), |mmu| {
+        let mut worker = mmu.worker().expect("a worker is free");
+        drop(worker.try_invalidate(GfnRange { start: HIGH, end: Gfn(HIGH.0 + 512) }).expect("nobody is in the way"));
+    });
+    assert_eq!(left, 0);
+}
+
+#[test]
 fn a_slot_that_goes_is_unmapped_in_obsolete_roots_too() {
     for slot_zap in [SlotZap::Slot, SlotZap::Everything] {
         for what in 0..3 {

@@ -54,7 +54,7 @@ fn returns_too_early(config: Config, first: Taker, second: Taker) {
     let mut cpu = GuestCpu::new(&mmu, VcpuId(0), 1, Manners::Right).with_patience(4);
     assert_eq!(cpu.run_one(START, Access::Write), Done::Memory);
     let mut turn = cpu.vcpu.enter().expect("there is a root");
-    assert!(!turn.take_flush());
+    assert!(turn.take_flush().is_none());
     let returned = AtomicUsize::new(0);
     std::thread::scope(|scope| {
         for what in [first, second] {
@@ -79,7 +79,7 @@ fn returns_too_early(config: Config, first: Taker, second: Taker) {
         drop(turn);
         assert_eq!(early, 0, "{first:?}, then {second:?}: {early} returned while the guest could still use the page");
     });
-    assert!(cpu.vcpu.enter().expect("there is a root").take_flush());
+    assert!(cpu.vcpu.enter().expect("there is a root").take_flush().is_some());
     drop(cpu);
     assert_eq!(mmu.counters().mapped_bytes(), [0; 3]);
     assert_none(&mmu.host().violations());
@@ -113,7 +113,7 @@ fn a_vcpu_outside_guest_mode_is_not_waited_for() {
         assert_eq!(cpu.run_one(START, Access::Write), Done::Memory);
         take(&mmu, what);
         assert!(!mmu.host().is_kicked(VcpuId(0)), "{what:?}");
-        assert!(cpu.vcpu.enter().expect("there is a root").take_flush());
+        assert!(cpu.vcpu.enter().expect("there is a root").take_flush().is_some());
         assert_eq!(check_tables(&mmu).iter().map(|tree| tree.leaves.len()).sum::<usize>(), 0);
     }
 }

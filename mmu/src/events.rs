@@ -69,6 +69,8 @@ counters! {
     flush_requests = FlushRequest,
     /// TLB flushes carried out by vCPUs at entry.
     flushes = Flush,
+    /// Flushes that the embedder carried out by range, which asked nothing of vCPUs.
+    flushes_by_range = FlushByRange,
     /// Kicks sent to vCPUs in guest mode.
     kicks = Kick,
     /// Roots made.

@@ -104,6 +104,28 @@ pub trait Vcpus {
     /// thread. May be called for a vCPU that is not in guest mode (it lost a race), and must then do no harm; must
     /// not wait. May be called again for a vCPU that does not leave for long. The library waits for the consequence itself.
     fn kick(&self, vcpu: VcpuId);
+
+    /// Removes all translations of `range`, whatever address space and root they are of, from every TLB that a vCPU of this
+    /// VM has used or uses, by means of its own: an instruction that reaches all CPUs, or a request to the hypervisor
+    /// below (KVM: `kvm_arch_flush_remote_tlbs_range`).
+    ///
+    /// [`ByRange::Done`] is a promise: no CPU goes on with a translation of these frames, a cached pointer to a table that
+    /// served only such frames, or a page walk that met either, if it was there at the call. vCPUs in guest mode stay in
+    /// it. May be called inside the MMU lock, and then by several threads at once.
+    ///
+    /// The default can not, and vCPUs are made to flush instead.
+    fn flush_range(&self, _range: GfnRange) -> ByRange {
+        ByRange::Unsupported
+    }
+}
+
+/// Whether a range was flushed.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum ByRange {
+    /// On all CPUs.
+    Done,
+    /// On none; the embedder can not, or finds the range too long to be worth it.
+    Unsupported,
 }
 
 /// Time, yielding and the two halves of the asymmetric fence.

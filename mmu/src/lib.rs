@@ -51,5 +51,6 @@ pub use slots::dirty::{Granularity, LogConfig, LogError, LogStart, Split, Tracki
 pub use slots::{AddressSpace, Slot, SlotConfig, SlotError, SlotFlags, SlotId};
 pub use tdp::inspect::{Walk, WalkStep};
 pub use tdp::zap::Zapped;
+pub use tlb::{Flush, Request, Wait};
 pub use vcpu::{Cause, Fault, FaultError, InGuest, Outcome, Vcpu};
-pub use worker::{Invalidation, Worker};
+pub use worker::{Invalidation, Worker, WouldBlock};

@@ -31,6 +31,9 @@ use crate::sync::{AtomicBool, AtomicU32, AtomicU64, Ordering, Padded};
 use alloc::boxed::Box;
 use alloc::sync::Arc;
 
+/// How often who may not wait looks whether a seat is left: a fault needs some hundred instructions, a zap far more.
+const LOOKS: u32 = if cfg!(feature = "loom") { 1 } else { 1000 };
+
 /// One participant's place: its mark and its counters, on lines that only it writes.
 #[derive(Debug)]
 pub(crate) struct Seat {
@@ -180,7 +183,7 @@ impl<H: Host> Drop for Shared<'_, H> {
 /// Alone inside the lock. Short by rule: nothing that depends on how much is mapped is done under it.
 pub(crate) struct Exclusive<'a, H: Host> {
     pub(crate) mmu: &'a Mmu<H>,
-    seat: &'a Seat,
+    ticket: &'a mut Ticket,
     not_send: PhantomData<*mut ()>,
 }
 
@@ -201,12 +204,44 @@ impl<'a, H: Host> Exclusive<'a, H> {
                 mmu.host.relax();
             }
         }
-        ticket.counters().add(Counter::Exclusive, 1);
-        Self { mmu, seat: &ticket.seat.0, not_send: PhantomData }
+        Self::entered(mmu, ticket)
     }
 
-    pub(crate) fn counters(&self) -> &'a SeatCounters {
-        &self.seat.counters
+    /// As [`Exclusive::enter`] for who may not wait: `None` if another has announced itself, or somebody is inside for
+    /// longer than a fault is.
+    pub(crate) fn try_enter(mmu: &'a Mmu<H>, ticket: &'a mut Ticket) -> Option<Self> {
+        mmu.lock.writer.compare_exchange(0, 1, Ordering::Acquire, Ordering::Relaxed).ok()?;
+        if H::TRACE {
+            mmu.host.trace(Event::LockTaken { side: Side::Exclusive });
+        }
+        mmu.host.heavy_fence();
+        // Withdraws the announcement when it is dropped, whether or not it comes to be used.
+        let alone = Self::entered(mmu, ticket);
+        let leaves = |seat: &Seat| {
+            (0..LOOKS).any(|_| {
+                core::hint::spin_loop();
+                !is_inside(seat.mark.load(Ordering::Acquire))
+            })
+        };
+        mmu.lock.seats().all(leaves).then_some(alone)
+    }
+
+    fn entered(mmu: &'a Mmu<H>, ticket: &'a mut Ticket) -> Self {
+        ticket.counters().add(Counter::Exclusive, 1);
+        Self { mmu, ticket, not_send: PhantomData }
+    }
+
+    pub(crate) fn counters(&self) -> &SeatCounters {
+        self.ticket.counters()
+    }
+
+    /// The guard that walks want to see. Nobody else is inside; the own mark is made odd all the same, so that who frees
+    /// tables meets a reader as always.
+    pub(crate) fn walking(&mut self) -> Shared<'_, H> {
+        let left = self.ticket.mark + 2;
+        self.ticket.mark = left;
+        self.ticket.seat.mark.store(left - 1, Ordering::Release);
+        Shared { mmu: self.mmu, seat: &self.ticket.seat.0, left, not_send: PhantomData }
     }
 }
 

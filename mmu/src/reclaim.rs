@@ -27,12 +27,12 @@ use alloc::vec::Vec;
 use core::marker::PhantomData;
 use core::ptr::NonNull;
 
-use crate::addr::{Hfn, Level};
+use crate::addr::{Gfn, GfnRange, Hfn, Level};
 use crate::entry::{self, Entry};
 use crate::events::{Counter, Event, SeatCounters, Side};
 use crate::host::Host;
 use crate::leaf_lock::LeafLock;
-use crate::lock::{Shared, Ticket};
+use crate::lock::{Exclusive, Shared, Ticket};
 use crate::mutants::{self, Mutant};
 use crate::tdp::zap::HOLD_STEPS;
 use crate::tlb::Flushed;
@@ -52,6 +52,8 @@ pub(crate) struct Batch {
     tables: Vec<Hfn>,
     /// A flush is owed although nothing was frozen in this hold.
     flush: bool,
+    /// The frames that the flush is owed for.
+    touched: Option<GfnRange>,
 }
 
 // SAFETY: the pointers are present only while a `Zapping` exists, which is not `Send`; an idle batch holds none.
@@ -62,7 +64,12 @@ impl Batch {
         let (mut frozen, mut tables) = (Vec::new(), Vec::new());
         frozen.try_reserve_exact(FROZEN_CAPACITY)?;
         tables.try_reserve_exact(TABLE_CAPACITY)?;
-        Ok(Self { frozen, tables, flush: false })
+        Ok(Self { frozen, tables, flush: false, touched: None })
+    }
+
+    /// Whether so many entries can be frozen in one hold.
+    pub(crate) const fn has_room_for(entries: u64) -> bool {
+        entries <= FROZEN_CAPACITY as u64
     }
 
     /// Whether the next step finds room.
@@ -92,6 +99,16 @@ pub(crate) fn hold<H: Host, R>(
     work(&mut Zapping::enter(mmu, ticket, batch, reach))
 }
 
+/// As [`hold`], for who is alone inside the lock and may not let go of it. `work` has made sure that the batch has room.
+pub(crate) fn hold_alone<H: Host, R>(
+    alone: &mut Exclusive<'_, H>,
+    batch: &mut Batch,
+    work: impl FnOnce(&mut Zapping<'_, H>) -> R,
+) -> R {
+    let mmu = alone.mmu;
+    work(&mut Zapping::inside(mmu, alone.walking(), batch, Reach::Live, Side::Exclusive))
+}
+
 /// One hold, as its work sees it; dropping it, which [`hold`] does, pays.
 pub(crate) struct Zapping<'a, H: Host> {
     reach: Reach<'a>,
@@ -100,6 +117,8 @@ pub(crate) struct Zapping<'a, H: Host> {
     mmu: &'a Mmu<H>,
     batch: &'a mut Batch,
     counters: &'a SeatCounters,
+    /// Of which side of the lock it is a hold; that of the exclusive side is told by whoever took it.
+    side: Side,
     /// Steps that were done.
     steps: u32,
     /// Somebody was found to wait.
@@ -108,13 +127,21 @@ pub(crate) struct Zapping<'a, H: Host> {
 
 impl<'a, H: Host> Zapping<'a, H> {
     fn enter(mmu: &'a Mmu<H>, ticket: &'a mut Ticket, batch: &'a mut Batch, reach: Reach<'a>) -> Self {
-        debug_assert!(batch.frozen.is_empty(), "each hold thaws what it froze");
         let inside = Shared::enter(mmu, ticket);
         if H::TRACE {
             mmu.host.trace(Event::LockTaken { side: Side::Shared });
         }
+        Self::inside(mmu, inside, batch, reach, Side::Shared)
+    }
+
+    fn inside(mmu: &'a Mmu<H>, inside: Shared<'a, H>, batch: &'a mut Batch, reach: Reach<'a>, side: Side) -> Self {
+        debug_assert!(batch.frozen.is_empty(), "each hold thaws what it froze");
         let counters = inside.counters();
-        Self { reach, inside: Some(inside), mmu, batch, counters, steps: 0, others_wait: false }
+        Self { reach, inside: Some(inside), mmu, batch, counters, side, steps: 0, others_wait: false }
+    }
+
+    pub(crate) fn counters(&self) -> &'a SeatCounters {
+        self.counters
     }
 
     /// Begins a step: the guard that it walks with, and the debts that it runs up.
@@ -126,7 +153,7 @@ impl<'a, H: Host> Zapping<'a, H> {
 
     fn leave(&mut self) {
         drop(self.inside.take());
-        if H::TRACE {
+        if H::TRACE && self.side == Side::Shared {
             self.mmu.host.trace(Event::LockReleased { side: Side::Shared, steps: self.steps });
         }
     }
@@ -187,17 +214,24 @@ impl<'z> Debts<'z> {
         self.owed
     }
 
-    /// Freezes `cell` if it still holds `old`, and remembers to flush and thaw it.
-    pub(crate) fn freeze<H: Host>(&mut self, cell: &Entry, level: Level, old: u64) -> Result<(), u64> {
+    /// Freezes `cell`, the entry of `level` for `gfn`, if it still holds `old`, and remembers to flush and thaw it.
+    pub(crate) fn freeze<H: Host>(&mut self, cell: &Entry, level: Level, gfn: Gfn, old: u64) -> Result<(), u64> {
         debug_assert!(self.batch.frozen.len() < FROZEN_CAPACITY, "a zap step outgrew its room");
         entry::freeze::<H::Format>(cell, level, old, self.counters, self.owed)?;
         self.batch.frozen.push(NonNull::from(cell));
+        self.touch(level, gfn);
         Ok(())
     }
 
-    /// The hold flushes at its end, whether or not it froze anything.
-    pub(crate) fn owe_flush(&mut self) {
+    /// The hold flushes at its end the block of `level` that holds `gfn`, whether or not it froze anything.
+    pub(crate) fn owe_flush(&mut self, level: Level, gfn: Gfn) {
         self.batch.flush = !mutants::is(Mutant::FrozenByAnotherNotFlushed);
+        self.touch(level, gfn);
+    }
+
+    fn touch(&mut self, level: Level, gfn: Gfn) {
+        let block = GfnRange::block(level, gfn);
+        self.batch.touched = Some(self.batch.touched.map_or(block, |touched| touched.union(block)));
     }
 
     /// Remembers a table that no entry leads to any more and whose entries are all seized.
@@ -220,6 +254,7 @@ impl<H: Host> Drop for Zapping<'_, H> {
             return;
         }
         self.batch.flush = false;
+        let touched = self.batch.touched.take();
         if mutants::is(Mutant::FreeBeforeFlush) {
             free(self.mmu, &self.batch.tables, self.counters);
             self.batch.tables.clear();
@@ -230,7 +265,9 @@ impl<H: Host> Drop for Zapping<'_, H> {
         let own;
         let flushed = match self.reach {
             Reach::Live => {
-                own = self.mmu.tlb.flush(&self.mmu.host, self.counters);
+                // A flush is owed, so something was touched.
+                let touched = touched.unwrap_or(GfnRange { start: Gfn(0), end: Level::L5.root_limit() });
+                own = self.mmu.tlb.flush_range(&self.mmu.host, self.counters, touched);
                 &own
             }
             Reach::Unreachable(flushed) => flushed,

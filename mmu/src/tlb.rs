@@ -11,10 +11,27 @@
 //! removed before it was called; what a vCPU outside guest mode still has in its TLB is flushed before it is used.
 //!
 //! # Requests
-//! A flush may carry a request with it: a bit that each vCPU finds before it enters, set before the generation
-//! advances. A vCPU looks at its requests after it has said that it is in guest mode, and leaves again if there are
-//! any; so when the flush has waited for everybody, no vCPU runs guest code without having served the request, and none
-//! that halts had to be woken for it.
+//! A vCPU can be asked for something: a bit that it finds before it enters. To make a request is to set the bit, then to
+//! kick the vCPU if it is in guest mode, and, if that is wanted, to wait until it has left or has taken the bit. A vCPU
+//! looks at its requests after it has said that it is in guest mode, and leaves again if there are any; so when the maker
+//! has waited, the vCPU runs no guest code without having served the request. One that halts is not woken for it: it
+//! meets the bit when it enters. Served in this order, before a root is loaded:
+//!
+//! | request | what the vCPU does |
+//! |---|---|
+//! | free obsolete roots | drops those of its roots that are obsolete, and only those; made by zap-all, of all vCPUs |
+//! | reload | drops all its roots; the present role's is looked up, or made, anew |
+//! | flush | owes [`Flush::All`] |
+//! | flush current | owes [`Flush::Current`] |
+//!
+//! The generation is no request: it goes to all vCPUs at once, and asks nothing of those that are outside guest mode but
+//! one comparison when they enter.
+//!
+//! # What is a hint
+//! That a flush is owed is none. How much of the TLB is: the embedder may always flush more. [`Flush::Current`] spares an
+//! embedder whose TLB is tagged by root (EPT) the other roots' translations; with one tag for the guest (an ASID of NPT)
+//! both are the same. And where [`crate::host::Vcpus::flush_range`] can remove a range from all TLBs by other means than
+//! the vCPUs' own flush, a zap needs neither generation nor kick.
 //!
 //! A flush must reach *all* vCPUs, also those on other CPUs: `invlpg` on the own CPU, or a flush of the caller alone,
 //! is the bug that other hypervisors ship.
@@ -24,8 +41,9 @@
 
 use alloc::boxed::Box;
 
+use crate::addr::GfnRange;
 use crate::events::{Counter, Event, SeatCounters};
-use crate::host::{Host, VcpuId};
+use crate::host::{ByRange, Host, VcpuId};
 use crate::mutants::{self, Mutant};
 use crate::sync::{AtomicU32, AtomicU64, Ordering, Padded, announced, peek};
 
@@ -48,6 +66,52 @@ struct VcpuTlb {
 
 /// Drop the roots that are obsolete, and only those.
 pub(crate) const FREE_OBSOLETE_ROOTS: u32 = 1;
+/// Drop all roots.
+pub(crate) const RELOAD: u32 = 1 << 1;
+/// Flush everything.
+pub(crate) const FLUSH: u32 = 1 << 2;
+/// Flush what the current root uses.
+pub(crate) const FLUSH_CURRENT: u32 = 1 << 3;
+
+/// What a vCPU can be asked to do before it runs guest code again ([`crate::Worker::request`]).
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Request {
+    /// Drop the root that it has loaded, and those of other roles that it keeps at hand, and load its role's root again.
+    Reload,
+    /// Flush its TLB.
+    Flush,
+    /// Flush what its TLB holds of the current root.
+    FlushCurrent,
+}
+
+impl Request {
+    const fn bit(self) -> u32 {
+        match self {
+            Self::Reload => RELOAD,
+            Self::Flush => FLUSH,
+            Self::FlushCurrent => FLUSH_CURRENT,
+        }
+    }
+}
+
+/// Whether to wait for a request that is made.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Wait {
+    /// Until the vCPU runs no guest code that it entered before it knew of the request.
+    UntilServed,
+    /// Not at all.
+    No,
+}
+
+/// What a CPU has to flush from its TLB. More is always right.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub enum Flush {
+    /// Whatever it would use under the root that is about to be loaded: where TLB entries are tagged by root, those of
+    /// this one; where all roots of a guest share one tag, all of the guest.
+    Current,
+    /// Everything of the guest, filled through any of its roots.
+    All,
+}
 
 #[derive(Debug)]
 pub(crate) struct Tlb {
@@ -159,6 +223,45 @@ impl Tlb {
             host.trace(Event::Flush { generation });
         }
         Flushed(())
+    }
+
+    /// Removes `range` from all TLBs at once if the host can, else by [`Tlb::flush`].
+    pub(crate) fn flush_range<H: Host>(&self, host: &H, counters: &SeatCounters, range: GfnRange) -> Flushed {
+        if mutants::is(Mutant::LocalFlushOnly) || host.flush_range(range) == ByRange::Unsupported {
+            return self.flush(host, counters);
+        }
+        counters.add(Counter::FlushByRange, 1);
+        Flushed(())
+    }
+
+    /// Asks one vCPU for something; `None` if there is no such vCPU.
+    pub(crate) fn request<H: Host>(
+        &self,
+        host: &H,
+        counters: &SeatCounters,
+        id: VcpuId,
+        request: Request,
+        wait: Wait,
+    ) -> Option<()> {
+        let vcpu = self.vcpus.get(usize::from(id.0))?;
+        vcpu.requests.fetch_or(request.bit(), Ordering::SeqCst);
+        announced();
+        let in_guest = || vcpu.mode.load(Ordering::SeqCst) == IN_GUEST;
+        if !in_guest() {
+            return Some(());
+        }
+        let mut waited = 0u32;
+        loop {
+            if waited.is_multiple_of(KICK_AGAIN) {
+                counters.add(Counter::Kick, 1);
+                host.kick(id);
+            }
+            if wait == Wait::No || !in_guest() || peek(&vcpu.requests) & request.bit() == 0 {
+                return Some(());
+            }
+            host.relax();
+            waited = waited.wrapping_add(1);
+        }
     }
 
     /// The vCPU is about to run guest code. Returns whether it must flush first. `flushed` is the vCPU's own copy of the

@@ -31,7 +31,7 @@ use crate::slots::{Slot, SlotFlags, SlotState};
 use crate::tdp::fault::{Mapping, Obstructed, TableCache, fix_protected, map_mmio, map_page, needed};
 use crate::tdp::inspect::{translate, walk};
 use crate::tdp::protect::Logged;
-use crate::tlb::FREE_OBSOLETE_ROOTS;
+use crate::tlb::{FLUSH, FLUSH_CURRENT, FREE_OBSOLETE_ROOTS, Flush, RELOAD};
 
 /// Why the CPU reported a second-stage fault.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -169,8 +169,8 @@ pub struct Vcpu<H: Host> {
     watched: Watched,
     /// The TLB generation of the last flush.
     flushed: u64,
-    /// The TLB must be flushed before the guest runs.
-    flush_owed: bool,
+    /// What must be flushed before the guest runs.
+    flush_owed: Option<Flush>,
 }
 
 impl<H: Host> fmt::Debug for Vcpu<H> {
@@ -200,15 +200,15 @@ impl<H: Host> InGuest<'_, H> {
         self.vcpu.role
     }
 
-    /// Whether all of the guest's translations in this CPU's TLB must be flushed before the guest runs; takes the
+    /// Which of the guest's translations in this CPU's TLB must be flushed before the guest runs, if any; takes the
     /// obligation over.
     ///
     /// Not advice: the library has already told others that it is done. An embedder that decides not to run the guest
     /// after all asks for it no sooner than it runs: what is not taken stays owed to the next entry.
     #[inline]
     #[must_use = "the guest must not run before the flush"]
-    pub fn take_flush(&mut self) -> bool {
-        core::mem::take(&mut self.vcpu.flush_owed)
+    pub fn take_flush(&mut self) -> Option<Flush> {
+        self.vcpu.flush_owed.take()
     }
 }
 
@@ -226,7 +226,7 @@ impl<H: Host> Vcpu<H> {
         let role = mmu.role();
         let (mmu, cache) = (Arc::clone(mmu), TableCache::default());
         // Owed from the start: this number may have been another vCPU's, which was told to flush and did not any more.
-        let flush_owed = true;
+        let flush_owed = Some(Flush::All);
         Some(Self {
             mmu,
             ticket,
@@ -267,7 +267,7 @@ impl<H: Host> Vcpu<H> {
             let early = mutants::is(Mutant::RequestsBeforeMode).then(|| self.mmu.tlb.has_requests(self.id));
             if self.mmu.tlb.enter(self.id, &mut self.flushed) {
                 self.ticket.counters().add(Counter::Flush, 1);
-                self.flush_owed = true;
+                self.flush_owed = Some(Flush::All);
             }
             // After "in guest mode" was said: whoever makes a request later waits for this turn's end.
             if !early.unwrap_or_else(|| self.mmu.tlb.has_requests(self.id)) {
@@ -288,16 +288,31 @@ impl<H: Host> Vcpu<H> {
             self.hint = Hint::NONE;
             self.watched = Watched::NONE;
             self.roots.switch(role, &self.mmu.host, self.ticket.counters());
-            // What the TLB holds was filled through another root, and one address-space number serves both.
-            self.flush_owed = true;
+            // What the TLB holds was filled through another root, and one address-space number may serve both.
+            self.owe(Flush::Current);
         }
     }
 
     #[cold]
     fn serve_requests(&mut self) {
-        if self.mmu.tlb.take_requests(self.id) & FREE_OBSOLETE_ROOTS != 0 {
+        let requests = self.mmu.tlb.take_requests(self.id);
+        // In this order: what is obsolete is counted as that, and what is to be flushed may be a root that is gone.
+        if requests & FREE_OBSOLETE_ROOTS != 0 {
             self.roots.drop_obsolete(&self.mmu.host, self.ticket.counters());
         }
+        if requests & RELOAD != 0 {
+            self.roots.put_all(&self.mmu.host, self.ticket.counters());
+        }
+        if requests & FLUSH != 0 {
+            self.owe(Flush::All);
+        }
+        if requests & FLUSH_CURRENT != 0 {
+            self.owe(Flush::Current);
+        }
+    }
+
+    fn owe(&mut self, flush: Flush) {
+        self.flush_owed = self.flush_owed.max(Some(flush));
     }
 
     /// The host address behind `gpa` under the vCPU's root, if the tables let `access` through now.
@@ -560,7 +575,8 @@ impl<H: Host> Vcpu<H> {
             }
         };
         self.roots.load(root, self.role);
-        self.flush_owed = true;
+        // Its frame may have been another root's, and the TLB's tag with it.
+        self.owe(Flush::Current);
         Ok(())
     }
 }

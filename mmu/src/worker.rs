@@ -12,7 +12,7 @@ use core::fmt;
 
 use crate::addr::{Gfn, GfnRange, Gpa};
 use crate::events::{Counter, Event};
-use crate::host::Host;
+use crate::host::{Host, VcpuId};
 use crate::lock::{Exclusive, Shared, Ticket};
 use crate::mutants::{self, Mutant};
 use crate::reclaim::Batch;
@@ -21,8 +21,21 @@ use crate::slots::{
     AddressSpace, Change, Prepared, Published, Slot, SlotConfig, SlotError, SlotFlags, SlotId, Updates,
 };
 use crate::tdp::inspect::{Walk, walk};
-use crate::tdp::zap::{Gone, Zapped, zap_range};
+use crate::tdp::zap::{Gone, Zapped, zap_at_once, zap_range};
+use crate::tlb::{Request, Wait};
 use crate::{Level, Mmu, OutOfMemory, SlotZap};
+
+/// An operation that must not block would have to. Nothing was done.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct WouldBlock;
+
+impl fmt::Display for WouldBlock {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("the operation would have to wait or to yield")
+    }
+}
+
+impl core::error::Error for WouldBlock {}
 
 /// See the module head.
 pub struct Worker<H: Host> {
@@ -135,6 +148,30 @@ impl<H: Host> Worker<H> {
             zap_range(&self.mmu, &mut self.ticket, &mut self.batch, &mut all, range)
         };
         Invalidation { worker: self, gone }
+    }
+
+    /// As [`Worker::invalidate`] for a caller that must not block: takes the range now, or refuses with nothing done.
+    ///
+    /// Refused when another has the lock or wants it for itself, when somebody is inside for longer than a fault is, and
+    /// when the range is more than one hold of the lock may remove (a few MiB are not, hundreds are). It never
+    /// yields, and waits only for vCPUs in guest mode to answer their kick, as any flush does; all of it is one hold. The
+    /// invalidation's end waits for the lock like that of every other.
+    pub fn try_invalidate(&mut self, range: GfnRange) -> Result<Invalidation<'_, H>, WouldBlock> {
+        let mut alone = Exclusive::try_enter(&self.mmu, &mut self.ticket).ok_or(WouldBlock)?;
+        let gone = zap_at_once(&mut alone, &mut self.batch, range).ok_or(WouldBlock)?;
+        // After the zap, for once: nobody else was inside in between.
+        self.mmu.notify.begin(range, &alone);
+        drop(alone);
+        Ok(Invalidation { worker: self, gone })
+    }
+
+    /// Asks a vCPU to do something before it runs guest code again, and kicks it if it does so now; one that halts is not
+    /// woken. `None` if there is no such vCPU.
+    ///
+    /// With [`Wait::UntilServed`] no guest code runs, when this returns, that was entered without it. That waits for the
+    /// vCPU to answer its kick.
+    pub fn request(&mut self, vcpu: VcpuId, request: Request, wait: Wait) -> Option<()> {
+        self.mmu.tlb.request(&self.mmu.host, self.ticket.counters(), vcpu, request, wait)
     }
 
     /// The entries that translate `gfn` under the root of `role`. `None` if no vCPU has loaded such a root.

@@ -11,12 +11,12 @@
 
 use std::sync::Arc;
 
-use nestling::{Access, Cause, Fault, FaultError, Gfn, Hpa, Mmu, Outcome, Role, Vcpu, VcpuId};
+use nestling::{Access, Cause, Fault, FaultError, Flush, Gfn, Hpa, Mmu, Outcome, Role, Vcpu, VcpuId};
 
-use super::Machine;
 use super::cpu::Cpu;
 use super::cpu::tlb::{Found, Tlb};
 use super::cpu::walk::{Walked, root, walk};
+use super::{Machine, held};
 use crate::rng::Rng;
 
 /// One guest instruction: an access to a frame.
@@ -92,6 +92,15 @@ impl<F: Cpu> Running<'_, F> {
     }
 
     fn translate(&mut self, gfn: Gfn, access: Access, carried_out: bool) -> Result<(), Cause> {
+        // Whoever flushes a range waits for the instruction that is under way.
+        let mut ranges = held(&self.mmu.host().forget[usize::from(self.id.0)]);
+        ranges.drain(..).for_each(|range| self.tlb.forget(range));
+        let done = self.translate_with(gfn, access, carried_out);
+        drop(ranges);
+        done
+    }
+
+    fn translate_with(&mut self, gfn: Gfn, access: Access, carried_out: bool) -> Result<(), Cause> {
         match self.tlb.find(gfn, access) {
             Found::Leaf(leaf) => {
                 if carried_out {
@@ -213,8 +222,14 @@ impl<F: Cpu> GuestCpu<F> {
         let mut in_guest = Some(self.vcpu.enter()?);
         let turn = in_guest.as_mut().expect("it was just made");
         let (root, role, flush) = (turn.root(), turn.role(), turn.take_flush());
-        if flush && self.manners != Manners::IgnoresFlush {
-            self.tlb.flush();
+        if F::TAGGED_BY_ROOT {
+            self.tlb.switch(root.hfn());
+        }
+        match flush {
+            Some(_) if self.manners == Manners::IgnoresFlush => {}
+            Some(Flush::Current) if F::TAGGED_BY_ROOT => self.tlb.flush_current(),
+            Some(_) => self.tlb.flush(),
+            None => {}
         }
         let mut running = Running { id, mmu: &self.mmu, tlb: &mut self.tlb, rng: &mut self.rng, root, role };
         let mut late = None;

@@ -6,9 +6,9 @@ use std::ptr::NonNull;
 use std::sync::atomic::Ordering;
 
 use nestling::events::Event;
-use nestling::host::{Backing, BackingError, Extent, TableFrames, Time, Vcpus};
+use nestling::host::{Backing, BackingError, ByRange, Extent, TableFrames, Time, Vcpus};
 use nestling::sync::AtomicU64;
-use nestling::{Access, Gfn, Hfn, Host, Slot, VcpuId};
+use nestling::{Access, Gfn, GfnRange, Hfn, Host, Slot, VcpuId};
 
 use super::cpu::Cpu;
 use super::{Machine, held};
@@ -51,6 +51,14 @@ impl<F: Cpu> Backing for Machine<F> {
 impl<F: Cpu> Vcpus for Machine<F> {
     fn kick(&self, vcpu: VcpuId) {
         self.kicks[usize::from(vcpu.0)].store(true, Ordering::SeqCst);
+    }
+
+    fn flush_range(&self, range: GfnRange) -> ByRange {
+        if !self.by_range {
+            return ByRange::Unsupported;
+        }
+        self.forget.iter().for_each(|ranges| held(ranges).push(range));
+        ByRange::Done
     }
 }
 

@@ -17,7 +17,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use nestling::events::Event;
 use nestling::host::{BackingError, Extent};
-use nestling::{AdBits, AddressSpace, Config, Gfn, Hfn, Level, Mmu, Role, Slot, VcpuId, Worker};
+use nestling::{AdBits, AddressSpace, Config, Gfn, GfnRange, Hfn, Level, Mmu, Role, Slot, VcpuId, Worker};
 
 use crate::ghost::tree::Tree;
 use crate::ghost::{Ghost, Violation};
@@ -40,6 +40,9 @@ pub struct Machine<F> {
     pub arena: Arc<Arena>,
     ghost: Mutex<Ghost>,
     kicks: Box<[AtomicBool]>,
+    /// Ranges that each vCPU's TLB is to forget before it translates anything more; locked while it does.
+    forget: Box<[Mutex<Vec<GfnRange>>]>,
+    by_range: bool,
     fences: Fences,
     /// Long operations yield each time this many questions were asked; 0 for never.
     restless: u64,
@@ -74,11 +77,13 @@ pub struct Build {
     /// A thread loses its CPU inside the library, between two steps of a walk or halfway into the lock, once in so
     /// many calls; 0 for never.
     pub rough: u64,
+    /// Its CPUs can be told by any of them to forget a range.
+    pub by_range: bool,
 }
 
 impl Default for Build {
     fn default() -> Self {
-        Self { tables: 512, fences: Fences::Full, restless: 0, rough: 0 }
+        Self { tables: 512, fences: Fences::Full, restless: 0, rough: 0, by_range: false }
     }
 }
 
@@ -94,6 +99,8 @@ impl<F: Cpu> Machine<F> {
             arena: Arc::new(Arena::new(build.tables)),
             ghost: Mutex::new(Ghost::new()),
             kicks: (0..vcpus).map(|_| AtomicBool::new(false)).collect(),
+            forget: (0..vcpus).map(|_| Mutex::default()).collect(),
+            by_range: build.by_range,
             fences: build.fences,
             restless: build.restless,
             rough: build.rough,

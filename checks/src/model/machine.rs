@@ -266,7 +266,7 @@ impl Guest {
         let mmu = Arc::clone(self.vcpu.mmu());
         let (machine, id) = (mmu.host(), usize::from(self.vcpu.id().0));
         let mut inside = self.vcpu.enter().unwrap();
-        if inside.take_flush() {
+        if inside.take_flush().is_some() {
             self.tlb = None;
         }
         let Some(gfn) = gfn else { return true };
@@ -341,6 +341,8 @@ pub enum Work {
     MovePageTwice,
     /// The same, and a look at all tables before the page is given away.
     MovePageLooking,
+    /// The same, if it can be done without waiting.
+    TryMovePage,
     /// Zap the range of pages 0 and 1 in the middle of another worker's zap: when that has kicked a vCPU, or is over.
     ZapInZap,
     /// Move the slot to the frames behind it.
@@ -367,6 +369,7 @@ pub(super) fn work(worker: &mut Worker<Machine>, work: Work) {
             machine.place.iter().for_each(|page| machine.give_away(page.load(Ordering::Relaxed)));
         }
         Work::MovePage => move_page(worker, machine, false),
+        Work::TryMovePage => try_move_page(worker, machine),
         Work::MovePageTwice => (0..2).for_each(|_| move_page(worker, machine, false)),
         Work::MovePageLooking => move_page(worker, machine, true),
         Work::ZapInZap => {
@@ -389,6 +392,20 @@ fn move_page(worker: &mut Worker<Machine>, machine: &Machine, look: bool) {
     let base = machine.base.lock().unwrap();
     let held = worker.invalidate(GfnRange::new(*base, 1).unwrap());
     drop(base);
+    relocate(machine, look);
+    drop(held);
+}
+
+fn try_move_page(worker: &mut Worker<Machine>, machine: &Machine) {
+    let base = machine.base.lock().unwrap();
+    let Ok(held) = worker.try_invalidate(GfnRange::new(*base, 1).unwrap()) else { return };
+    drop(base);
+    relocate(machine, false);
+    drop(held);
+}
+
+/// Page 0 goes to another host frame while it is invalidated.
+fn relocate(machine: &Machine, look: bool) {
     let old = machine.place[0].load(Ordering::Relaxed);
     if look {
         assert_eq!(machine.pool.leaves(Some(Hfn(old))), 0, "memory that is given back is still mapped");
@@ -397,5 +414,4 @@ fn move_page(worker: &mut Worker<Machine>, machine: &Machine, look: bool) {
     // Whatever may happen in an invalidation happens here: after the memory went, before the backing says so.
     yield_now();
     machine.place[0].store(old + AWAY, Ordering::Relaxed);
-    drop(held);
 }

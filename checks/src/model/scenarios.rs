@@ -47,6 +47,7 @@ const ZAP_ALL: Actor = Actor::Work(Work::ZapAll);
 const DELETE: Actor = Actor::Work(Work::Delete);
 const MOVE: Actor = Actor::Work(Work::MovePage);
 const MOVE_LOOKING: Actor = Actor::Work(Work::MovePageLooking);
+const TRY_MOVE: Actor = Actor::Work(Work::TryMovePage);
 const ZAP_IN_ZAP: Actor = Actor::Work(Work::ZapInZap);
 const MOVE_TWICE: Actor = Actor::Work(Work::MovePageTwice);
 const MOVE_SLOT: Actor = Actor::Work(Work::MoveSlot);
@@ -60,6 +61,9 @@ pub const SCENARIOS: &[Scenario] = &[
     Scenario { name: "fault beside zap-all", mapped: &[1], actors: &[Fault(0), ZAP_ALL] },
     Scenario { name: "fault beside slot delete", mapped: &[1], actors: &[Fault(0), DELETE] },
     Scenario { name: "fault beside invalidation", mapped: &[1], actors: &[Fault(0), MOVE] },
+    Scenario { name: "fault beside try-invalidation", mapped: &[1], actors: &[Fault(0), TRY_MOVE] },
+    Scenario { name: "guest beside try-invalidation", mapped: &[0], actors: &[Run(0), TRY_MOVE] },
+    Scenario { name: "zap-all beside try-invalidation", mapped: &[0], actors: &[ZAP_ALL, TRY_MOVE] },
     Scenario { name: "zap beside zap", mapped: &[0, 1], actors: &[ZAP, ZAP] },
     Scenario { name: "zap beside zap-all", mapped: &[0], actors: &[ZAP, ZAP_ALL] },
     Scenario { name: "zap beside slot delete", mapped: &[0], actors: &[ZAP, DELETE] },

@@ -304,7 +304,13 @@ impl<F: Cpu> World<'_, F> {
             return;
         }
         let called = machine.ghost().tick();
-        let held = worker.invalidate(range);
+        let held = if rng.once_in(3) {
+            // Refused in a crowd more often than not.
+            let Ok(held) = worker.try_invalidate(range) else { return };
+            held
+        } else {
+            worker.invalidate(range)
+        };
         machine.ghost().zapped(range, called);
         let pages = machine.ghost().taken(range);
         // Long enough for guests to fault beside it.
@@ -335,7 +341,13 @@ pub fn run<F: Cpu>(plan: Plan) -> Report {
     // One more worker, for the check at the end.
     let config = Config { vcpus, workers: workers + 1, slots: 8, root_level, largest, slot_zap, mmio_entries };
     let mmu = Machine::<F>::build(
-        Build { tables: 512, fences, restless: plan.seed % 3 * 5, rough: plan.seed % 4 * 7 },
+        Build {
+            tables: 512,
+            fences,
+            restless: plan.seed % 3 * 5,
+            rough: plan.seed % 4 * 7,
+            by_range: plan.seed % 5 == 4,
+        },
         config,
     );
     let world = World {

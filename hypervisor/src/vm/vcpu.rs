@@ -178,7 +178,8 @@ impl<C: GuestCpu> Vcpu<C> {
             return Ok(());
         }
         self.cpu.set_root(self.root);
-        if inside.take_flush() {
+        // One ASID serves all roots of the guest: whichever flush it is, it is this one.
+        if inside.take_flush().is_some() {
             self.cpu.flush();
         }
         if core::mem::take(&mut self.leave_at_once) {

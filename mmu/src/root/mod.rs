@@ -294,6 +294,15 @@ pub(crate) struct AllRoots {
     end: u64,
 }
 
+impl AllRoots {
+    /// How many there are, for who is alone inside the lock.
+    pub(crate) fn count<H: Host>(&self, mmu: &Mmu<H>) -> u64 {
+        let lists = mmu.roots.lists.lock(|| mmu.host.relax());
+        let all = lists.valid.iter().chain(lists.defunct.iter().map(|(_, root)| root));
+        all.filter(|root| root.0.serial < self.end && self.spaces.hold(root)).count() as u64
+    }
+}
+
 /// The roots that one invalidation made defunct, and the proof that no vCPU uses them any more. To be emptied, once.
 #[derive(Debug)]
 #[must_use = "the roots keep their mappings, and the memslot update must not end, until they are emptied"]

@@ -29,10 +29,10 @@ use crate::entry::{Entry, Seized, seize};
 use crate::events::{Counter, Event};
 use crate::format::{Format, State};
 use crate::host::Host;
-use crate::lock::{Shared, Ticket};
+use crate::lock::{Exclusive, Shared, Ticket};
 use crate::mutants::{self, Mutant};
-use crate::reclaim::{Batch, Debts, hand_over, hold};
-use crate::root::{RootRef, RootSet};
+use crate::reclaim::{Batch, Debts, hand_over, hold, hold_alone};
+use crate::root::{AllRoots, RootRef, RootSet, Spaces};
 use crate::slots::AddressSpace;
 use crate::table::Table;
 
@@ -103,6 +103,47 @@ pub(crate) fn zap_range<H: Host, S: RootSet<H>>(
     Gone { range, zapped: total, roots: PhantomData }
 }
 
+/// As [`zap_range`] for who is alone inside the lock and may not let go of it: all of it in one hold, or nothing, and then
+/// `None`.
+///
+/// What the range can be at most is counted before anything is touched.
+pub(crate) fn zap_at_once<H: Host>(
+    alone: &mut Exclusive<'_, H>,
+    batch: &mut Batch,
+    range: GfnRange,
+) -> Option<Gone<AllRoots>> {
+    let mmu = alone.mmu;
+    let range = GfnRange { end: range.end.max(range.start), ..range };
+    let mut roots = alone.all_roots(Spaces::All);
+    let count = roots.count(mmu);
+    // In each root: the entries of a table that is not covered wholly at either end, and tables that are.
+    let first = Level::M2.align_down(Gfn(range.start.0 + Level::M2.pages() - 1));
+    let whole = GfnRange { start: first, end: Level::M2.align_down(range.end) };
+    let covered = if whole.is_empty() { 0 } else { whole.pages() };
+    let (entries, tables) = (range.pages() - covered, covered / Level::M2.pages());
+    // And one for each table above, where the walk passes over what is absent or finds it emptied.
+    let steps = tables + 2 + u64::from(Level::L5.number());
+    if count * steps > HOLD_STEPS.into() || !Batch::has_room_for(count * (entries + steps)) {
+        return None;
+    }
+    let mut total = Zapped::default();
+    hold_alone(alone, batch, |hold| {
+        while let Some(root) = roots.next(mmu) {
+            let (space, end) = (root.role().space(), range.end.min(root.role().level().root_limit()));
+            let mut next = range.start;
+            while next < end {
+                let (inside, debts) = hold.step();
+                next = Step { inside, debts, space, range, zapped: &mut total }.run(&root, next);
+            }
+            root.put(&mmu.host, hold.counters());
+        }
+    });
+    if H::TRACE {
+        mmu.host.trace(Event::Zap { range, leaves: total.leaves, tables: total.tables });
+    }
+    Some(Gone { range, zapped: total, roots: PhantomData })
+}
+
 struct Step<'s, 'a, H: Host> {
     inside: &'s Shared<'a, H>,
     debts: Debts<'s>,
@@ -167,12 +208,12 @@ impl<H: Host> Step<'_, '_, H> {
                 State::Leaf(_) | State::AccessTracked(_) | State::Mmio { .. } => {}
                 // Another zap does it, and flushes before it ends; but it may end after this one, whose caller is
                 // owed the promise that no TLB has the mapping any more. So this zap flushes as well.
-                State::Frozen => return self.debts.owe_flush(),
+                State::Frozen => return self.debts.owe_flush(table.level, gfn),
                 // A fault put a table here since the walk looked: what is mapped after a zap began is not its to
                 // remove (a caller who wants the range to stay empty keeps faults from it).
                 State::Absent | State::Table(_) => return,
             }
-            match self.debts.freeze::<H>(table.entry(gfn), table.level, raw) {
+            match self.debts.freeze::<H>(table.entry(gfn), table.level, gfn, raw) {
                 Ok(()) => {
                     if raw & H::Format::DIRTY != 0 && H::Format::is_mapping(raw, table.level) {
                         self.was_dirty(table.level, gfn);
@@ -188,8 +229,8 @@ impl<H: Host> Step<'_, '_, H> {
     /// Unlinks the table that `raw`, the entry of `table` for `gfn`, leads to, with everything below it.
     fn unlink(&mut self, table: &Table<'_, H>, gfn: Gfn, raw: u64) {
         // The entry of a table changes only by zaps; losing means another zap unlinks it, and owes the flush.
-        if self.debts.freeze::<H>(table.entry(gfn), table.level, raw).is_err() {
-            self.debts.owe_flush();
+        if self.debts.freeze::<H>(table.entry(gfn), table.level, gfn, raw).is_err() {
+            self.debts.owe_flush(table.level, gfn);
             return;
         }
         self.bury(table, gfn, raw);

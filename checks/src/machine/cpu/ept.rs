@@ -8,6 +8,7 @@ use super::{Allows, Cpu, Seen, TOO_HIGH, block_low_bits, frame};
 impl Cpu for Ept {
     const ACCESSED: u64 = 1 << 8;
     const DIRTY: u64 = 1 << 9;
+    const TAGGED_BY_ROOT: bool = true;
     const AD_IS_OPTIONAL: bool = true;
 
     fn see(raw: u64, level: u8) -> Seen {

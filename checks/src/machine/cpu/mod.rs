@@ -64,6 +64,9 @@ pub trait Cpu: Format {
     const ACCESSED: u64;
     /// The dirty bit of a leaf.
     const DIRTY: u64;
+    /// Whether its TLB knows entries of one root from those of another (SDM vol 3, 30.4.1: by EP4TA), or has one tag for
+    /// the guest (APM vol 2, 15.16: by ASID).
+    const TAGGED_BY_ROOT: bool;
     /// Whether it can be told not to set them.
     const AD_IS_OPTIONAL: bool;
     /// What `raw`, in a table of `level`, means to the CPU. Software bits are not looked at.

@@ -8,6 +8,7 @@ use super::{Allows, Cpu, Seen, TOO_HIGH, block_low_bits, frame};
 impl Cpu for Npt {
     const ACCESSED: u64 = 1 << 5;
     const DIRTY: u64 = 1 << 6;
+    const TAGGED_BY_ROOT: bool = false;
     const AD_IS_OPTIONAL: bool = false;
 
     fn see(raw: u64, level: u8) -> Seen {

@@ -6,7 +6,9 @@
 //! mappings that would translate it), or a guest could fault on a stale entry for ever; and a write through an entry
 //! that is not known to be dirty walks again, because the dirty bit has to be set in memory.
 
-use nestling::{Access, Gfn, Hfn, Level};
+use std::collections::BTreeMap;
+
+use nestling::{Access, Gfn, GfnRange, Hfn, Level};
 
 use super::Allows;
 
@@ -60,11 +62,17 @@ impl CachedTable {
     }
 }
 
+type Parked = (Vec<CachedLeaf>, Vec<CachedTable>);
+
 /// See the module head.
 #[derive(Clone, Debug, Default)]
 pub struct Tlb {
     leaves: Vec<CachedLeaf>,
     tables: Vec<CachedTable>,
+    /// The root that they were filled through, on a CPU that tags them so.
+    root: Hfn,
+    /// What was filled through others, and is there when they are loaded again.
+    parked: BTreeMap<Hfn, Parked>,
     /// Times that it was told to flush.
     pub flushes: u64,
     /// Accesses that it translated without a walk.
@@ -88,9 +96,34 @@ impl Tlb {
 
     /// Forgets everything.
     pub fn flush(&mut self) {
+        self.parked.clear();
+        self.flush_current();
+    }
+
+    /// Forgets what was filled through the root that is loaded.
+    pub fn flush_current(&mut self) {
         self.leaves.clear();
         self.tables.clear();
         self.flushes += 1;
+    }
+
+    /// Another root is loaded; what is tagged with it is found again.
+    pub fn switch(&mut self, root: Hfn) {
+        if root != self.root {
+            let (leaves, tables) = self.parked.remove(&root).unwrap_or_default();
+            let old = (std::mem::replace(&mut self.leaves, leaves), std::mem::replace(&mut self.tables, tables));
+            self.parked.insert(std::mem::replace(&mut self.root, root), old);
+        }
+    }
+
+    /// Forgets what translates frames of `range`, and every table that a walk for one of them may begin at.
+    pub fn forget(&mut self, range: GfnRange) {
+        let block = |gfn: Gfn, level: Level| range.overlaps(GfnRange::block(level, gfn));
+        let all = self.parked.values_mut().map(|(leaves, tables)| (leaves, tables));
+        for (leaves, tables) in all.chain([(&mut self.leaves, &mut self.tables)]) {
+            leaves.retain(|leaf| !block(leaf.gfn, leaf.level));
+            tables.retain(|table| !Level::from_number(table.level.number() + 1).is_some_and(|up| block(table.gfn, up)));
+        }
     }
 
     /// What is cached for an access.
