@@ -12,7 +12,7 @@ pub const PAGE_SHIFT: u32 = 12;
 pub const PAGE_SIZE: u64 = 1 << PAGE_SHIFT;
 /// log2 of the number of entries of a table. Under a model checker tables are tiny: what is checked is who meets whom in
 /// an entry, and every entry costs.
-pub const INDEX_BITS: u32 = if cfg!(feature = "loom") { 1 } else { 9 };
+pub const INDEX_BITS: u32 = if cfg!(any(feature = "loom", feature = "shuttle")) { 1 } else { 9 };
 /// Entries of one table page.
 pub const ENTRIES: usize = 1 << INDEX_BITS;
 /// Frame numbers of a 52-bit physical address space end here (AMD64 APM vol 2, 5.3; Intel SDM vol 3, 4.1.4).
@@ -217,7 +217,7 @@ impl GfnRange {
     }
 }
 
-#[cfg(not(feature = "loom"))]
+#[cfg(not(any(feature = "loom", feature = "shuttle")))]
 const _: () = {
     assert!(Level::K4.pages() == 1 && Level::M2.pages() == 512 && Level::G1.pages() == 512 * 512);
     assert!(Level::L4.index(Gfn(0x1ff << 27)) == 511 && Level::K4.index(Gfn(0x1ff)) == 511);

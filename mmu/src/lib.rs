@@ -15,7 +15,7 @@
 #![deny(unsafe_code)]
 
 extern crate alloc;
-#[cfg(any(test, feature = "loom"))]
+#[cfg(any(test, feature = "loom", feature = "shuttle"))]
 extern crate std;
 
 pub mod addr;

@@ -32,7 +32,7 @@ use alloc::boxed::Box;
 use alloc::sync::Arc;
 
 /// How often who may not wait looks whether a seat is left: a fault needs some hundred instructions, a zap far more.
-const LOOKS: u32 = if cfg!(feature = "loom") { 1 } else { 1000 };
+const LOOKS: u32 = if cfg!(any(feature = "loom", feature = "shuttle")) { 1 } else { 1000 };
 
 /// One participant's place: its mark and its counters, on lines that only it writes.
 #[derive(Debug)]

@@ -85,23 +85,23 @@ pub enum Mutant {
     SoftwareBitsLost,
 }
 
-#[cfg(feature = "loom")]
+#[cfg(any(feature = "loom", feature = "shuttle"))]
 static ACTIVE: core::sync::atomic::AtomicU32 = core::sync::atomic::AtomicU32::new(0);
 
 /// Turns one mutant on for the process.
-#[cfg(feature = "loom")]
+#[cfg(any(feature = "loom", feature = "shuttle"))]
 pub fn activate(mutant: Mutant) {
     ACTIVE.store(mutant as u32, core::sync::atomic::Ordering::Relaxed);
 }
 
 /// Whether this bug is to be.
-#[cfg(feature = "loom")]
+#[cfg(any(feature = "loom", feature = "shuttle"))]
 pub(crate) fn is(mutant: Mutant) -> bool {
     ACTIVE.load(core::sync::atomic::Ordering::Relaxed) == mutant as u32
 }
 
 /// Never.
-#[cfg(not(feature = "loom"))]
+#[cfg(not(any(feature = "loom", feature = "shuttle")))]
 #[inline(always)]
 pub(crate) const fn is(_: Mutant) -> bool {
     false

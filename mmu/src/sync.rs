@@ -1,10 +1,12 @@
 //! The atomics layer: every atomic, fence and cell of the library comes from here, so that a model checker can put
 //! its own in their place without a change to the code that is checked.
 
-#[cfg(not(feature = "loom"))]
+#[cfg(not(any(feature = "loom", feature = "shuttle")))]
 pub use core::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicU64, Ordering, fence};
 #[cfg(feature = "loom")]
 pub use loom::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicU64, Ordering, fence};
+#[cfg(feature = "shuttle")]
+pub use shuttle::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicU64, Ordering, fence};
 
 /// Atomics that no protocol rests on (counters): always the processor's, so that a model checker does not spend its
 /// time on their interleavings.

@@ -30,9 +30,9 @@ fn one(name: &str) -> ExitCode {
     let told = Arc::clone(&progress);
     std::panic::set_hook(Box::new(move |panic| {
         let executions = told.executions.load(Ordering::Relaxed);
-        let scenario = told.scenario.lock().map(|name| *name).unwrap_or_default();
+        let scenario = told.scenario.lock().map(|name| name.clone()).unwrap_or_default();
         let message = panic.payload_as_str().unwrap_or("a panic").lines().next().unwrap_or_default().to_owned();
-        println!("{FOUND}\"{scenario}\" ({message}) after {executions} executions");
+        println!("{FOUND}{scenario} ({message}) after {executions} executions");
         std::process::exit(0);
     }));
     hunt(case, &progress);

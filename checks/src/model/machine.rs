@@ -10,25 +10,23 @@ use std::ptr::NonNull;
 use std::sync::atomic::{AtomicBool as Plain, AtomicU64 as PlainU64, Ordering};
 use std::sync::{Arc, Mutex};
 
-use loom::sync::Mutex as Lock;
-use loom::thread::yield_now;
-use nestling_loom::addr::ENTRIES;
-use nestling_loom::format::{Format, Leaf, MemoryType, Npt, State};
-use nestling_loom::host::{Backing, BackingError, Extent, TableFrames, Time, Vcpus};
-use nestling_loom::sync::{AtomicBool, AtomicU64 as Entry};
-use nestling_loom::{
-    Access, AddressSpace, Cause, Config, Fault, Gfn, GfnRange, Gpa, Hfn, Host, Level, Mmu, Outcome, Role, Slot,
-    SlotConfig, SlotFlags, SlotId, Vcpu, VcpuId, Worker,
+use super::checker::library::addr::ENTRIES;
+use super::checker::library::format::{Format, Leaf, MemoryType, Npt, State};
+use super::checker::library::host::{Backing, BackingError, Extent, TableFrames, Time, Vcpus};
+use super::checker::library::sync::{AtomicBool, AtomicU64 as Entry};
+use super::checker::library::{
+    Access, AddressSpace, Cause, Config, Fault, Gfn, GfnRange, Hfn, Host, Level, Mmu, Outcome, Role, Slot, SlotConfig,
+    SlotFlags, SlotId, Vcpu, VcpuId, Worker,
 };
+use super::checker::{Lock, TABLES, VCPUS, yield_now};
+use crate::model::scenarios::Work;
 
-/// Table frames of the machine.
-const TABLES: usize = 24;
 /// Guest pages of the one slot: two level-1 tables full.
 const PAGES: u64 = 4;
 /// The first host frame of guest memory; page *n* is at `HOME + n` until it is moved.
 const HOME: u64 = 0x1000;
-/// How far an invalidation moves a page.
-const AWAY: u64 = 0x100;
+/// The first host frame that a page is moved to; the next move takes the next one.
+const AWAY: u64 = 0x2000;
 
 /// One table frame.
 #[derive(Debug)]
@@ -119,6 +117,10 @@ pub(super) struct Machine {
     pool: Arc<Pool>,
     /// The backing sleeps before it answers, so that its answer is old when it is used.
     pub(super) sleeps: Plain,
+    /// Long operations are to let go of the lock whenever they may.
+    yields: Plain,
+    /// The next host frame for a page that moves.
+    fresh: PlainU64,
     /// Counts what the ghost has to put in order.
     ticks: PlainU64,
     /// Translations looked up before this tick were zapped, by a zap that has returned.
@@ -126,7 +128,7 @@ pub(super) struct Machine {
     /// A vCPU was kicked, or will not be any more.
     was_kicked: AtomicBool,
     /// Kicks on their way to the vCPUs.
-    kicks: [AtomicBool; 2],
+    kicks: [AtomicBool; VCPUS],
     /// Host frame of each page, as the backing tells it.
     place: [PlainU64; PAGES as usize],
     /// Where the slot is. Held while the slot moves, and while an invalidation finds its frames and begins: an embedder
@@ -141,10 +143,12 @@ impl Machine {
         Self {
             pool,
             sleeps: Plain::new(false),
+            yields: Plain::new(false),
+            fresh: PlainU64::new(AWAY),
             ticks: PlainU64::new(1),
             zapped: PlainU64::new(0),
             was_kicked: AtomicBool::new(false),
-            kicks: [AtomicBool::new(false), AtomicBool::new(false)],
+            kicks: core::array::from_fn(|_| AtomicBool::new(false)),
             place: core::array::from_fn(|page| PlainU64::new(HOME + page as u64)),
             base: Lock::new(Gfn(0)),
             gone: Mutex::new(Vec::new()),
@@ -154,6 +158,10 @@ impl Machine {
     /// What an embedder does with memory that it took from the guest: somebody else gets it.
     fn give_away(&self, hfn: u64) {
         self.gone.lock().unwrap().push(hfn);
+    }
+
+    fn fresh(&self) -> u64 {
+        self.fresh.fetch_add(1, Ordering::Relaxed)
     }
 
     fn tick(&self) -> u64 {
@@ -219,6 +227,10 @@ impl Time for Machine {
     fn relax(&self) {
         yield_now();
     }
+
+    fn should_yield(&self) -> bool {
+        self.yields.load(Ordering::Relaxed)
+    }
 }
 
 impl Host for Machine {
@@ -227,21 +239,24 @@ impl Host for Machine {
 
 /// A VM with one slot, the library's side of it, and its table frames.
 pub(super) fn machine() -> (Arc<Mmu<Machine>>, Arc<Pool>) {
-    let config =
-        Config { vcpus: 2, workers: 3, slots: 2, largest: Level::K4, mmio_entries: false, ..Config::default() };
+    let config = Config {
+        vcpus: VCPUS as u16,
+        workers: 3,
+        slots: 2,
+        largest: Level::K4,
+        mmio_entries: false,
+        ..Config::default()
+    };
     let pool = Arc::new(Pool::new());
     let mmu = Mmu::new(Machine::new(Arc::clone(&pool)), config).unwrap();
-    let size = PAGES << 12;
-    let ram = SlotConfig {
-        id: SlotId(0),
-        space: AddressSpace::Main,
-        base: Gpa(0),
-        size,
-        flags: SlotFlags::empty(),
-        backing: 0,
-    };
-    mmu.worker().unwrap().add_slot(ram).unwrap();
+    mmu.worker().unwrap().add_slot(ram(Gfn(0))).unwrap();
     (mmu, pool)
+}
+
+/// The slot, at `base`.
+fn ram(base: Gfn) -> SlotConfig {
+    let (space, flags) = (AddressSpace::Main, SlotFlags::empty());
+    SlotConfig { id: SlotId(0), space, base: base.gpa(), size: PAGES << 12, flags, backing: 0 }
 }
 
 /// A guest on a vCPU.
@@ -262,7 +277,7 @@ impl Guest {
     }
 
     /// One turn in the guest: two accesses to `gfn`, unless a fault or a kick ends it; whether all were made.
-    fn turn(&mut self, gfn: Option<Gfn>) -> bool {
+    pub(super) fn turn(&mut self, gfn: Option<Gfn>) -> bool {
         let mmu = Arc::clone(self.vcpu.mmu());
         let (machine, id) = (mmu.host(), usize::from(self.vcpu.id().0));
         let mut inside = self.vcpu.enter().unwrap();
@@ -292,6 +307,14 @@ impl Guest {
     /// Accesses page `gfn` until it worked, or has no memory, or `tries` are over; whether it came to an end.
     pub(super) fn access(&mut self, gfn: u64, tries: usize) -> bool {
         (0..tries).any(|_| self.turn(Some(Gfn(gfn))) || self.fault(gfn) == Outcome::Mmio)
+    }
+
+    /// Accesses one page of the slot after the other, `turns` times, with the TLB that it has.
+    pub(super) fn wander(&mut self, turns: u64) {
+        for turn in 0..turns {
+            // Zaps may get in the way for long: whether it makes progress is another scenario's question.
+            self.access(turn % PAGES, 2);
+        }
     }
 
     /// Runs on a root of this level from now on.
@@ -324,31 +347,6 @@ fn walk(machine: &Machine, root: Hfn, gfn: Gfn) -> Option<Hfn> {
     }
 }
 
-/// Operations of a worker, each followed by what an embedder may do once it has returned.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Work {
-    /// Zap the range of pages 0 and 1.
-    Zap,
-    /// Zap everything.
-    ZapAll,
-    /// Zap everything, then move page 0: nothing of what vCPUs had of the old roots is left for it to flush.
-    ZapAllThenMovePage,
-    /// Delete the slot; its memory goes to somebody else.
-    Delete,
-    /// Move page 0 to another host frame under an invalidation; the old one goes to somebody else.
-    MovePage,
-    /// The same twice.
-    MovePageTwice,
-    /// The same, and a look at all tables before the page is given away.
-    MovePageLooking,
-    /// The same, if it can be done without waiting.
-    TryMovePage,
-    /// Zap the range of pages 0 and 1 in the middle of another worker's zap: when that has kicked a vCPU, or is over.
-    ZapInZap,
-    /// Move the slot to the frames behind it.
-    MoveSlot,
-}
-
 pub(super) fn work(worker: &mut Worker<Machine>, work: Work) {
     let mmu = Arc::clone(worker.mmu());
     let machine = mmu.host();
@@ -367,6 +365,19 @@ pub(super) fn work(worker: &mut Worker<Machine>, work: Work) {
         Work::Delete => {
             worker.delete_slot(SlotId(0)).unwrap();
             machine.place.iter().for_each(|page| machine.give_away(page.load(Ordering::Relaxed)));
+        }
+        Work::DeleteAndAdd => {
+            let base = machine.base.lock().unwrap();
+            worker.delete_slot(SlotId(0)).unwrap();
+            for page in &machine.place {
+                machine.give_away(page.load(Ordering::Relaxed));
+                page.store(machine.fresh(), Ordering::Relaxed);
+            }
+            worker.add_slot(ram(*base)).unwrap();
+        }
+        Work::ZapYielding => {
+            machine.yields.store(true, Ordering::Relaxed);
+            worker.zap(GfnRange::new(Gfn(0), PAGES).unwrap());
         }
         Work::MovePage => move_page(worker, machine, false),
         Work::TryMovePage => try_move_page(worker, machine),
@@ -413,5 +424,5 @@ fn relocate(machine: &Machine, look: bool) {
     machine.give_away(old);
     // Whatever may happen in an invalidation happens here: after the memory went, before the backing says so.
     yield_now();
-    machine.place[0].store(old + AWAY, Ordering::Relaxed);
+    machine.place[0].store(machine.fresh(), Ordering::Relaxed);
 }

@@ -8,7 +8,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use nestling_loom::mutants::{Mutant, activate};
+use nestling_shuttle::mutants::Mutant as Far;
 
+use super::scenarios::long;
+use super::under_shuttle::{self, Effort};
 use super::{Bounds, SCENARIOS, explore};
 use crate::rules::{RULES, Rule};
 
@@ -17,12 +20,29 @@ use crate::rules::{RULES, Rule};
 pub struct Case {
     /// The name that the program prints.
     pub name: &'static str,
-    /// The bug.
-    pub mutant: Mutant,
-    /// Scenarios in which it must show, in the order in which they are tried.
-    pub scenarios: &'static [&'static str],
-    /// Preemptions that it needs.
-    pub preemptions: usize,
+    /// What is to find it.
+    pub check: Check,
+}
+
+/// A bug, and where it must show.
+#[derive(Clone, Copy, Debug)]
+pub enum Check {
+    /// Every interleaving of small scenarios.
+    Loom {
+        /// The bug.
+        mutant: Mutant,
+        /// The scenarios, in the order in which they are tried.
+        scenarios: &'static [&'static str],
+        /// Preemptions that it needs.
+        preemptions: usize,
+    },
+    /// Random schedules of a long scenario.
+    Shuttle {
+        /// The bug.
+        mutant: Far,
+        /// The scenario.
+        scenario: &'static str,
+    },
 }
 
 const GUEST_ZAP: &str = "guest beside zap";
@@ -36,7 +56,12 @@ const FAULT_ZAP: &str = "fault beside zap";
 const ROLES: &str = "guest of two roles beside zap-all";
 
 const fn case(name: &'static str, mutant: Mutant, scenarios: &'static [&'static str], preemptions: usize) -> Case {
-    Case { name, mutant, scenarios, preemptions }
+    Case { name, check: Check::Loom { mutant, scenarios, preemptions } }
+}
+
+/// One for a long scenario.
+const fn far(name: &'static str, mutant: Far, scenario: &'static str) -> Case {
+    Case { name, check: Check::Shuttle { mutant, scenario } }
 }
 
 /// All of them.
@@ -79,7 +104,15 @@ pub const CASES: &[Case] = &[
     case("enter-relaxed", Mutant::EnterRelaxed, &["fault beside slot delete"], 3),
     case("leave-relaxed", Mutant::LeaveRelaxed, &[FAULTS_DELETE], 2),
     case("shared-without-look", Mutant::SharedWithoutLook, &[FAULTS_MOVE], 2),
+    case("requests-before-mode", Mutant::RequestsBeforeMode, &["zap-all, then invalidation beside one turn"], 3),
     case("unlinked-table-not-seized", Mutant::UnlinkedTableNotSeized, &[FAULT_ZAP], 2),
+    // Some of them again, to show that the long scenarios can see.
+    far("request-after-unlock-in-a-long-run", Far::RequestAfterUnlock, "fault beside zap-all"),
+    far("kick-without-waiting-in-a-long-run", Far::KickWithoutWaiting, "fault beside zap"),
+    far("free-without-grace-period-in-a-long-run", Far::FreeWithoutGracePeriod, "zap beside root free"),
+    far("leaf-changed-in-place-in-a-long-run", Far::LeafChangedInPlace, "zap beside invalidation"),
+    far("slots-tested-before-the-lock-only-in-a-long-run", Far::SlotsTestedBeforeTheLockOnly, "zap beside slot delete"),
+    far("exclusive-without-waiting-in-a-long-run", Far::ExclusiveWithoutWaiting, "zap beside invalidation"),
 ];
 
 /// A bug of the past that the types rule out: there is no way to put it back that compiles.
@@ -124,24 +157,42 @@ pub const RULED_OUT: &[RuledOut] = &[
     ruled_out("fault-in-guest-mode", "fault_handled_in_guest_mode"),
 ];
 
-/// Turns the mutant on and runs its scenarios. Returns if none of them finds it; otherwise panics in one, whose name and
+/// Turns the mutant on and runs what is to find it. Returns if nothing does; otherwise panics in a scenario whose name and
 /// number of executions `progress` tells.
 pub fn hunt(case: &Case, progress: &Progress) {
-    activate(case.mutant);
-    for name in case.scenarios {
-        let scenario = SCENARIOS.iter().find(|scenario| scenario.name == *name).expect("the table names scenarios");
-        *progress.scenario.lock().unwrap() = scenario.name;
-        progress.executions.store(0, Ordering::Relaxed);
-        let bounds = Bounds { preemptions: Some(case.preemptions), limit: Duration::from_secs(50) };
-        explore(scenario, bounds, &progress.executions);
+    match case.check {
+        Check::Loom { mutant, scenarios, preemptions } => {
+            activate(mutant);
+            for name in scenarios {
+                let scenario = SCENARIOS.iter().find(|scenario| scenario.name == *name);
+                let scenario = scenario.expect("the table names scenarios");
+                progress.begin("loom", scenario.name);
+                let bounds = Bounds { preemptions: Some(preemptions), limit: Duration::from_secs(50) };
+                explore(scenario, bounds, &progress.executions);
+            }
+        }
+        Check::Shuttle { mutant, scenario } => {
+            nestling_shuttle::mutants::activate(mutant);
+            let scenario = long().into_iter().find(|long| long.name == scenario).expect("the table names scenarios");
+            progress.begin("shuttle", &scenario.name);
+            let effort = Effort { schedules: 5000, ..Effort::usual() };
+            under_shuttle::explore(&Arc::new(scenario), effort, &progress.executions);
+        }
     }
 }
 
 /// How far a hunt is.
 #[derive(Debug, Default)]
 pub struct Progress {
-    /// The scenario that is being explored.
-    pub scenario: std::sync::Mutex<&'static str>,
+    /// The checker, and the scenario that it explores.
+    pub scenario: std::sync::Mutex<String>,
     /// Its executions so far.
     pub executions: Arc<AtomicU64>,
+}
+
+impl Progress {
+    fn begin(&self, checker: &str, scenario: &str) {
+        *self.scenario.lock().unwrap() = format!("{checker}, \"{scenario}\"");
+        self.executions.store(0, Ordering::Relaxed);
+    }
 }

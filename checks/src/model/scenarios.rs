@@ -1,15 +1,36 @@
-//! The scenarios: pairs and triples of operations that race, the same for every checker.
+//! The scenarios: pairs and triples of operations that race.
 //!
-//! Each ends by checking what must be left: the books agree with the machine, and no more tables than one root over the
-//! slot's pages can need.
+//! [`SCENARIOS`] are small enough for all their interleavings, with the memory model's weak orderings, under loom.
+//! [`long`] makes long ones, of every pair of operations, for shuttle's random schedules.
 
-use std::sync::Arc;
-use std::sync::atomic::Ordering;
-
-use loom::thread::spawn;
-use nestling_loom::{Counters, Level, Mmu, Outcome};
-
-use super::machine::{Guest, Machine, Work, machine, work};
+/// Operations of a worker, each followed by what an embedder may do once it has returned.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Work {
+    /// Zap the range of pages 0 and 1.
+    Zap,
+    /// Zap everything.
+    ZapAll,
+    /// Zap everything, then move page 0: nothing of what vCPUs had of the old roots is left for it to flush.
+    ZapAllThenMovePage,
+    /// Delete the slot; its memory goes to somebody else.
+    Delete,
+    /// The same, and add it again with other memory.
+    DeleteAndAdd,
+    /// Zap all pages, letting go of the lock as often as that is possible.
+    ZapYielding,
+    /// Move page 0 to another host frame under an invalidation; the old one goes to somebody else.
+    MovePage,
+    /// The same twice.
+    MovePageTwice,
+    /// The same, and a look at all tables before the page is given away.
+    MovePageLooking,
+    /// The same, if it can be done without waiting.
+    TryMovePage,
+    /// Zap the range of pages 0 and 1 in the middle of another worker's zap: when that has kicked a vCPU, or is over.
+    ZapInZap,
+    /// Move the slot to the frames behind it.
+    MoveSlot,
+}
 
 /// What one thread of a scenario does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -22,28 +43,48 @@ pub enum Actor {
     RunSleepy(u64),
     /// The same, and once more later.
     RunTwice(u64),
+    /// A vCPU that enters once and accesses this page, if it is mapped.
+    Turn(u64),
     /// A vCPU that loads a root and goes.
     LoadAndFree,
     /// A vCPU that runs on a root of five levels for a while, then accesses page 0 on its first root again.
     SwitchAndBack,
+    /// A vCPU that turns between roots of four and five levels, and keeps both.
+    Switch,
+    /// A vCPU that accesses one page after the other, so many times, and keeps its TLB as long as it may.
+    Wander(u64),
     /// A worker.
     Work(Work),
+    /// The same again and again.
+    Often(u32, &'static Actor),
+}
+
+impl Actor {
+    /// Whether it needs a vCPU.
+    pub const fn is_vcpu(self) -> bool {
+        match self {
+            Self::Often(_, actor) => actor.is_vcpu(),
+            Self::Work(_) => false,
+            _ => true,
+        }
+    }
 }
 
 /// A scenario. The last actor runs on the main thread.
 #[derive(Clone, Copy, Debug)]
-pub struct Scenario {
+pub struct Scenario<'s> {
     /// For reports.
-    pub name: &'static str,
+    pub name: &'s str,
     /// Pages that are mapped before.
-    pub mapped: &'static [u64],
+    pub mapped: &'s [u64],
     /// The threads.
-    pub actors: &'static [Actor],
+    pub actors: &'s [Actor],
 }
 
-use Actor::{Fault, LoadAndFree, Run, RunSleepy, RunTwice, SwitchAndBack};
+use Actor::{Fault, LoadAndFree, Often, Run, RunSleepy, RunTwice, SwitchAndBack, Turn, Wander};
 const ZAP: Actor = Actor::Work(Work::Zap);
 const ZAP_ALL: Actor = Actor::Work(Work::ZapAll);
+const ZAP_ALL_THEN_MOVE: Actor = Actor::Work(Work::ZapAllThenMovePage);
 const DELETE: Actor = Actor::Work(Work::Delete);
 const MOVE: Actor = Actor::Work(Work::MovePage);
 const MOVE_LOOKING: Actor = Actor::Work(Work::MovePageLooking);
@@ -53,7 +94,7 @@ const MOVE_TWICE: Actor = Actor::Work(Work::MovePageTwice);
 const MOVE_SLOT: Actor = Actor::Work(Work::MoveSlot);
 
 /// All of them.
-pub const SCENARIOS: &[Scenario] = &[
+pub const SCENARIOS: &[Scenario<'static>] = &[
     Scenario { name: "fault beside fault, one page", mapped: &[], actors: &[Fault(0), Fault(0)] },
     Scenario { name: "fault beside fault, one table", mapped: &[], actors: &[Fault(0), Fault(1)] },
     Scenario { name: "root load beside root load", mapped: &[], actors: &[LoadAndFree, LoadAndFree] },
@@ -77,6 +118,11 @@ pub const SCENARIOS: &[Scenario] = &[
     Scenario { name: "guest beside zap-all", mapped: &[0], actors: &[Run(0), ZAP_ALL] },
     Scenario { name: "guest beside slot delete", mapped: &[0], actors: &[Run(0), DELETE] },
     Scenario { name: "guest beside invalidation", mapped: &[0], actors: &[Run(0), MOVE] },
+    Scenario {
+        name: "zap-all, then invalidation beside one turn",
+        mapped: &[0],
+        actors: &[ZAP_ALL_THEN_MOVE, Turn(0)],
+    },
     Scenario { name: "guest that faults beside zap-all", mapped: &[1], actors: &[Run(0), ZAP_ALL] },
     Scenario { name: "guest that faults beside slot delete", mapped: &[1], actors: &[RunSleepy(0), DELETE] },
     Scenario { name: "guest that faults beside invalidation", mapped: &[1], actors: &[Run(0), MOVE] },
@@ -97,75 +143,113 @@ pub const SCENARIOS: &[Scenario] = &[
     Scenario { name: "fault, fault and invalidation", mapped: &[1], actors: &[Fault(0), Fault(1), MOVE] },
 ];
 
-/// One execution of `scenario`; the checker calls it for each interleaving that it tries. Returns the counters at its end.
-pub(super) fn execute(scenario: &Scenario) -> Counters {
-    let (mmu, pool) = machine();
-    let (prepared, mapped) = (Arc::clone(&mmu), scenario.mapped);
-    // In a thread of its own: the checker does not look behind what a thread has read before it writes.
-    let prepare = spawn(move || {
-        let mut guest = Guest::new(&prepared, 0);
-        guest.load();
-        for &page in mapped {
-            assert!(matches!(guest.fault(page), Outcome::Fixed { .. }));
-        }
-    });
-    prepare.join().unwrap();
-    let mut vcpus = 0;
-    let mut numbered = scenario.actors.iter().map(|actor| {
-        let id = vcpus;
-        vcpus += u16::from(!matches!(actor, Actor::Work(_)));
-        (*actor, id)
-    });
-    let main = numbered.next_back().expect("a scenario has actors");
-    let threads: Vec<_> = numbered
-        .map(|(actor, id)| {
-            let mmu = Arc::clone(&mmu);
-            spawn(move || act(&mmu, actor, id))
-        })
-        .collect();
-    act(&mmu, main.0, main.1);
-    for thread in threads {
-        thread.join().unwrap();
-    }
-    // What readers kept from being freed is free now.
-    mmu.worker().unwrap().collect();
-    let counters = mmu.counters();
-    assert_eq!(counters.table_frames, pool.in_use(), "the books and the machine disagree on tables");
-    pool.check_free();
-    assert_eq!(counters.leaves_4k, pool.leaves(None), "the books and the machine disagree on leaves");
-    drop(mmu);
-    assert_eq!(pool.in_use(), 0, "tables are left behind");
-    counters
+/// An operation of which every pair is run.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub enum Op {
+    /// Faults.
+    Fault,
+    /// Zap of a range.
+    Zap,
+    /// Zap of everything.
+    ZapAll,
+    /// Deletion of the slot (and a new one in its place).
+    SlotDelete,
+    /// A page is taken and comes back elsewhere.
+    Invalidation,
+    /// Roots of two roles are loaded, and kept.
+    RootLoad,
+    /// A vCPU comes, loads a root, goes and puts it.
+    RootFree,
+    /// A zap that lets go of the lock as often as it can.
+    Yield,
 }
 
-fn act(mmu: &Arc<Mmu<Machine>>, actor: Actor, id: u16) {
-    match actor {
-        Actor::Fault(page) => {
-            let mut guest = Guest::new(mmu, id);
-            guest.load();
-            guest.fault(page);
+impl Op {
+    /// All of them.
+    pub const ALL: [Self; 8] = [
+        Self::Fault,
+        Self::Zap,
+        Self::ZapAll,
+        Self::SlotDelete,
+        Self::Invalidation,
+        Self::RootLoad,
+        Self::RootFree,
+        Self::Yield,
+    ];
+
+    /// As the scenarios' names have it.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Fault => "fault",
+            Self::Zap => "zap",
+            Self::ZapAll => "zap-all",
+            Self::SlotDelete => "slot delete",
+            Self::Invalidation => "invalidation",
+            Self::RootLoad => "root load",
+            Self::RootFree => "root free",
+            Self::Yield => "yield",
         }
-        Actor::Run(page) => {
-            Guest::new(mmu, id).access(page, 3);
+    }
+
+    const fn actor(self) -> Actor {
+        match self {
+            Self::Fault => Wander(8),
+            Self::Zap => Often(3, &ZAP),
+            Self::ZapAll => Often(3, &ZAP_ALL),
+            Self::SlotDelete => Often(2, &Actor::Work(Work::DeleteAndAdd)),
+            Self::Invalidation => Often(3, &MOVE),
+            Self::RootLoad => Often(3, &Actor::Switch),
+            Self::RootFree => Often(4, &LoadAndFree),
+            Self::Yield => Often(2, &Actor::Work(Work::ZapYielding)),
         }
-        Actor::RunSleepy(page) => {
-            mmu.host().sleeps.store(true, Ordering::Relaxed);
-            Guest::new(mmu, id).access(page, 3);
-        }
-        Actor::RunTwice(page) => {
-            let mut guest = Guest::new(mmu, id);
-            guest.access(page, 3);
-            guest.access(page, 3);
-        }
-        Actor::LoadAndFree => Guest::new(mmu, id).load(),
-        Actor::SwitchAndBack => {
-            let mut guest = Guest::new(mmu, id);
-            guest.load();
-            guest.switch(Level::L5);
-            guest.switch(Level::L4);
-            // One zap of everything gets in the way so often and no more.
-            assert!(guest.access(0, 8), "the guest makes no progress on its root");
-        }
-        Actor::Work(what) => work(&mut mmu.worker().unwrap(), what),
+    }
+}
+
+/// Operations that are run against each other in a long scenario, beside a guest.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Long {
+    /// The operations, joined by "beside".
+    pub name: String,
+    /// The threads: one an operation, and the guest.
+    pub actors: Vec<Actor>,
+}
+
+/// The triples that bugs of the past needed.
+const TRIPLES: [[Op; 3]; 6] = [
+    // Roots that are being emptied still lead to memory that is given back (CVE-2021-47639).
+    [Op::Fault, Op::ZapAll, Op::Invalidation],
+    // Roots outlive the slot that they map (KVM, b7cccd397f31).
+    [Op::ZapAll, Op::SlotDelete, Op::RootFree],
+    // A second zap of everything, while the first empties its roots.
+    [Op::ZapAll, Op::ZapAll, Op::RootLoad],
+    // Two zaps share a table, and one yields (KVM, a835429cda91).
+    [Op::Zap, Op::Yield, Op::Fault],
+    // The slot changes while a page of it is away (invariant I20).
+    [Op::Fault, Op::SlotDelete, Op::Invalidation],
+    // A walker that yields stands on a root that becomes obsolete.
+    [Op::Yield, Op::ZapAll, Op::RootFree],
+];
+
+/// Long scenarios: every pair of operations, and the triples.
+pub fn long() -> Vec<Long> {
+    let mut all = Vec::new();
+    for (index, &first) in Op::ALL.iter().enumerate() {
+        all.extend(Op::ALL[index..].iter().map(|&second| Long::of(&[first, second])));
+    }
+    all.extend(TRIPLES.iter().map(|ops| Long::of(ops)));
+    all
+}
+
+impl Long {
+    /// The scenario. The guest, on the main thread, begins with some pages mapped.
+    pub fn scenario(&self) -> Scenario<'_> {
+        Scenario { name: &self.name, mapped: &[0, 1, 3], actors: &self.actors }
+    }
+
+    fn of(ops: &[Op]) -> Self {
+        let names: Vec<_> = ops.iter().map(|op| op.name()).collect();
+        let mut actors: Vec<_> = ops.iter().map(|op| op.actor()).collect();
+        actors.push(Wander(12));
+        Self { name: names.join(" beside "), actors }
     }
 }

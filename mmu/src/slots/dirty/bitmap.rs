@@ -26,12 +26,12 @@ pub(super) struct Bitmap {
     clean: u64,
 }
 
-#[cfg(not(feature = "loom"))]
+#[cfg(not(any(feature = "loom", feature = "shuttle")))]
 fn zeroed(words: usize) -> Result<Box<[AtomicU64]>, OutOfMemory> {
     zerocopy::FromZeros::new_box_zeroed_with_elems(words).map_err(|_| OutOfMemory)
 }
 
-#[cfg(feature = "loom")]
+#[cfg(any(feature = "loom", feature = "shuttle"))]
 fn zeroed(words: usize) -> Result<Box<[AtomicU64]>, OutOfMemory> {
     Ok((0..words).map(|_| AtomicU64::new(0)).collect())
 }

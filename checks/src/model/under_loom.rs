@@ -1,0 +1,79 @@
+//! The library's own source under loom: every interleaving of a scenario up to a bound on preemptions, with the memory
+//! model's weak orderings.
+
+#![expect(clippy::duplicate_mod, reason = "machine and scenarios are compiled for each checker")]
+
+#[path = "execute.rs"]
+mod execute;
+#[path = "machine.rs"]
+mod machine;
+
+/// What the machine and the scenarios are made of here.
+mod checker {
+    pub(super) use loom::sync::Mutex as Lock;
+    pub(super) use loom::thread::{spawn, yield_now};
+    pub(super) use nestling_loom as library;
+
+    /// vCPUs of the machine.
+    pub(super) const VCPUS: usize = 2;
+    /// Table frames of the machine.
+    pub(super) const TABLES: usize = 24;
+}
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use super::scenarios::Scenario;
+
+/// How far a check goes.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Bounds {
+    /// Preemptions in one execution; `None` is all interleavings.
+    pub preemptions: Option<usize>,
+    /// When to stop.
+    pub limit: Duration,
+}
+
+impl Bounds {
+    /// What fits into a test run, or with `NESTLING_DEEP` in the environment, into a night.
+    pub fn usual(scenario: &Scenario<'_>) -> Self {
+        if std::env::var_os("NESTLING_DEEP").is_some() {
+            Self { preemptions: Some(4), limit: Duration::from_secs(3600) }
+        } else {
+            let preemptions = if scenario.actors.len() > 2 { 1 } else { 2 };
+            Self { preemptions: Some(preemptions), limit: Duration::from_secs(6) }
+        }
+    }
+}
+
+/// How far it went.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Explored {
+    /// Executions tried.
+    pub executions: u64,
+    /// Whether there were more.
+    pub stopped: bool,
+}
+
+/// Runs `scenario` in all its interleavings within `bounds`. Panics in the first that goes wrong; `executions` counts up
+/// to it.
+pub fn explore(scenario: &'static Scenario<'static>, bounds: Bounds, executions: &Arc<AtomicU64>) -> Explored {
+    let mut model = loom::model::Builder::new();
+    model.preemption_bound = bounds.preemptions;
+    model.max_branches = 100_000;
+    model.max_duration = Some(bounds.limit);
+    let (count, start) = (Arc::clone(executions), Instant::now());
+    let (freed, kept) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicU64::new(0)));
+    let (all_freed, all_kept) = (Arc::clone(&freed), Arc::clone(&kept));
+    model.check(move || {
+        count.fetch_add(1, Ordering::Relaxed);
+        let counters = execute::execute(scenario);
+        all_freed.fetch_add(counters.roots_freed, Ordering::Relaxed);
+        all_kept.fetch_add(counters.roots_kept, Ordering::Relaxed);
+    });
+    // In some orders the request finds a vCPU that has a new root already. If none ever keeps it, none looks.
+    let (freed, kept) = (freed.load(Ordering::Relaxed), kept.load(Ordering::Relaxed));
+    assert!(freed == 0 || kept > 0, "vCPUs dropped {freed} roots and never kept one");
+    Explored { executions: executions.load(Ordering::Relaxed), stopped: start.elapsed() >= bounds.limit }
+}
