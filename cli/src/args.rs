@@ -39,6 +39,30 @@ pub enum Command {
     Image(Box<ImageArgs>),
     /// Say what is there, what is missing and how to get it.
     Doctor,
+    /// Write a running guest to a file, from which `run --restore` lets it go on; the guest itself goes on as well.
+    Snapshot(SnapshotArgs),
+}
+
+/// Which of the running guests is meant.
+#[derive(Args, Clone, Debug, Default)]
+pub struct Which {
+    /// The guest's name, as `run --name` gave it [default: the only one that runs]
+    #[arg(long, value_name = "NAME", conflicts_with = "socket")]
+    pub name: Option<String>,
+    /// The socket of the command that runs it, wherever that is
+    #[arg(long, value_name = "PATH")]
+    pub socket: Option<PathBuf>,
+}
+
+/// What can be said about a snapshot.
+#[derive(Args, Clone, Debug)]
+pub struct SnapshotArgs {
+    /// Where to; an older file is replaced when the new one is complete
+    #[arg(value_name = "FILE")]
+    pub file: PathBuf,
+    /// Which guest.
+    #[command(flatten)]
+    pub which: Which,
 }
 
 /// What can be said about a guest, wherever it runs.
@@ -86,6 +110,12 @@ pub struct RunArgs {
     /// The guest.
     #[command(flatten)]
     pub guest: GuestArgs,
+    /// Instead of a kernel, go on with the guest in this snapshot; memory, vCPUs and all else are as they were
+    #[arg(long, value_name = "FILE", conflicts_with_all = BOOT_OPTIONS)]
+    pub restore: Option<PathBuf>,
+    /// The name by which other commands find this guest [default: guest- and the process's number]
+    #[arg(long, value_name = "NAME", value_parser = guest_name)]
+    pub name: Option<String>,
     /// End the run after this long and fail [default: 300 in check mode, none with a shell]
     #[arg(long, value_name = "SECONDS", value_parser = seconds)]
     pub timeout: Option<Duration>,
@@ -204,6 +234,17 @@ pub enum AtEnd {
     Halt,
     /// QEMU ends with the run's status, by its isa-debug-exit at port 0xf4: 1 for a pass
     DebugExit,
+}
+
+/// What is decided when a guest boots.
+const BOOT_OPTIONS: [&str; 6] = ["kernel", "multiboot", "initrd", "append", "memory", "vcpus"];
+
+/// A name that is a file name too.
+fn guest_name(text: &str) -> Result<String, String> {
+    let fits = (1..=64).contains(&text.len())
+        && !text.starts_with('.')
+        && text.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte));
+    if fits { Ok(text.to_owned()) } else { Err("letters, digits, - _ and . make a name, up to 64 of them".into()) }
 }
 
 /// `--huge-pages`.

@@ -142,6 +142,22 @@ pub enum Error {
     /// The bundle for the hypervisor cannot be made.
     #[error("{0}")]
     Bundle(#[from] BundleError),
+    /// A copy of a guest cannot be run.
+    #[error("{} {}: {cause}", option, path.display())]
+    Copy {
+        /// The option that named it.
+        option: &'static str,
+        /// Where it comes from.
+        path: PathBuf,
+        /// Why not.
+        cause: String,
+    },
+    /// A running guest does not do what it was asked for.
+    #[error("{0}")]
+    Refused(String),
+    /// No guest, or not just one, can be meant.
+    #[error("{0}")]
+    WhichGuest(String),
     /// QEMU did not start.
     #[error("QEMU did not start: {0}")]
     Qemu(String),
@@ -176,13 +192,18 @@ impl Error {
             | Self::Hypervisor { .. }
             | Self::OtherPages { .. }
             | Self::NoSuchOperation { .. }
+            | Self::Copy { .. }
+            | Self::WhichGuest(_)
             | Self::NoKvm(_) => Status::Usage,
             Self::Worse { .. } => Status::Worse,
             Self::HostMemory { .. } | Self::Missing { .. } | Self::Fetch { .. } => Status::Missing,
             Self::Qemu(_) => Status::HypervisorFailed,
-            Self::Measuring { .. } | Self::Build { .. } | Self::Image { .. } | Self::Bundle(_) | Self::Io { .. } => {
-                Status::Internal
-            }
+            Self::Measuring { .. }
+            | Self::Refused(_)
+            | Self::Build { .. }
+            | Self::Image { .. }
+            | Self::Bundle(_)
+            | Self::Io { .. } => Status::Internal,
         }
     }
 }

@@ -7,6 +7,8 @@
 //!    bundle;
 //! 3. [`qemu`] and [`session`]: the machine is started and watched to its end, which becomes an [`outcome::Outcome`].
 //!
+//! A guest that runs can be copied, and a copy be run instead of a kernel: [`copy`].
+//!
 //! The hypervisor is never trusted to end well: a run has an end because this side has a time limit, owns the machine's
 //! process, and counts a channel that closes early as a failure.
 #![forbid(unsafe_code)]
@@ -16,6 +18,7 @@ pub mod args;
 pub mod artifacts;
 pub mod bench;
 pub mod console;
+pub mod copy;
 pub mod doctor;
 pub mod error;
 pub mod fuzz;

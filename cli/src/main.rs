@@ -2,6 +2,7 @@
 
 use std::{
     io::{self, Write},
+    path,
     process::ExitCode,
     sync::{Arc, Mutex},
     thread,
@@ -9,8 +10,10 @@ use std::{
 
 use clap::Parser;
 use nestling_cli::{
-    args::{Cli, Command, FuzzArgs, RunArgs},
-    bench, doctor,
+    args::{Cli, Command, FuzzArgs, RunArgs, SnapshotArgs},
+    bench,
+    copy::{door::Request, knock},
+    doctor,
     error::Error,
     fuzz,
     guest::plan::Seat,
@@ -33,14 +36,38 @@ fn main() -> ExitCode {
         Some(Command::Run(args)) => run_guest(&args),
         Some(Command::Fuzz(args)) => fuzz_guests(&args),
         Some(Command::Bench(args)) => ended(bench::run(&args, Progress::for_stderr())),
+        Some(Command::Snapshot(args)) => snapshot(&args),
         None => run_guest(&cli.run),
     }
+}
+
+fn snapshot(args: &SnapshotArgs) -> ExitCode {
+    let progress = Progress::for_stderr();
+    // The command that runs the guest writes the file, and has a directory of its own.
+    let asked = path::absolute(&args.file)
+        .map_err(Error::io("find the current directory"))
+        .and_then(|file| knock::ask(&args.which, &Request::Snapshot { file }, progress, "taking a snapshot"));
+    done(asked, progress)
 }
 
 /// The status of a command that has no guest's to give.
 fn ended(result: Result<(), Error>) -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("nestling: {error}");
+            ExitCode::from(error.status() as u8)
+        }
+    }
+}
+
+/// Says what became of a request.
+fn done(asked: Result<String, Error>, progress: Progress) -> ExitCode {
+    match asked {
+        Ok(text) => {
+            progress.note(&text);
+            ExitCode::SUCCESS
+        }
         Err(error) => {
             eprintln!("nestling: {error}");
             ExitCode::from(error.status() as u8)

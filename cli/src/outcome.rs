@@ -44,6 +44,8 @@ impl Outcome {
     /// What the guest has to do.
     fn expected(&self) -> Expected {
         match self.mode {
+            // The verdict of one that has left is given where it went.
+            _ if self.record.ending == Ending::Guest(GuestExit::Migrated) => Expected::End,
             Mode::Check => Expected::Verdict,
             Mode::Shell => Expected::End,
         }
@@ -65,6 +67,7 @@ impl Outcome {
             Ending::Guest(GuestExit::Died) => "died",
             Ending::Guest(GuestExit::Error { .. }) => "error",
             Ending::Guest(GuestExit::Stopped) | Ending::Left => "left",
+            Ending::Guest(GuestExit::Migrated) => "migrated",
             Ending::TimedOut(_) => "timeout",
             Ending::Signal(_) => "signal",
             Ending::Hypervisor(_) => "hypervisor-failed",

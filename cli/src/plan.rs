@@ -7,6 +7,7 @@ use nestling_control::config::GuestKind;
 use crate::{
     accel::{self, Acceleration},
     args::{Accel, Mode, RunArgs},
+    copy::stream::Header,
     error::Error,
     guest::plan::{GuestPlan, Seat},
     setup,
@@ -39,6 +40,18 @@ impl Plan {
         let limited = guest.mode == Mode::Check || guest.config.kind == GuestKind::Multiboot;
         let timeout = args.timeout.or(limited.then_some(CHECK_TIMEOUT));
         let plan = Self { guest, acceleration, timeout, verbose: args.verbose };
+        plan.check_host_memory()?;
+        Ok(plan)
+    }
+
+    /// A run that goes on with the guest of a copy.
+    ///
+    /// # Errors
+    /// As [`Plan::new`].
+    pub fn resumed(args: &RunArgs, header: &Header) -> Result<Self, Error> {
+        let guest = GuestPlan::resumed(&args.guest, header)?;
+        let timeout = args.timeout.or((guest.mode == Mode::Check).then_some(CHECK_TIMEOUT));
+        let plan = Self { guest, acceleration: acceleration(args.accel)?, timeout, verbose: args.verbose };
         plan.check_host_memory()?;
         Ok(plan)
     }

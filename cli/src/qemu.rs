@@ -16,9 +16,10 @@ use std::{
     time::{Duration, Instant},
 };
 
+use nestling_control::window::WINDOW_BYTES;
 use tempfile::TempDir;
 
-use crate::{accel::Acceleration, error::Error, setup::find_program};
+use crate::{accel::Acceleration, copy::window::Window, error::Error, setup::find_program};
 
 /// QEMU connects within its first milliseconds; this is for a machine that is swapping.
 const CONNECT_WITHIN: Duration = Duration::from_secs(60);
@@ -41,6 +42,8 @@ pub struct Start<'a> {
     pub random: bool,
     /// The machine's memory in bytes.
     pub memory_bytes: u64,
+    /// Memory to share with the hypervisor, if its guest may be copied.
+    pub window: Option<&'a Window>,
     /// How to run.
     pub acceleration: Acceleration,
     /// What to tell of the instructions that are executed.
@@ -171,6 +174,9 @@ fn command(start: &Start<'_>, bundle: &Path, console: &Path, control: &Path) -> 
         // The first -serial is COM1, the second COM2.
         command.arg("-chardev").arg(socket(name, path)).args(["-serial", &format!("chardev:{name}")]);
     }
+    if let Some(shared) = start.window {
+        command.arg("-object").arg(window(shared)).args(["-device", "ivshmem-plain,memdev=window"]);
+    }
     command.args(["-device", "isa-debug-exit,iobase=0xf4,iosize=0x4"]);
     command.arg("-kernel").arg(start.hypervisor).arg("-initrd").arg(bundle);
     command.stdout(Stdio::null());
@@ -211,6 +217,12 @@ fn on_behalf_of_this_process(program: &Path) -> Command {
 fn socket(name: &str, path: &Path) -> OsString {
     let path = path.to_string_lossy().replace(',', ",,");
     format!("socket,id={name},path={path},server=off").into()
+}
+
+/// The shared memory, by the file that this process has open.
+fn window(window: &Window) -> OsString {
+    let path = window.path();
+    format!("memory-backend-file,id=window,share=on,size={WINDOW_BYTES},mem-path={}", path.display()).into()
 }
 
 fn accept(listener: &UnixListener, child: &mut Child) -> io::Result<UnixStream> {

@@ -54,6 +54,7 @@ enum Event {
     Keys(Vec<u8>),
     Leave,
     Signal(i32),
+    Request(ToHypervisor),
 }
 
 /// Acts on a session from outside of its loop.
@@ -70,6 +71,11 @@ impl Remote {
     /// Ends the session as its user's wish.
     pub fn leave(&self) {
         let _ = self.0.send(Event::Leave);
+    }
+
+    /// Sends the hypervisor a request.
+    pub fn request(&self, request: ToHypervisor) {
+        let _ = self.0.send(Event::Request(request));
     }
 
     /// Ends the session because of a signal.
@@ -289,6 +295,7 @@ impl Session<'_> {
                     let _ = self.keys.try_send(keys);
                 }
                 Ok(Event::Leave) => self.stop(control, Ending::Left),
+                Ok(Event::Request(request)) => self.request(control, &request),
                 Ok(Event::Signal(number)) => return Ok(Ending::Signal(number)),
                 // This side holds a sender itself: the queue cannot close. If it did there would be nothing to wait for.
                 Err(_) => return Ok(Ending::Hypervisor(HypervisorFailure::Died { status: None })),
@@ -339,6 +346,14 @@ impl Session<'_> {
         let asked = frame::encode(&ToHypervisor::Stop, &mut stop).is_ok() && control.write_all(&stop).is_ok();
         let grace = if asked { STOP_GRACE } else { Duration::ZERO };
         self.phase = Phase::Stopping { ending, until: Instant::now() + grace };
+    }
+
+    /// Passes a request on. If that fails the channel is closed, which ends the session.
+    fn request(&self, control: &mut UnixStream, request: &ToHypervisor) {
+        let mut bytes = Vec::new();
+        if frame::encode(request, &mut bytes).is_ok() {
+            let _ = control.write_all(&bytes);
+        }
     }
 
     fn console(&mut self, bytes: &[u8]) -> Result<(), Error> {
@@ -430,6 +445,7 @@ mod tests {
     fn plan(timeout: Option<Duration>) -> Plan {
         let config = RunConfig {
             kind: nestling_control::config::GuestKind::Linux,
+            origin: nestling_control::config::Origin::Boot,
             storm: None,
             series: None,
             meter_pages: 0,

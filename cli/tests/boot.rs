@@ -4,6 +4,10 @@
 //! there, the command installs, fetches and builds by itself.
 
 mod common;
+#[path = "common/kernel.rs"]
+mod kernel;
+#[path = "common/machine.rs"]
+mod machine;
 
 use std::{
     fs::{self, File},
@@ -16,7 +20,9 @@ use std::{
     time::{Duration, Instant},
 };
 
-use common::{Finished, kernel, nestling, run};
+use common::{Finished, nestling, run};
+use kernel::kernel;
+use machine::one_machine_at_a_time;
 use rustix::{
     pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt},
     termios::{LocalModes, tcgetattr},
@@ -28,14 +34,6 @@ const LIMIT: &str = "240";
 
 fn path(name: &str) -> PathBuf {
     PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join(name)
-}
-
-/// Held while a machine runs: a second one would only make both slow, and time limits are for real hangs.
-fn one_machine_at_a_time() -> File {
-    let path = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join("machine.lock");
-    let file = File::create(&path).unwrap_or_else(|cause| panic!("{}: {cause}", path.display()));
-    file.lock().expect("a lock");
-    file
 }
 
 /// A run with a report.

@@ -1,10 +1,13 @@
 //! Bad options, bad images, too little memory: each is refused before anything is started, with its reason and status 2.
 
 mod common;
+#[path = "common/kernel.rs"]
+mod kernel;
 
 use std::{fs, path::PathBuf};
 
-use common::{kernel, nestling, run};
+use common::{nestling, run};
+use kernel::kernel;
 
 /// `hlt` in a loop; these tests never get to run it.
 const CODE: &[u8] = &[0xf4, 0xeb, 0xfd];

@@ -2,6 +2,8 @@
 //! and what is refused, with nothing left behind.
 
 mod common;
+#[path = "common/kernel.rs"]
+mod kernel;
 
 use std::{
     env, fs,
@@ -14,7 +16,8 @@ use std::{
     time::{Duration, Instant},
 };
 
-use common::{Finished, kernel, nestling, run};
+use common::{Finished, nestling, run};
+use kernel::kernel;
 use nestling_cli::{progress::Progress, setup};
 
 /// A boot takes a twentieth of it on an idle machine.

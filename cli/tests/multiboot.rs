@@ -1,6 +1,8 @@
 //! Multiboot guests: the test kernel's checks with one and with four vCPUs, and what is refused.
 
 mod common;
+#[path = "common/kernel.rs"]
+mod kernel;
 
 use std::{
     env,
@@ -10,7 +12,8 @@ use std::{
     sync::OnceLock,
 };
 
-use common::{Finished, kernel, run, subcommand};
+use common::{Finished, run, subcommand};
+use kernel::kernel;
 
 /// Seconds. A check takes a hundredth of it on an idle machine.
 const LIMIT: &str = "240";

@@ -29,7 +29,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     PROTOCOL_VERSION,
-    config::{ConfigError, RunConfig},
+    config::{ConfigError, Origin, RunConfig},
 };
 
 /// The first bytes of a bundle.
@@ -161,7 +161,7 @@ impl core::error::Error for BundleError {}
 #[derive(Serialize, Deserialize)]
 struct Header {
     config: RunConfig,
-    kernel: BlobPlace,
+    kernel: Option<BlobPlace>,
     initrd: Option<BlobPlace>,
 }
 
@@ -177,7 +177,8 @@ struct BlobPlace {
 pub struct Bundle<'file> {
     /// What to run.
     pub config: RunConfig,
-    /// The guest's kernel, never empty; whether it is a bzImage is for the loader to say.
+    /// The guest's kernel, empty only for a guest that comes in by other ways; whether it is a bzImage is for the loader
+    /// to say.
     pub kernel: &'file [u8],
     /// The guest's initrd, never empty if there is one.
     pub initrd: Option<&'file [u8]>,
@@ -190,7 +191,10 @@ impl<'file> Bundle<'file> {
     /// What [`parse`](Self::parse) would refuse: a configuration out of bounds, an empty blob.
     pub fn to_bytes(&self) -> Result<Vec<u8>, BundleError> {
         self.config.validate().map_err(BundleError::Config)?;
-        let kernel = place(Blob::Kernel, self.kernel, 0)?;
+        let kernel = match self.config.origin {
+            Origin::Boot => Some(place(Blob::Kernel, self.kernel, 0)?),
+            Origin::Window => None,
+        };
         let initrd = match self.initrd {
             Some(bytes) => Some(place(Blob::Initrd, bytes, self.kernel.len().next_multiple_of(BLOB_ALIGNMENT))?),
             None => None,
@@ -208,7 +212,7 @@ impl<'file> Bundle<'file> {
         file.extend_from_slice(&crc32fast::hash(&header).to_le_bytes());
         file.extend_from_slice(&[0; 4]);
         file.extend_from_slice(&header);
-        for blob in [Some(self.kernel), self.initrd].into_iter().flatten() {
+        for blob in [kernel.map(|_| self.kernel), self.initrd].into_iter().flatten() {
             file.resize(file.len().next_multiple_of(BLOB_ALIGNMENT), 0);
             file.extend_from_slice(blob);
         }
@@ -251,8 +255,17 @@ impl<'file> Bundle<'file> {
         header.config.validate().map_err(BundleError::Config)?;
 
         let data_start = (PREFIX_BYTES + header_length).next_multiple_of(BLOB_ALIGNMENT);
-        let data = file.get(data_start..).ok_or(BundleError::TooShort { need: data_start, have: file.len() })?;
-        let kernel = take(data, Blob::Kernel, header.kernel, 0)?;
+        let blobs = header.kernel.is_some() || header.initrd.is_some();
+        let data = match file.get(data_start..) {
+            Some(data) => data,
+            None if !blobs => &[],
+            None => return Err(BundleError::TooShort { need: data_start, have: file.len() }),
+        };
+        let kernel = match (header.config.origin, header.kernel) {
+            (Origin::Boot, None) => return Err(BundleError::BlobEmpty(Blob::Kernel)),
+            (Origin::Boot, Some(place)) => take(data, Blob::Kernel, place, 0)?,
+            (Origin::Window, _) => &[],
+        };
         let initrd = match header.initrd {
             Some(place) => Some(take(data, Blob::Initrd, place, kernel.len())?),
             None => None,

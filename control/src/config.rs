@@ -115,6 +115,16 @@ pub struct Series {
     pub slice_ms: u64,
 }
 
+/// Where a guest's memory and state come from.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum Origin {
+    /// A kernel is loaded and started.
+    #[default]
+    Boot,
+    /// A guest that ran before comes in through the [`window`](crate::window).
+    Window,
+}
+
 /// One run of one guest, or of a series of guests.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RunConfig {
@@ -134,6 +144,8 @@ pub struct RunConfig {
     /// The first time the guest's console prints this text, the guest counts as booted (see
     /// [`Report::boot_guest_ns`](crate::message::Report::boot_guest_ns)). Empty: nothing is looked for.
     pub ready_marker: String,
+    /// Where it comes from. A guest that comes in has no kernel and initrd in its bundle.
+    pub origin: Origin,
     /// What the guest has to survive.
     pub storm: Option<Storm>,
     /// Run many guests, not one.

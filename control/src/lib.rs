@@ -1,11 +1,12 @@
 //! What the `nestling` command and the hypervisor say to each other.
 //!
-//! There are two ways from one to the other, and each has a module:
+//! There are three ways from one to the other, and each has a module:
 //!
 //! - [`bundle`]: one file, from the command to the hypervisor, before it starts: the guest's kernel, initrd and
 //!   configuration. QEMU loads it as the PVH module (`-initrd`).
 //! - [`frame`] and [`message`]: a byte stream (the second serial port) that carries [`message::ToCommand`] while the
 //!   guest runs and [`message::ToHypervisor`] the other way.
+//! - [`window`]: shared memory, for the guest's memory and state when the guest is copied.
 //!
 //! And there is what both have to say to people: [`words`] and [`death`] tell a message, [`verdict`] judges a run. The
 //! command does so; a hypervisor that was booted without a command does it itself, on the guest's console.
@@ -25,6 +26,7 @@ pub mod death;
 pub mod frame;
 pub mod message;
 pub mod verdict;
+pub mod window;
 pub mod words;
 
 /// The version of everything in this crate: it changes with every change of a message, of a frame or of the bundle.

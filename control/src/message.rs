@@ -63,6 +63,19 @@ pub enum ToCommand {
 pub enum ToHypervisor {
     /// End the guest now, give everything back and report.
     Stop,
+    /// Send a copy of the guest through the [`window`](crate::window); it goes on afterwards.
+    Snapshot,
+    /// Send the guest through the window, to be run elsewhere.
+    Migrate(MigrateLimits),
+}
+
+/// How a migration goes about it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MigrateLimits {
+    /// How long the guest may stand still, in milliseconds, if that can be kept.
+    pub downtime_ms: u32,
+    /// After so many rounds the guest is stopped whatever it still writes.
+    pub rounds: u32,
 }
 
 /// The hypervisor and its machine.
@@ -107,6 +120,8 @@ pub enum GuestExit {
     },
     /// The command asked for it with [`ToHypervisor::Stop`].
     Stopped,
+    /// The guest was given to another hypervisor, which runs it.
+    Migrated,
     /// The guest died; a [`ToCommand::Death`] said how.
     Died,
     /// The hypervisor could not start or not go on.

@@ -88,7 +88,7 @@ pub fn judge(
         },
         (GuestExit::PowerOff | GuestExit::Reset, Expected::Verdict, None) => Status::NoVerdict,
         (GuestExit::PowerOff | GuestExit::Reset, Expected::Verdict, Some(Err(_))) => Status::CheckFailed,
-        (GuestExit::PowerOff | GuestExit::Reset, ..) => match frames_left {
+        (GuestExit::PowerOff | GuestExit::Reset | GuestExit::Migrated, ..) => match frames_left {
             Some(0) => Status::Good,
             // Not counted, or a leak: the guest did its part, the hypervisor did not.
             Some(1..) | None => Status::HypervisorFailed,

@@ -25,6 +25,7 @@ impl Display for GuestExit {
             Self::Reset => f.write_str("the guest asked for a reset"),
             Self::DebugExit { value } => write!(f, "the guest ended with the value {value}"),
             Self::Stopped => f.write_str("left"),
+            Self::Migrated => f.write_str("the guest goes on elsewhere"),
             Self::Died => f.write_str("the guest died"),
             Self::Error { text } => write!(f, "the hypervisor gave up: {text}"),
         }

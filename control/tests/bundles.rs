@@ -2,13 +2,14 @@
 
 use nestling_control::{
     bundle::{BLOB_ALIGNMENT, Blob, Bundle, BundleError, MAGIC},
-    config::{ConfigError, HugePages, MAX_VCPUS, MIN_MEMORY_BYTES, RunConfig},
+    config::{ConfigError, HugePages, MAX_VCPUS, MIN_MEMORY_BYTES, Origin, RunConfig},
 };
 use proptest::prelude::*;
 
 fn config() -> RunConfig {
     RunConfig {
         kind: nestling_control::config::GuestKind::Linux,
+        origin: Origin::Boot,
         storm: None,
         series: None,
         meter_pages: 0,
@@ -47,7 +48,7 @@ struct Place {
 
 fn kernel_at(offset: u64, length: u64) -> Vec<u8> {
     let data = [7u8; 2 * BLOB_ALIGNMENT];
-    forged(&(config(), Place { offset, length, checksum: crc32fast::hash(&data[..4096]) }, None::<Place>), &data)
+    forged(&(config(), Some(Place { offset, length, checksum: crc32fast::hash(&data[..4096]) }), None::<Place>), &data)
 }
 
 #[test]
@@ -69,7 +70,7 @@ fn a_blob_outside_the_file_is_refused_whatever_its_numbers() {
 fn an_initrd_over_the_kernel_is_refused() {
     let data = [7u8; 2 * BLOB_ALIGNMENT];
     let place = || Place { offset: 0, length: 4096, checksum: crc32fast::hash(&data[..4096]) };
-    let file = forged(&(config(), place(), Some(place())), &data);
+    let file = forged(&(config(), Some(place()), Some(place())), &data);
     let found = Bundle::parse(&file);
     assert!(matches!(found, Err(BundleError::BlobOutOfBounds { blob: Blob::Initrd, .. })), "{found:?}");
 }
@@ -91,11 +92,20 @@ fn a_configuration_out_of_bounds_is_refused_on_both_sides() {
         change(&mut config);
         let data = [1u8; 4096];
         let place = Place { offset: 0, length: 4096, checksum: crc32fast::hash(&data) };
-        let forged = forged(&(&config, place, None::<Place>), &data);
+        let forged = forged(&(&config, Some(place), None::<Place>), &data);
         assert_eq!(Bundle::parse(&forged), Err(BundleError::Config(cause.clone())));
         let written = Bundle { config, kernel: &data, initrd: None }.to_bytes();
         assert_eq!(written, Err(BundleError::Config(cause)));
     }
+}
+
+#[test]
+fn a_guest_that_comes_in_needs_no_kernel_and_one_that_boots_does() {
+    let incoming = RunConfig { origin: Origin::Window, ..config() };
+    let file = Bundle { config: incoming.clone(), kernel: &[], initrd: None }.to_bytes().expect("a good bundle");
+    assert_eq!(Bundle::parse(&file), Ok(Bundle { config: incoming, kernel: &[], initrd: None }));
+    let without = forged(&(config(), None::<Place>, None::<Place>), &[]);
+    assert_eq!(Bundle::parse(&without), Err(BundleError::BlobEmpty(Blob::Kernel)));
 }
 
 #[test]

@@ -2,7 +2,10 @@
 
 use std::{fs, path::PathBuf};
 
-use nestling_control::{bundle::Bundle, config::GuestKind};
+use nestling_control::{
+    bundle::Bundle,
+    config::{GuestKind, Origin},
+};
 
 use crate::{
     artifacts,
@@ -31,6 +34,9 @@ impl GuestPlan {
     /// # Errors
     /// The first thing that cannot be done, with its reason.
     pub fn load(&self, progress: Progress) -> Result<Loaded, Error> {
+        if self.config.origin == Origin::Window {
+            return self.bundle(&[], None, progress);
+        }
         match self.config.kind {
             GuestKind::Linux => self.load_linux(progress),
             // An image needs nothing but itself, its module, and the hypervisor.

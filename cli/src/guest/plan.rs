@@ -6,10 +6,11 @@ use std::{
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
-use nestling_control::config::{GuestKind, HugePages, RunConfig, STORM_KINDS, Storm};
+use nestling_control::config::{GuestKind, HugePages, Origin, RunConfig, STORM_KINDS, Storm};
 
 use crate::{
     args::{GuestArgs, Mode},
+    copy::stream::Header,
     error::Error,
     guest::{BASE_COMMAND_LINE, READY_MARKER, kernel::KernelImage},
 };
@@ -76,6 +77,7 @@ impl GuestPlan {
                 None => command_line(args, mode, seat),
             },
             ready_marker: if kind == GuestKind::Linux { READY_MARKER.into() } else { String::new() },
+            origin: Origin::Boot,
             storm: storm(args),
             series: None,
             meter_pages: 0,
@@ -97,6 +99,26 @@ impl GuestPlan {
         let initrd = args.initrd.as_deref().map(|path| read("--initrd", path)).transpose()?;
         let hypervisor = args.hypervisor.as_deref().map(checked_hypervisor).transpose()?;
         Ok(Self { config, mode, kernel: image.or(kernel), initrd, hypervisor })
+    }
+
+    /// The guest of a copy, which goes on. What was fired at it and what it measured is not passed on.
+    ///
+    /// # Errors
+    /// As [`GuestPlan::new`].
+    pub fn resumed(args: &GuestArgs, header: &Header) -> Result<Self, Error> {
+        let mode = args.mode.unwrap_or(if header.check { Mode::Check } else { Mode::Shell });
+        let config = RunConfig {
+            huge_pages: args.huge_pages.into(),
+            silence_timeout_ms: (mode == Mode::Check).then_some(SILENCE.as_millis() as u64),
+            origin: Origin::Window,
+            storm: storm(args),
+            series: None,
+            meter_pages: 0,
+            ..header.config.clone()
+        };
+        config.validate()?;
+        let hypervisor = args.hypervisor.as_deref().map(checked_hypervisor).transpose()?;
+        Ok(Self { config, mode, kernel: None, initrd: None, hypervisor })
     }
 
     /// The least memory of a machine for this guest, in bytes: the guest's, what maps it, the hypervisor's own, and the

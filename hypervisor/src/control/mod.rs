@@ -16,6 +16,7 @@ pub mod log;
 mod person;
 mod queue;
 mod serial;
+pub mod window;
 mod words;
 
 use core::sync::atomic::{AtomicU64, Ordering};

@@ -10,10 +10,15 @@
 //! What is due is that a guest finds nothing of the one before it, and leaves nothing: [`reset`] before its first run and
 //! after its last.
 //!
-//! Whoever saves a vCPU has to save this too, on its CPU.
+//! Whoever saves a vCPU has to save this too, on its CPU: [`save`], and [`load`] behind the [`reset`] before the first run.
 
+use alloc::vec::Vec;
 use core::arch::asm;
 use core::arch::x86_64::{__cpuid, __cpuid_count, _xgetbv};
+
+use serde::{Deserialize, Serialize};
+
+use crate::devices::saved::{BadState, require};
 
 const CR4_OSXSAVE: u64 = 1 << 18;
 const CR4_PKE: u64 = 1 << 22;
@@ -113,5 +118,114 @@ pub fn clear_breakpoints() {
     // SAFETY: ring 0; no breakpoint is on in the hypervisor.
     unsafe {
         asm!("mov dr0, {0}", "mov dr1, {0}", "mov dr2, {0}", "mov dr3, {0}", in(reg) 0u64, options(nomem, nostack));
+    }
+}
+
+/// x87 and SSE, which the world switch exchanges.
+const SWITCHED: u64 = 3;
+/// Room for every component that guests are offered, where XSAVE puts it in the standard form; AVX-512 and the tiles, which
+/// they are not, may lie before those.
+const AREA_BYTES: usize = 16 << 10;
+const HEADER: usize = 512;
+
+/// Memory for XSAVE.
+#[repr(C, align(64))]
+struct Area([u8; AREA_BYTES]);
+
+/// What a guest has in its CPU.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct State {
+    /// DR0 to DR3.
+    pub debug_addresses: [u64; 4],
+    /// XCR0.
+    pub xcr0: u64,
+    /// Components that are not as after reset, by number.
+    components: Vec<(u8, Vec<u8>)>,
+}
+
+/// Where components lie in the standard form: number, offset, bytes. `features`: what the guest is offered of XCR0.
+fn components(features: u64) -> impl Iterator<Item = (u8, usize, usize)> {
+    (2..63).filter(move |number| features & !SWITCHED & 1 << number != 0).filter_map(|number: u8| {
+        let leaf = __cpuid_count(0xd, u32::from(number));
+        let (offset, bytes) = (leaf.ebx as usize, leaf.eax as usize);
+        (bytes > 0 && offset >= HEADER + 64 && offset + bytes <= AREA_BYTES).then_some((number, offset, bytes))
+    })
+}
+
+/// What the guest of this CPU has, whose XCR0 may have `features`. On its CPU, while it does not run.
+#[must_use]
+pub fn save(features: u64) -> State {
+    let (dr0, dr1, dr2, dr3): (u64, u64, u64, u64);
+    // SAFETY: ring 0; reading has no effect, as DR7.GD is 0 in the hypervisor.
+    unsafe {
+        asm!("mov {}, dr0", "mov {}, dr1", "mov {}, dr2", "mov {}, dr3",
+            out(reg) dr0, out(reg) dr1, out(reg) dr2, out(reg) dr3, options(nomem, nostack, preserves_flags));
+    }
+    let debug_addresses = [dr0, dr1, dr2, dr3];
+    if !has_xsave() || features == 0 {
+        return State { debug_addresses, xcr0: XCR0_RESET, components: Vec::new() };
+    }
+    let mut area = Area([0; AREA_BYTES]);
+    let (xcr0, wanted) = (xcr0(), features & !SWITCHED);
+    // SAFETY: the CPU takes what a guest may be offered. XSAVE writes the components that are asked for, which lie within
+    // the area, and the header, which is zero as it has to be.
+    unsafe {
+        set_xcr0(features);
+        asm!("xsave64 [{}]", in(reg) &raw mut area, in("eax") wanted as u32, in("edx") (wanted >> 32) as u32, options(nostack));
+        set_xcr0(xcr0);
+    }
+    let header = &area.0[HEADER..HEADER + 8];
+    let present = header.iter().rev().fold(0u64, |value, &byte| value << 8 | u64::from(byte));
+    let components = components(features & present);
+    let components = components.map(|(number, offset, bytes)| (number, area.0[offset..offset + bytes].to_vec()));
+    State { debug_addresses, xcr0, components: components.collect() }
+}
+
+impl State {
+    /// Refuses what a guest whose XCR0 may have `features` could not have. Whether it may have this XCR0 is not its business.
+    ///
+    /// # Errors
+    /// What is impossible.
+    pub fn check(&self, features: u64) -> Result<(), BadState> {
+        let known = |(number, content): &(u8, Vec<u8>)| {
+            components(features).any(|(known, _, bytes)| known == *number && bytes == content.len())
+        };
+        require("vCPU", "extended state", self.components.iter().all(known))
+    }
+}
+
+/// Puts a guest's own into its CPU, which [`reset`] was called on. On its CPU, before its first run.
+///
+/// # Safety
+/// [`State::check`] has passed on this machine, and its guest may have that XCR0.
+pub unsafe fn load(state: &State) {
+    let [dr0, dr1, dr2, dr3] = state.debug_addresses;
+    // SAFETY: ring 0; no breakpoint is on in the hypervisor.
+    unsafe {
+        asm!("mov dr0, {}", "mov dr1, {}", "mov dr2, {}", "mov dr3, {}",
+            in(reg) dr0, in(reg) dr1, in(reg) dr2, in(reg) dr3, options(nomem, nostack, preserves_flags));
+    }
+    if !has_xsave() {
+        return;
+    }
+    let mut area = Area([0; AREA_BYTES]);
+    area.0[24..28].copy_from_slice(&0x1f80u32.to_le_bytes());
+    let mut present = 0u64;
+    for (number, content) in &state.components {
+        // Those that the guest is offered are those that were checked.
+        let Some((_, offset, bytes)) = components(1 << number).next() else { continue };
+        if bytes == content.len() {
+            area.0[offset..offset + bytes].copy_from_slice(content);
+            present |= 1 << number;
+        }
+    }
+    area.0[HEADER..HEADER + 8].copy_from_slice(&present.to_le_bytes());
+    let all = __cpuid_count(0xd, 0);
+    // SAFETY: as in `reset`: the CPU takes all features and this form; the components that are there lie where it says.
+    unsafe {
+        set_xcr0(u64::from(all.edx) << 32 | u64::from(all.eax));
+        asm!("xrstor64 [{}]", in(reg) &raw const area, in("eax") present as u32, in("edx") (present >> 32) as u32,
+            clobber_abi("C"));
+        set_xcr0(state.xcr0);
     }
 }

@@ -5,10 +5,13 @@
 //! three windows of memory. What an access means for anything else (a line, the end, a page to be forgotten) is returned
 //! as a [`BoardEffect`].
 
+use serde::{Deserialize, Serialize};
+
 use super::Width;
 use super::fw_cfg::{FW_CFG_DATA, FW_CFG_SELECT, FwCfg};
 use super::ioapic::{IOAPIC_BASE, IOAPIC_BYTES, IoApic};
 use super::pci::{PCI_ADDRESS, PCI_DATA, PciPorts};
+use super::saved::BadState;
 use super::shutdown::{SHUTDOWN, ShutdownPort};
 use super::testdev::{self, TEST_RAM, TEST_RAM_BYTES, TestDevice};
 
@@ -40,7 +43,7 @@ pub enum BoardEffect {
 }
 
 /// The devices.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Board {
     /// The I/O APIC; its lines are the platform's business.
     pub ioapic: IoApic,
@@ -103,16 +106,32 @@ const fn window(gpa: u64) -> Option<Window> {
     }
 }
 
+/// The number of processors as fw_cfg tells it.
+fn processors(config: BoardConfig) -> u16 {
+    u16::try_from(config.vcpus).unwrap_or(u16::MAX)
+}
+
 impl Board {
     /// The devices after power-on.
     pub fn new(config: BoardConfig) -> Self {
         Self {
             ioapic: IoApic::new(),
-            fw_cfg: FwCfg::new(config.ram_bytes, u16::try_from(config.vcpus).unwrap_or(u16::MAX)),
+            fw_cfg: FwCfg::new(config.ram_bytes, processors(config)),
             pci: PciPorts::new(),
             test: TestDevice::new(),
             shutdown: ShutdownPort::new(),
         }
+    }
+
+    /// Refuses what no such board was ever in.
+    ///
+    /// # Errors
+    /// What is impossible.
+    pub fn check(&self, config: BoardConfig) -> Result<(), BadState> {
+        self.ioapic.check()?;
+        self.fw_cfg.check(config.ram_bytes, processors(config))?;
+        self.pci.check()?;
+        self.test.check()
     }
 
     /// Reads at a port that [`decode`] has claimed.

@@ -1,6 +1,10 @@
 //! QEMU's firmware configuration device, as far as test kernels ask it: a 16-bit selector at 0x510, and a byte at a time
 //! of the selected item at 0x511. An item that does not exist is empty, and bytes behind an item's end read 0.
 
+use serde::{Deserialize, Serialize};
+
+use super::saved::{BadState, require};
+
 /// The selector.
 pub const FW_CFG_SELECT: u16 = 0x510;
 /// The data.
@@ -16,7 +20,7 @@ const MOST_PROCESSORS: u16 = 0x0f;
 const ID_TRADITIONAL: u64 = 1;
 
 /// The device.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct FwCfg {
     ram_bytes: u64,
     processors: u16,
@@ -29,6 +33,14 @@ impl FwCfg {
     /// Tells of a machine with so much RAM and so many processors.
     pub const fn new(ram_bytes: u64, processors: u16) -> Self {
         Self { ram_bytes, processors, selected: SIGNATURE, position: 0 }
+    }
+
+    /// Refuses the state of a device that tells of another machine.
+    ///
+    /// # Errors
+    /// What is impossible.
+    pub fn check(&self, ram_bytes: u64, processors: u16) -> Result<(), BadState> {
+        require("fw_cfg", "machine", (self.ram_bytes, self.processors) == (ram_bytes, processors))
     }
 
     /// Selects an item and starts it over.

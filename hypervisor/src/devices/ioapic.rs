@@ -8,6 +8,10 @@
 //! that vector clears it, upon which a line that is still high sends again. Polarity is kept and not looked at: a line is
 //! "high" when its device asks for service.
 
+use serde::{Deserialize, Serialize};
+
+use super::saved::{BadState, require};
+
 /// Guest-physical address of the window.
 pub const IOAPIC_BASE: u64 = 0xfec0_0000;
 /// Length of the window in bytes.
@@ -51,7 +55,7 @@ pub struct Message {
 }
 
 /// One I/O APIC.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct IoApic {
     id: u8,
     select: u8,
@@ -72,6 +76,16 @@ impl IoApic {
     /// After reset: everything masked.
     pub const fn new() -> Self {
         Self { id: 0, select: 0, entries: [MASKED; PINS as usize], lines: 0, pending: 0 }
+    }
+
+    /// Refuses what no I/O APIC was ever in.
+    ///
+    /// # Errors
+    /// What is impossible.
+    pub fn check(&self) -> Result<(), BadState> {
+        require("I/O APIC", "inputs", (self.lines | self.pending) >> PINS == 0)?;
+        let valid = |entry: &u64| entry & !(WRITABLE | REMOTE_IRR | DELIVERY_STATUS) == 0;
+        require("I/O APIC", "entry", self.entries.iter().all(valid))
     }
 
     /// Sets the level of an input; numbers beyond the last are ignored.

@@ -28,6 +28,7 @@ pub mod platform;
 pub mod pm;
 pub mod ports;
 pub mod reset;
+pub mod saved;
 pub mod shutdown;
 pub mod testdev;
 pub mod uart;

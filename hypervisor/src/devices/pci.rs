@@ -4,8 +4,11 @@
 //! There is one bus with one function on it, the test device ([`super::pci_testdev`]), where QEMU's PC has it when it has
 //! nothing else. Every other function reads all ones, which says that there is none.
 
+use serde::{Deserialize, Serialize};
+
 use super::Width;
 use super::pci_testdev::PciTestDevice;
+use super::saved::{BadState, require};
 
 /// The address register, 32 bits.
 pub const PCI_ADDRESS: u16 = 0xcf8;
@@ -20,7 +23,7 @@ const REGISTER: u32 = 0xfc;
 const TEST_DEVICE: u32 = 2 << 11;
 
 /// The configuration ports, and what is on the bus.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct PciPorts {
     address: u32,
     /// The one function.
@@ -31,6 +34,15 @@ impl PciPorts {
     /// As firmware leaves them: the function has its addresses.
     pub const fn new() -> Self {
         Self { address: 0, device: PciTestDevice::new() }
+    }
+
+    /// Refuses what no such bus was ever in.
+    ///
+    /// # Errors
+    /// What is impossible.
+    pub fn check(&self) -> Result<(), BadState> {
+        require("PCI", "address", self.address & !WRITABLE == 0)?;
+        self.device.check()
     }
 
     /// Reads the address register.

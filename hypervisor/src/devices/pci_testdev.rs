@@ -7,6 +7,10 @@
 //! A wide access to a BAR is that many accesses of a byte, as in QEMU. Firmware has given the function its addresses and
 //! turned it on. Software may move it; what lies under a BAR answers first.
 
+use serde::{Deserialize, Serialize};
+
+use super::saved::{BadState, require};
+
 /// What lies at offset 0 of both BARs.
 mod header {
     pub(super) const TEST: usize = 0;
@@ -37,14 +41,14 @@ const MATCHED: u8 = 0xfa;
 const ANY: u8 = 0xce;
 
 /// Which BAR.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
 enum Bar {
     Memory,
     Ports,
 }
 
 /// What a test does.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
 enum Test {
     Counted,
     AnyValue,
@@ -54,7 +58,7 @@ enum Test {
 const TESTS: [Test; 3] = [Test::Counted, Test::AnyValue, Test::OneValue];
 
 /// The test that software has started.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
 struct Running {
     bar: Bar,
     test: Test,
@@ -62,7 +66,7 @@ struct Running {
 }
 
 /// The function.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct PciTestDevice {
     command: u16,
     memory: u32,
@@ -130,6 +134,16 @@ impl PciTestDevice {
     pub const fn new() -> Self {
         let command = COMMAND_PORTS | COMMAND_MEMORY;
         Self { command, memory: 0xfebf_f000, ports: 0xc000, noted: [0; 3], running: None }
+    }
+
+    /// Refuses what no such function was ever in.
+    ///
+    /// # Errors
+    /// What is impossible.
+    pub fn check(&self) -> Result<(), BadState> {
+        require("PCI test device", "command", self.command & !COMMAND_WRITABLE == 0)?;
+        let aligned = self.memory.is_multiple_of(MEMORY_BYTES) && self.ports.is_multiple_of(PORTS);
+        require("PCI test device", "addresses", aligned)
     }
 
     /// A register of its configuration space; `register` is a multiple of 4.

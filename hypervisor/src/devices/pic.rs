@@ -8,10 +8,14 @@
 //! An edge-triggered input latches in IRR on its rising edge and leaves it when acknowledged, or when the line falls
 //! before that. A level-triggered one follows the line.
 
+use serde::{Deserialize, Serialize};
+
+use super::saved::{BadState, require};
+
 /// ISR bit and input of the master that the slave is wired to.
 const CASCADE: u8 = 2;
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 enum Init {
     Ready,
     ExpectIcw2,
@@ -19,7 +23,7 @@ enum Init {
     ExpectIcw4,
 }
 
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 struct Pic {
     /// Levels of the input lines.
     lines: u8,
@@ -253,7 +257,7 @@ pub enum Register {
 }
 
 /// The two controllers.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct PicPair {
     master: Pic,
     slave: Pic,
@@ -269,6 +273,19 @@ impl PicPair {
     /// Both chips after power-on: everything masked until the guest initialises them.
     pub fn new() -> Self {
         Self { master: Pic::new(true), slave: Pic::new(false) }
+    }
+
+    /// Refuses what no pair of controllers was ever in.
+    ///
+    /// # Errors
+    /// What is impossible.
+    pub fn check(&self) -> Result<(), BadState> {
+        for (pic, master) in [(&self.master, true), (&self.slave, false)] {
+            require("8259", "role", pic.master == master)?;
+            require("8259", "vector base", pic.base & 7 == 0)?;
+            require("8259", "priority", pic.lowest < 8)?;
+        }
+        Ok(())
     }
 
     /// Sets the level of input `irq` (0..=15; input 2 is the cascade and has no line of its own).

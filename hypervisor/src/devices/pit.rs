@@ -10,6 +10,9 @@
 //! of the running period, and the output pulses are not shown to the interrupt controller as levels (a pulse of one tick
 //! is nothing that a virtual machine could be expected to sample).
 
+use serde::{Deserialize, Serialize};
+
+use super::saved::{BadState, LATEST_NS, require};
 use super::{ns_to_ticks, ticks_to_ns_ceil};
 
 /// Input clock of the three counters.
@@ -18,7 +21,7 @@ pub const PIT_HZ: u64 = 1_193_182;
 /// Half the period of the memory refresh signal on bit 4 of port 0x61, in nanoseconds.
 const REFRESH_NS: u64 = 15_085;
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 enum Mode {
     /// 0: output rises at the terminal count.
     TerminalCount,
@@ -59,7 +62,7 @@ impl Mode {
 }
 
 /// Which bytes of the count a channel's port moves.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 enum Bytes {
     Low,
     High,
@@ -67,7 +70,7 @@ enum Bytes {
 }
 
 /// Where a counter is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 enum Run {
     /// No count has been written, or the gate pulse that mode 1 or 5 waits for has not come.
     Idle,
@@ -77,7 +80,7 @@ enum Run {
     Held { ticks: u64 },
 }
 
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 struct Channel {
     mode: Mode,
     bytes: Bytes,
@@ -299,7 +302,7 @@ impl Channel {
 }
 
 /// The timer chip.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Pit {
     channels: [Channel; 3],
     speaker: bool,
@@ -315,6 +318,24 @@ impl Pit {
     /// The chip after reset: nothing counts until it is programmed.
     pub fn new() -> Self {
         Self { channels: [Channel::new(true), Channel::new(true), Channel::new(false)], speaker: false }
+    }
+
+    /// Refuses what no timer was ever in.
+    ///
+    /// # Errors
+    /// What is impossible.
+    pub fn check(&self) -> Result<(), BadState> {
+        for channel in &self.channels {
+            require("8254", "period", (1..=0x1_0000).contains(&channel.reload))?;
+            require("8254", "edges", channel.edges_taken <= LATEST_NS)?;
+            let ticks = match channel.run {
+                Run::Idle => 0,
+                Run::Counting { since_ns, before } => before.max(since_ns),
+                Run::Held { ticks } => ticks,
+            };
+            require("8254", "time", ticks <= LATEST_NS)?;
+        }
+        Ok(())
     }
 
     /// Reads port 0x40 + `channel` (0..=2).

@@ -24,6 +24,8 @@
 
 use alloc::vec::Vec;
 
+use serde::{Deserialize, Serialize};
+
 use super::board::{self, Board, BoardConfig, BoardEffect};
 use super::cmos::Cmos;
 use super::debug_exit;
@@ -33,6 +35,7 @@ use super::pit::Pit;
 use super::pm::{Pm, PmRequest};
 use super::ports::{Claim, Direction, UnclaimedPort, UnclaimedPorts, decode};
 use super::reset::{RESET_CONTROL, ResetPorts};
+use super::saved::{BadState, LATEST_NS, require};
 use super::uart::Uart;
 use super::{Width, pm};
 
@@ -95,8 +98,8 @@ pub struct Effects {
     pub flush: Option<u64>,
 }
 
-/// The port devices of one VM.
-#[derive(Debug)]
+/// The port devices of one VM. Serialised, it is their saved state (see [`super::saved`]).
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Platform {
     pic: PicPair,
     pit: Pit,
@@ -105,11 +108,15 @@ pub struct Platform {
     pm: Pm,
     reset: ResetPorts,
     board: Option<Board>,
+    /// What was told of is told of again: a log is no state.
+    #[serde(skip)]
     unclaimed: UnclaimedPorts,
     now_ns: u64,
     interrupt: bool,
     /// What the serial port, the clock and ACPI last said to their lines.
     wires: [bool; 3],
+    /// Taken before a state is saved.
+    #[serde(skip)]
     effects: Effects,
 }
 
@@ -130,6 +137,31 @@ impl Platform {
             wires: [false; 3],
             effects: Effects::default(),
         }
+    }
+
+    /// Makes a restored platform one that can be used, or refuses it. `config` is what it would have been made with;
+    /// `now_ns` is the VM's time; `away_s` says how many seconds went by outside since it was saved, which the date goes on
+    /// with.
+    ///
+    /// # Errors
+    /// What is impossible.
+    pub fn check(&mut self, config: PlatformConfig, now_ns: u64, away_s: u64) -> Result<(), BadState> {
+        self.pic.check()?;
+        self.pit.check()?;
+        self.cmos.check()?;
+        self.uart.check(config.console_output, config.console_input)?;
+        self.pm.check()?;
+        match (&self.board, config.board) {
+            (Some(board), Some(config)) => board.check(config)?,
+            (None, None) => {}
+            _ => return Err(BadState { device: "machine", what: "board" }),
+        }
+        require("machine", "time", self.now_ns <= now_ns && now_ns <= LATEST_NS)?;
+        self.cmos.catch_up(away_s);
+        // Whatever has become of them, the caller looks at all wires.
+        self.settle();
+        self.effects.interrupt_changed = true;
+        Ok(())
     }
 
     /// The guest executes IN: the value, zero-extended.

@@ -7,6 +7,9 @@
 //! Writing SLP_EN with the sleep type that the DSDT's `\_S5` names ends the guest. Other sleep types are not offered and
 //! do nothing.
 
+use serde::{Deserialize, Serialize};
+
+use super::saved::{BadState, require};
 use super::{Width, ns_to_ticks, ticks_to_ns_ceil};
 
 /// First port of the register block.
@@ -33,7 +36,7 @@ const CONTROL_SLP_EN: u16 = 1 << 13;
 const CONTROL_KEPT: u16 = 1 << 1 | 7 << 10;
 
 /// The register block.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct Pm {
     status: u16,
     enable: u16,
@@ -55,6 +58,15 @@ impl Pm {
     /// The block after power-on.
     pub fn new() -> Self {
         Self::default()
+    }
+
+    /// Refuses what no such block was ever in.
+    ///
+    /// # Errors
+    /// What is impossible.
+    pub fn check(&self) -> Result<(), BadState> {
+        require("power management", "time", self.carries_seen < 1 << 32)?;
+        require("power management", "registers", self.enable & !ENABLE_MASK == 0 && self.control & !CONTROL_KEPT == 0)
     }
 
     /// Brings the timer's status bit up to date.

@@ -4,6 +4,8 @@
 //! There is no keyboard behind the controller: its status register reads 0 (both buffers empty), which is what a kernel
 //! waits for before it sends the reset command.
 
+use serde::{Deserialize, Serialize};
+
 /// The reset control register.
 pub const RESET_CONTROL: u16 = 0xcf9;
 /// The value that the FADT tells the guest to write there.
@@ -23,7 +25,7 @@ const FAST_RESET: u8 = 1 << 0;
 const FAST_A20: u8 = 1 << 1;
 
 /// The registers behind the three ports.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct ResetPorts {
     control: u8,
     system: u8,

@@ -1,13 +1,15 @@
 //! The shutdown port of old PC emulators: the letters of "Shutdown", written one after the other to 0x8900, switch the
 //! machine off. Test kernels fall back on it when there is no test exit port.
 
+use serde::{Deserialize, Serialize};
+
 /// The port.
 pub const SHUTDOWN: u16 = 0x8900;
 
 const WORD: &[u8] = b"Shutdown";
 
 /// How far the word has come.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct ShutdownPort {
     matched: usize,
 }

@@ -5,8 +5,12 @@
 //! * 0x2000 + n, n below 24: the level of interrupt line n.
 //! * [`TEST_RAM`]: 64 KiB of memory that is a device's, so that every access to it is emulated.
 
+use serde::{Deserialize, Serialize};
+
 use alloc::vec;
 use alloc::vec::Vec;
+
+use super::saved::{BadState, bytes, require};
 
 /// First port of the latch.
 pub const LATCH: u16 = 0xe0;
@@ -22,9 +26,10 @@ pub const TEST_RAM: u64 = 0xff00_0000;
 pub const TEST_RAM_BYTES: u64 = 64 << 10;
 
 /// The latch and the memory; the rest is the platform's business.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct TestDevice {
     latch: [u8; 4],
+    #[serde(with = "bytes")]
     ram: Vec<u8>,
 }
 
@@ -38,6 +43,14 @@ impl TestDevice {
     /// All zeros.
     pub fn new() -> Self {
         Self { latch: [0; 4], ram: vec![0; TEST_RAM_BYTES as usize] }
+    }
+
+    /// Refuses memory of another size.
+    ///
+    /// # Errors
+    /// What is impossible.
+    pub fn check(&self) -> Result<(), BadState> {
+        require("test device", "memory", self.ram.len() as u64 == TEST_RAM_BYTES)
     }
 
     /// Reads a byte of the latch, by its port's distance from [`LATCH`].

@@ -13,8 +13,12 @@
 //! one that has memory of its own: it is raised by the holding register becoming empty or by setting IER.ETBEI while it
 //! is, and cleared by reading it out of IIR or by writing THR.
 
+use serde::{Deserialize, Serialize};
+
 use alloc::collections::VecDeque;
 use alloc::vec::Vec;
+
+use super::saved::{BadState, require};
 
 /// IER: received data available.
 const IER_RX: u8 = 1 << 0;
@@ -60,7 +64,7 @@ const MSR_DCD: u8 = 1 << 7;
 const FIFO: usize = 16;
 
 /// The serial port.
-#[derive(Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Uart {
     ier: u8,
     fcr: u8,
@@ -101,6 +105,18 @@ impl Uart {
             output_limit: output_limit.max(1),
             lost: 0,
         }
+    }
+
+    /// Refuses what no port made with these limits was ever in.
+    ///
+    /// # Errors
+    /// What is impossible.
+    pub fn check(&self, output_limit: usize, input_limit: usize) -> Result<(), BadState> {
+        let limits = (self.output_limit, self.input_limit) == (output_limit.max(1), input_limit.max(1));
+        require("serial port", "limits", limits)?;
+        let full = self.output.len() > self.output_limit || self.input.len() > self.input_limit;
+        require("serial port", "queues", !full && self.receiver.len() <= FIFO)?;
+        require("serial port", "count", self.lost < u64::MAX / 2)
     }
 
     /// The level of the interrupt pin. OUT2 gates it, as it does on a PC's serial port.

@@ -401,6 +401,23 @@ impl GuestRam {
         Ok(done != 0)
     }
 
+    /// The first frame from `gfn` on that has memory, or whose content is kept. All others hold zeros.
+    #[must_use]
+    pub fn next_with_memory(&self, gfn: Gfn) -> Option<Gfn> {
+        let mut gfn = gfn;
+        for bank in &self.banks {
+            gfn = gfn.max(bank.range.start);
+            while gfn < bank.range.end {
+                let found = self.find(bank, gfn);
+                if found.word != 0 {
+                    return Some(gfn);
+                }
+                gfn = Gfn(((gfn.0 >> found.order) + 1) << found.order);
+            }
+        }
+        None
+    }
+
     /// Copies out of guest memory that has host memory already; false when some of it has not.
     #[must_use]
     pub fn peek(&self, at: Gpa, bytes: &mut [u8]) -> bool {

@@ -33,11 +33,12 @@ use super::permission::Maps;
 use super::vmcb::{Intercepts1, Intercepts2, NESTED_PAGING, Save, Segment, TlbControl, Vmcb, virtual_interrupt};
 use super::{EFER_SVME, Features};
 use crate::cpu::extended;
+use crate::devices::saved::{BadState, require};
 use crate::emulate;
 use crate::guest::{VcpuInit, entry as start};
 use crate::memory::frames::{self, FRAME};
 use crate::vm::exit::{Exit, Intercepted, Raised, RawExit};
-use crate::vm::guest_cpu::{GuestCpu, NmiWindow};
+use crate::vm::guest_cpu::{CpuState, GuestCpu, NmiWindow};
 use crate::vm::policy::msr::VmcbMsrs;
 use crate::vm::policy::msr_list::VmcbField;
 use nmi::NmiState;
@@ -296,8 +297,58 @@ impl GuestCpu for Vcpu {
 
     fn bind(&mut self) {
         // SAFETY: the page is this vCPU's; SVM is on wherever a vCPU is run.
-        unsafe { entry::save_host(self.switch.host) };
+        unsafe {
+            entry::save_host(self.switch.host);
+        }
         self.flush = true;
+    }
+
+    fn export(&mut self) -> CpuState {
+        self.take_step_back();
+        let save = self.save();
+        CpuState {
+            registers: self.registers(),
+            dr6: save.dr6,
+            dr7: save.dr7,
+            msrs: MSRS.map(|field| self.get(field)),
+            fx: self.switch.fx,
+            shadow: self.vmcb().control.shadow & 1 != 0,
+            latched: self.latched,
+            event: self.event,
+            nmis_masked: self.nmis_masked(),
+        }
+    }
+
+    fn import(&mut self, state: &CpuState) -> Result<(), BadState> {
+        check(state)?;
+        self.reset();
+        let registers = &state.registers;
+        for (index, value) in registers.general.iter().enumerate() {
+            self.set_register(index, *value);
+        }
+        for (field, value) in MSRS.into_iter().zip(state.msrs) {
+            self.set(field, value);
+        }
+        self.switch.fx = state.fx;
+        let save = self.save_mut();
+        let [es, cs, ss, ds, fs, gs] = registers.segments.map(segment_back);
+        (save.es, save.cs, save.ss, save.ds, save.fs, save.gs) = (es, cs, ss, ds, fs, gs);
+        (save.tr, save.ldtr) = (segment_back(registers.tr), segment_back(registers.ldtr));
+        (save.gdtr, save.idtr) = (segment_back(registers.gdtr), segment_back(registers.idtr));
+        (save.rip, save.rflags, save.cpl) = (registers.rip, registers.rflags, registers.cpl);
+        (save.cr0, save.cr2, save.cr3, save.cr4) = (registers.cr0, registers.cr2, registers.cr3, registers.cr4);
+        save.efer = registers.efer | EFER_SVME;
+        (save.dr6, save.dr7) = (state.dr6, state.dr7);
+        self.event = state.event;
+        let control = &mut self.vmcb_mut().control;
+        control.shadow = u64::from(state.shadow);
+        if state.nmis_masked {
+            self.mask_nmis();
+        }
+        if let Some(vector) = state.latched {
+            self.latch(vector);
+        }
+        Ok(())
     }
 
     fn set_tsc_offset(&mut self, offset: u64) {
@@ -569,6 +620,56 @@ impl VmcbMsrs for Vcpu {
     }
 }
 
+/// The MSRs of [`CpuState`], in its order.
+const MSRS: [VmcbField; 9] = [
+    VmcbField::Pat,
+    VmcbField::Star,
+    VmcbField::Lstar,
+    VmcbField::Cstar,
+    VmcbField::Sfmask,
+    VmcbField::KernelGsBase,
+    VmcbField::SysenterCs,
+    VmcbField::SysenterEsp,
+    VmcbField::SysenterEip,
+];
+
+/// Refuses a state that would harm the host, or that VMRUN would refuse (15.5.1) by an exit that tells nobody why. What is
+/// merely strange is the guest's own.
+fn check(state: &CpuState) -> Result<(), BadState> {
+    const EFER: u64 = 1 << 0 | 1 << 8 | 1 << 10 | 1 << 11 | 1 << 14;
+    let mxcsr = u32::from_le_bytes([state.fx[24], state.fx[25], state.fx[26], state.fx[27]]);
+    // FXRSTOR refuses reserved bits, in the hypervisor.
+    require("vCPU", "MXCSR", mxcsr & !mxcsr_mask() == 0)?;
+    require("vCPU", "EFER", state.registers.efer & !EFER == 0)?;
+    let low = [state.registers.cr0, state.dr6, state.dr7].iter().all(|value| value >> 32 == 0);
+    require("vCPU", "control registers", low)?;
+    require("vCPU", "privilege level", state.registers.cpl < 4)?;
+    let legal = match (state.event & event::VALID != 0, state.event & event::KIND) {
+        (false, _) => state.event == 0,
+        (true, event::NMI) => state.event as u8 == 2,
+        (true, event::EXCEPTION) => (state.event as u8) < 32 && state.event as u8 != 2,
+        _ => false,
+    };
+    require("vCPU", "event", legal)
+}
+
+/// The bits of MXCSR that this CPU has (11.5.10).
+fn mxcsr_mask() -> u32 {
+    #[repr(align(16))]
+    struct Image([u8; 512]);
+    let mut image = Image([0; 512]);
+    // SAFETY: FXSAVE exists on every 64-bit CPU and writes the image only.
+    unsafe { core::arch::x86_64::_fxsave64(image.0.as_mut_ptr()) };
+    match u32::from_le_bytes([image.0[28], image.0[29], image.0[30], image.0[31]]) {
+        0 => 0xffbf,
+        mask => mask,
+    }
+}
+
+fn segment_back(from: message::Segment) -> Segment {
+    Segment { selector: from.selector, attributes: from.attributes, limit: from.limit, base: from.base }
+}
+
 fn segment_in(from: &start::Segment) -> Segment {
     Segment { selector: from.selector, attributes: from.attributes, limit: from.limit, base: from.base }
 }
@@ -702,6 +803,78 @@ mod tests {
         vcpu.save_mut().dr7 |= DR7_GD;
         vcpu.raise(Raised::Again(Intercepted::Debug));
         assert_eq!((vcpu.save().rflags & RFLAGS_RF, vcpu.save().dr7), (0, 0x400));
+    }
+
+    /// A state with something in every field.
+    fn busy() -> Vcpu {
+        let mut vcpu = vcpu();
+        for index in 0..16 {
+            vcpu.set_register(index, 0x1111_1111_1111_1111 * index as u64);
+        }
+        for (number, field) in MSRS.into_iter().enumerate() {
+            vcpu.set(field, 0x100 + number as u64);
+        }
+        let save = vcpu.save_mut();
+        for (number, segment) in [
+            &mut save.es,
+            &mut save.cs,
+            &mut save.ss,
+            &mut save.ds,
+            &mut save.fs,
+            &mut save.gs,
+            &mut save.tr,
+            &mut save.ldtr,
+            &mut save.gdtr,
+            &mut save.idtr,
+        ]
+        .into_iter()
+        .enumerate()
+        {
+            let number = number as u64;
+            *segment = Segment { selector: 8 + number as u16, attributes: 0x93, limit: 77, base: 0x1000 + number };
+        }
+        (save.cr0, save.cr2, save.cr3, save.cr4) = (0x8000_0011, 0xdead, 0x5000, 0x20);
+        (save.efer, save.rip, save.cpl) = (EFER_SVME | 0xd01, 0x40_0000, 3);
+        (save.dr6, save.dr7) = (0xffff_4ff0, 0x455);
+        vcpu.switch.fx[40] = 9;
+        vcpu.vmcb_mut().control.shadow = 1;
+        vcpu.interrupt(0x55);
+        vcpu.nmi();
+        vcpu
+    }
+
+    #[test]
+    fn a_saved_vcpu_is_restored_whole() {
+        let saved = busy().export();
+        let bytes = postcard::to_allocvec(&saved).unwrap();
+        let again: CpuState = postcard::from_bytes(&bytes).unwrap();
+        let mut other = vcpu();
+        other.raise(Raised::Stack);
+        other.import(&again).unwrap();
+        assert_eq!(other.export(), saved);
+        assert_eq!((requested(&other), other.has_event()), (Some(0x55), true));
+        assert!(!other.can_take_nmi() && !other.can_take_interrupt());
+        assert_eq!(other.vmcb().control.intercepts_1, busy().vmcb().control.intercepts_1, "IRET ends the NMI here too");
+        assert_eq!(other.export().registers.efer | EFER_SVME, other.vmcb().save.efer);
+    }
+
+    #[test]
+    fn what_would_harm_the_host_is_refused() {
+        let mut vcpu = vcpu();
+        let good = busy().export();
+        let mut refused = |change: &dyn Fn(&mut CpuState)| {
+            let mut state = good.clone();
+            change(&mut state);
+            vcpu.import(&state).expect_err("refused").what
+        };
+        assert_eq!(refused(&|state| state.fx[27] = 0x80), "MXCSR");
+        assert_eq!(refused(&|state| state.registers.efer |= EFER_SVME), "EFER");
+        assert_eq!(refused(&|state| state.registers.cr0 |= 1 << 32), "control registers");
+        assert_eq!(refused(&|state| state.dr7 |= 1 << 63), "control registers");
+        assert_eq!(refused(&|state| state.registers.cpl = 4), "privilege level");
+        for event in [1, event::VALID | event::INTERRUPT | 3, event::VALID | event::EXCEPTION | 32] {
+            assert_eq!(refused(&move |state| state.event = event), "event");
+        }
     }
 
     #[test]

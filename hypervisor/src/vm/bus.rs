@@ -92,7 +92,10 @@ impl Bus for GuestBus<'_> {
             return Ok(());
         }
         match self.ram().write(Gpa(gpa), &value.to_le_bytes()[..bytes]) {
-            Ok(()) => return Ok(()),
+            Ok(()) => {
+                self.vm.note_write(gpa, bytes);
+                return Ok(());
+            }
             Err(BackingError::OutOfMemory) => return Err(HostFailure),
             Err(BackingError::NotBacked | BackingError::Poisoned) => {}
         }
@@ -106,7 +109,10 @@ impl Bus for GuestBus<'_> {
     fn compare_exchange(&mut self, gpa: u64, bytes: usize, old: u64, new: u64) -> Result<bool, HostFailure> {
         if self.lapic.window_offset(gpa).is_none() {
             match self.ram().compare_exchange(Gpa(gpa), bytes, old, new) {
-                Ok(done) => return Ok(done),
+                Ok(done) => {
+                    self.vm.note_write(gpa, bytes);
+                    return Ok(done);
+                }
                 Err(BackingError::OutOfMemory) => return Err(HostFailure),
                 Err(BackingError::NotBacked | BackingError::Poisoned) => {}
             }

@@ -8,9 +8,11 @@ use core::fmt::Debug;
 
 use nestling::Hpa;
 use nestling_control::message::Registers;
+use serde::{Deserialize, Serialize};
 
 use super::exit::{Exit, Raised, RawExit};
 use super::policy::msr::VmcbMsrs;
+use crate::devices::saved::{BadState, bytes};
 use crate::emulate;
 use crate::guest::VcpuInit;
 
@@ -24,10 +26,44 @@ pub enum NmiWindow {
     BehindEvent,
 }
 
+/// All that a virtual CPU is while it does not run, and that is not its APIC's or its MSRs' in software, nor stays in the
+/// CPU that runs it ([`crate::cpu::extended`]).
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct CpuState {
+    /// General registers, control registers, segments.
+    pub registers: Registers,
+    /// DR6.
+    pub dr6: u64,
+    /// DR7.
+    pub dr7: u64,
+    /// PAT, STAR, LSTAR, CSTAR, SFMASK, KERNEL_GS_BASE, SYSENTER_CS, SYSENTER_ESP, SYSENTER_EIP.
+    pub msrs: [u64; 9],
+    /// x87 and SSE state, as FXSAVE stores it.
+    #[serde(with = "bytes")]
+    pub fx: [u8; 512],
+    /// The next instruction is in an interrupt shadow.
+    pub shadow: bool,
+    /// An external interrupt that has left its controller and was not taken yet.
+    pub latched: Option<u8>,
+    /// An exception or NMI on its way in, as EVENTINJ has it; 0: none.
+    pub event: u64,
+    /// The guest is handling an NMI.
+    pub nmis_masked: bool,
+}
+
 /// One virtual CPU.
 pub trait GuestCpu: VmcbMsrs + Debug + Send + 'static {
     /// Takes the calling CPU for this vCPU. Once, before the first [`GuestCpu::run`], which is then called there only.
     fn bind(&mut self);
+
+    /// Its state. What is under way between two runs is taken back first.
+    fn export(&mut self) -> CpuState;
+
+    /// Puts it into a state that was saved. What was never one, and would not be survived, is refused.
+    ///
+    /// # Errors
+    /// What is impossible.
+    fn import(&mut self, state: &CpuState) -> Result<(), BadState>;
 
     /// Runs the guest until it exits. Interrupts are off before and after; one that ended the run is still pending.
     fn run(&mut self) -> Exit;

@@ -9,7 +9,7 @@ use super::exit::{Direction, Exit, PortAccess, Raised, RawExit};
 use super::guest_cpu::GuestCpu;
 use super::policy;
 use super::policy::cpuid::{CpuidContext, CpuidPolicy};
-use super::policy::kvmclock::write_wall_clock;
+use super::policy::kvmclock::{CLOCK_BYTES, WALL_CLOCK_BYTES, write_wall_clock};
 use super::policy::msr::{MsrEffect, MsrState, UnknownMsr};
 use super::vcpu::Vcpu;
 use crate::cpu::extended::{self, XCR0_RESET};
@@ -267,6 +267,7 @@ impl<C: GuestCpu> Vcpu<C> {
                 if let Err(error) = write_wall_clock(self.vm.mmu.host().ram(), gpa, self.policy.wall_clock_s) {
                     self.vm.surprise(format_args!("the guest's wall clock: {error}"));
                 }
+                self.vm.note_write(gpa, WALL_CLOCK_BYTES);
             }
         }
     }
@@ -276,6 +277,9 @@ impl<C: GuestCpu> Vcpu<C> {
         let tsc_at_start = self.vm.clock.started().wrapping_add(self.policy.msrs.tsc_offset());
         if let Err(error) = self.policy.msrs.clock.publish(self.vm.mmu.host().ram(), tsc_at_start) {
             self.vm.surprise(format_args!("the guest's clock: {error}"));
+        }
+        if let Some(gpa) = self.policy.msrs.clock.address() {
+            self.vm.note_write(gpa, CLOCK_BYTES);
         }
     }
 

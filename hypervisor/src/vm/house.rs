@@ -18,17 +18,21 @@ use core::sync::atomic::{AtomicUsize, Ordering};
 
 use nestling::{AddressSpace, Config, Counters, GfnRange, Gpa, Hpa, Level, Mmu, SlotConfig, SlotFlags, SlotId};
 use nestling_control::bundle::Bundle;
-use nestling_control::config::{GuestKind, HugePages, RunConfig};
+use nestling_control::config::{GuestKind, HugePages, Origin, RunConfig};
 use nestling_control::message::{
     BytesByPageSize, DeathReason, DeathReport, GuestExit, Report, Span, TableFrames, ToCommand, ToHypervisor,
 };
+use nestling_control::window::FromHypervisor;
 use spin::Mutex;
 
+use super::copy::{self, Fixed, Incoming, Purpose};
 use super::exit;
 use super::handle::Policy;
 use super::meter::{self, Meter};
+use super::pause::Phase;
 use super::policy::cpuid::{CpuidConfig, CpuidPolicy, CpuidRegs, HostCpuid};
 use super::policy::msr::{MsrConfig, MsrState};
+use super::saved::{Likeness, SavedMachine};
 use super::series;
 use super::shared::{CONSOLE_PIECE, End, Shared};
 use super::storm::{self, Storm};
@@ -36,7 +40,8 @@ use super::time::VmClock;
 use super::vcpu::{Remains, Vcpu};
 use super::walk;
 use crate::boot::ap;
-use crate::control;
+use crate::control::window::Window;
+use crate::control::{self, log};
 use crate::cpu::{apic, clock, instructions, local, rtc};
 use crate::devices::board::BoardConfig;
 use crate::devices::platform::{Platform, PlatformConfig};
@@ -117,20 +122,43 @@ pub(super) fn start(bundle: &Bundle<'_>, cpus: usize, manner: Manner) -> Result<
         return Err(format!("the guest needs {asked} MiB with what belongs to it, this machine has {free} MiB free"));
     }
     let mmu = memory(config)?;
-    let (ram, initrd) = (mmu.host().ram(), bundle.initrd.unwrap_or_default());
+    let maps = Maps::new().ok_or("no memory for the permission maps")?;
+    let ram = mmu.host().ram();
+    let begin = match config.origin {
+        Origin::Boot => Begin::Boot(Box::new(load(bundle, ram)?)),
+        Origin::Window => {
+            let mut incoming = Incoming::open()?;
+            let taken = incoming.take(ram);
+            return match taken {
+                Ok(saved) => Vm { config, features, maps, mmu, manner, cpus }.run_incoming(saved, incoming),
+                Err(text) => refuse(incoming, text),
+            };
+        }
+    };
+    Vm { config, features, maps, mmu, manner, cpus }.run(begin)
+}
+
+/// Tells the other end of the window why its guest is not run here.
+fn refuse(mut incoming: Incoming, text: String) -> Result<Finished, String> {
+    // If this finds no room, the control channel tells it as well.
+    let _ = incoming.answer(&FromHypervisor::Refused(text.clone()));
+    Err(text)
+}
+
+/// Loads the kernel of a bundle.
+fn load(bundle: &Bundle<'_>, ram: &GuestRam) -> Result<VcpuInit, String> {
+    let (config, initrd) = (&bundle.config, bundle.initrd.unwrap_or_default());
     let (memory_bytes, vcpus) = (config.memory_bytes, config.vcpus);
-    let init = match config.kind {
+    match config.kind {
         GuestKind::Linux => {
             let machine = LinuxConfig { memory_bytes, vcpus };
-            load_linux(ram, bundle.kernel, initrd, &config.command_line, &machine).map_err(text)?
+            load_linux(ram, bundle.kernel, initrd, &config.command_line, &machine).map_err(text)
         }
         GuestKind::Multiboot => {
             let machine = MultibootConfig { memory_bytes, vcpus };
-            load_multiboot(ram, bundle.kernel, initrd, &config.command_line, &machine).map_err(text)?
+            load_multiboot(ram, bundle.kernel, initrd, &config.command_line, &machine).map_err(text)
         }
-    };
-    let maps = Maps::new().ok_or("no memory for the permission maps")?;
-    Vm { config, features, maps, mmu, manner }.run(&init)
+    }
 }
 
 /// The guest's RAM and the MMU that maps it.
@@ -153,8 +181,8 @@ fn memory(config: &RunConfig) -> Result<Arc<Mmu<Machine>>, String> {
     let (storm, meter_pages) = (config.storm.is_some(), config.meter_pages);
     let config = Config {
         vcpus: config.vcpus as u16,
-        // For the guest's demands, for a storm, and for a meter.
-        workers: 3,
+        // For the guest's demands, for a storm, for a meter, and for whoever copies the VM.
+        workers: 4,
         largest,
         // With 52 address bits an NPT entry has no reserved bit that could mark MMIO.
         mmio_entries: __cpuid(0x8000_0008).eax & 0xff < 52,
@@ -205,22 +233,91 @@ struct Vm<'a> {
     maps: Maps,
     mmu: Arc<Mmu<Machine>>,
     manner: Manner,
+    /// CPUs beside CPU 0.
+    cpus: usize,
+}
+
+/// What the vCPUs begin with.
+enum Begin {
+    /// The first in the state that a loader left.
+    Boot(Box<VcpuInit>),
+    /// All of them where they were.
+    Saved(Box<SavedMachine>),
+}
+
+/// A VM that can be run.
+struct Built {
+    shared: Arc<Shared>,
+    vcpus: Vec<Vcpu<svm::Vcpu>>,
+    fixed: Fixed,
 }
 
 /// Where a CPU leaves what is left of its vCPU.
 type Left = Arc<[Mutex<Option<Remains>>]>;
 
 impl Vm<'_> {
-    fn run(self, init: &VcpuInit) -> Result<Finished, String> {
+    fn run(self, begin: Begin) -> Result<Finished, String> {
+        let built = self.build(begin)?;
+        self.run_built(built)
+    }
+
+    /// Runs a VM that came in, when its other end says so.
+    fn run_incoming(self, saved: SavedMachine, mut incoming: Incoming) -> Result<Finished, String> {
+        let (ticks, ready) = (saved.ticks, saved.ready_ns);
+        let line = saved.line.clone();
+        let built = match self.build(Begin::Saved(Box::new(saved))) {
+            Ok(built) => built,
+            Err(text) => return refuse(incoming, text),
+        };
+        if let Err(text) = incoming.wait_to_run() {
+            return refuse(incoming, text);
+        }
+        built.shared.clock.go_on_from(ticks);
+        built.shared.resume_console(&line, ready);
+        // The ring was empty but for what was answered: there is room.
+        let _ = incoming.answer(&FromHypervisor::Running);
+        self.run_built(built)
+    }
+
+    fn build(&self, begin: Begin) -> Result<Built, String> {
         let count = self.config.vcpus as usize;
-        let wall_clock_s = rtc::unix_seconds();
+        let extended = __cpuid(0x8000_0001).edx;
+        let (tsc_aux, ffxsr) = (extended & 1 << 27 != 0, extended & 1 << 25 != 0);
+        let clock = match &begin {
+            Begin::Boot(_) => VmClock::start(),
+            Begin::Saved(saved) => {
+                let clock = VmClock::new(0, saved.tsc_khz);
+                clock.go_on_from(saved.ticks);
+                clock
+            }
+        };
+        let tsc_khz = clock.khz();
+        let cpuid = CpuidConfig { vcpus: self.config.vcpus, xsave: true, tsc_aux, tsc_khz };
+        let cpuid = Arc::new(CpuidPolicy::new(&ThisCpu, cpuid));
+        let likeness = Likeness {
+            kind: self.config.kind,
+            memory_bytes: self.config.memory_bytes,
+            vcpus: self.config.vcpus,
+            features: cpuid.features(),
+        };
         let board = (self.config.kind == GuestKind::Multiboot)
             .then_some(BoardConfig { ram_bytes: self.config.memory_bytes, vcpus: self.config.vcpus });
-        let devices =
-            PlatformConfig { wall_clock_s, console_output: CONSOLE_PIECE, board, ..PlatformConfig::default() };
-        let platform = Platform::new(devices);
+        let now_s = rtc::unix_seconds();
+        let mut devices =
+            PlatformConfig { wall_clock_s: now_s, console_output: CONSOLE_PIECE, board, ..PlatformConfig::default() };
+        let (init, platform, saved) = match begin {
+            Begin::Boot(init) => (Some(init), Platform::new(devices), Vec::new()),
+            Begin::Saved(saved) => {
+                saved.fits(&likeness, clock::tsc_khz()).map_err(text)?;
+                let away_s = now_s.saturating_sub(saved.saved_at_s);
+                devices.wall_clock_s = saved.wall_clock_s.saturating_add(away_s);
+                let mut platform = saved.platform;
+                platform.check(devices, clock.ns_in(saved.ticks), away_s).map_err(text)?;
+                (None, platform, saved.vcpus)
+            }
+        };
         let worker = self.mmu.worker().map_err(text)?;
-        let clock = VmClock::start();
+        let physical_bits = __cpuid(0x8000_0008).eax & 0xff;
         let mut shared = Shared::new(Arc::clone(&self.mmu), worker, clock, count, platform, &self.config.ready_marker);
         shared.storm = Storm::new(self.config.storm);
         shared.silent = self.manner != Manner::Alone;
@@ -230,28 +327,29 @@ impl Vm<'_> {
             shared.meter = Some(Mutex::new(Meter::new(self.mmu.worker().map_err(text)?, slot)));
         }
         let shared = Arc::new(shared);
-        let tsc_khz = clock::tsc_khz();
-        let extended = __cpuid(0x8000_0001).edx;
-        let (tsc_aux, ffxsr) = (extended & 1 << 27 != 0, extended & 1 << 25 != 0);
-        let cpuid = CpuidConfig { vcpus: self.config.vcpus, xsave: true, tsc_aux, tsc_khz };
-        let cpuid = Arc::new(CpuidPolicy::new(&ThisCpu, cpuid));
-        let physical_bits = __cpuid(0x8000_0008).eax & 0xff;
-        let msrs = MsrConfig {
-            tsc_khz,
-            tsc_offset: clock.started().wrapping_neg(),
-            physical_bits,
-            linear_bits: cpuid.linear_bits(),
-            ffxsr,
-            tsc_aux,
-        };
+        let tsc_offset = shared.clock.started().wrapping_neg();
+        let linear_bits = cpuid.linear_bits();
+        let msrs = MsrConfig { tsc_khz, tsc_offset, physical_bits, linear_bits, ffxsr, tsc_aux };
         let mut vcpus = Vec::new();
         for number in 0..count {
             let cpu = svm::Vcpu::new(self.features, &self.maps).ok_or("no memory for a vCPU")?;
-            let policy =
-                Policy { cpuid: Arc::clone(&cpuid), msrs: MsrState::new(msrs), tsc_aux, physical_bits, wall_clock_s };
+            let (cpuid, wall_clock_s) = (Arc::clone(&cpuid), devices.wall_clock_s);
+            let policy = Policy { cpuid, msrs: MsrState::new(msrs), tsc_aux, physical_bits, wall_clock_s };
             vcpus.push(Vcpu::new(number, &shared, cpu, policy).ok_or("a vCPU's number is taken")?);
         }
-        vcpus[0].start(init);
+        for (vcpu, saved) in vcpus.iter_mut().zip(saved) {
+            vcpu.restore(saved).map_err(text)?;
+        }
+        if let Some(init) = init {
+            vcpus[0].start(&init);
+        }
+        let fixed = Fixed { likeness, wall_clock_s: devices.wall_clock_s };
+        Ok(Built { shared, vcpus, fixed })
+    }
+
+    fn run_built(self, built: Built) -> Result<Finished, String> {
+        let Built { shared, vcpus, fixed } = built;
+        let count = vcpus.len();
         if self.manner == Manner::Alone {
             control::send(&ToCommand::GuestStarted {
                 vcpus: self.config.vcpus,
@@ -283,12 +381,13 @@ impl Vm<'_> {
             });
             ap::run_on(embedder::cpu_of(count), job);
         }
-        self.keep_house(&shared, &running);
+        let copier = Copier { cpu: self.config.cpus() as usize, cpus: self.cpus, fixed };
+        self.keep_house(&shared, &running, &copier);
         Ok(self.finish(shared, &left))
     }
 
     /// Serves the ports until every vCPU has left.
-    fn keep_house(&self, vm: &Shared, running: &AtomicUsize) {
+    fn keep_house(&self, vm: &Arc<Shared>, running: &Arc<AtomicUsize>, copier: &Copier) {
         let mut left_since = None;
         let mut typed: Vec<u8> = Vec::new();
         while running.load(Ordering::Acquire) > 0 {
@@ -303,6 +402,8 @@ impl Vm<'_> {
             });
             match control::next_command() {
                 Some(ToHypervisor::Stop) => vm.end(End::Exit(GuestExit::Stopped)),
+                Some(ToHypervisor::Snapshot) => copier.start(vm, running, Purpose::Snapshot),
+                Some(ToHypervisor::Migrate(limits)) => copier.start(vm, running, Purpose::Migrate(limits)),
                 None => {}
             }
             control::pump();
@@ -332,7 +433,8 @@ impl Vm<'_> {
         }
         let Some(limit_ms) = self.config.silence_timeout_ms else { return };
         let silent_ms = vm.clock.now().ns.saturating_sub(vm.last_output()) / 1_000_000;
-        if silent_ms >= limit_ms && !vm.stopping() {
+        let held = vm.pause.phase() != Phase::Run;
+        if silent_ms >= limit_ms && !held && !vm.stopping() {
             vm.end(End::Death(DeathReason::SilentConsole { silent_ms }, None));
         }
     }
@@ -356,7 +458,7 @@ impl Vm<'_> {
         let longest_lock_hold = span(self.mmu.host().longest_hold());
         let retries = counters.faults_retried + shared.storm.without_slot();
         let storm = shared.storm.report();
-        let clock = shared.clock;
+        let clock = shared.clock.clone();
         let began = instructions::rdtsc();
         drop(remains);
         drop(shared);
@@ -397,6 +499,38 @@ impl Vm<'_> {
             run_guest_ns: ended,
         };
         Finished { exit, death, report, stopped_by_operator }
+    }
+}
+
+/// Whoever copies the VM.
+struct Copier {
+    /// The CPU that it works on.
+    cpu: usize,
+    /// CPUs beside CPU 0.
+    cpus: usize,
+    fixed: Fixed,
+}
+
+impl Copier {
+    /// Begins a copy. One goes on at a time: the command begins another one after the last message of this one.
+    fn start(&self, vm: &Arc<Shared>, running: &Arc<AtomicUsize>, purpose: Purpose) {
+        if self.cpu > self.cpus {
+            return log::warning!("no CPU is left that could copy the guest: {} are needed", self.cpu + 1);
+        }
+        let Some(window) = Window::find() else {
+            return log::warning!("this machine has no window through which the guest could be copied");
+        };
+        let (vm, fixed, running) = (Arc::clone(vm), self.fixed.clone(), Arc::clone(running));
+        running.fetch_add(1, Ordering::Relaxed);
+        vm.copying.store(true, Ordering::SeqCst);
+        let job = Box::new(move || {
+            copy::send(&vm, &fixed, &window, purpose);
+            vm.copying.store(false, Ordering::SeqCst);
+            drop(vm);
+            running.fetch_sub(1, Ordering::Release);
+            embedder::kick_housekeeper();
+        });
+        ap::run_on(self.cpu, job);
     }
 }
 

@@ -14,10 +14,12 @@
 //! The rooms: [`shared`] (what vCPUs and housekeeper share, and how they reach each other), [`vcpu`] (the loop),
 //! [`guest_cpu`] and [`exit`] (what it asks of the CPU, and what comes back), `handle` (exits), `bus`
 //! (what an instruction that is executed in software reaches), `house` (CPU 0), `series` (guest after guest), `state`,
+//! [`pause`] (holding all vCPUs), [`saved`] and `copy` (a VM as it is kept, or goes to another machine),
 //! [`storm`] (what is fired at a guest on purpose), [`meter`] (what a measuring guest asks for), [`walk`] and [`ring`] (what a death's report is made of), [`time`], [`marker`], and [`policy`] (what the guest sees of
 //! CPUID and MSRs).
 
 mod bus;
+mod copy;
 pub mod exit;
 pub mod guest_cpu;
 mod handle;
@@ -25,8 +27,10 @@ mod house;
 mod hypercall;
 pub mod marker;
 pub mod meter;
+pub mod pause;
 pub mod policy;
 pub mod ring;
+pub mod saved;
 mod series;
 pub mod shared;
 mod state;

@@ -154,7 +154,7 @@ fn end_name(finished: &Finished) -> &'static str {
         (GuestExit::PowerOff, _) => "power-off",
         (GuestExit::Reset, _) => "reset",
         (GuestExit::DebugExit { .. }, _) => "debug-exit",
-        (GuestExit::Stopped, _) => "slice-over",
+        (GuestExit::Stopped | GuestExit::Migrated, _) => "slice-over",
         (GuestExit::Error { .. }, _) => "error",
         (GuestExit::Died, Some(DeathReason::TripleFault)) => "triple-fault",
         (GuestExit::Died, Some(DeathReason::Shutdown)) => "shutdown",

@@ -15,14 +15,15 @@
 use alloc::boxed::Box;
 use alloc::sync::Arc;
 use alloc::vec::Vec;
-use core::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, AtomicUsize, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, AtomicUsize, Ordering, fence};
 
-use nestling::{GfnRange, Gpa, Mmu, Worker};
+use nestling::{AddressSpace, GfnRange, Gpa, Mmu, Worker};
 use nestling_control::message::{DeathReason, GuestExit, ToCommand};
 use spin::Mutex;
 
 use super::marker::Marker;
 use super::meter::Meter;
+use super::pause::{Pause, Phase};
 use super::storm::Storm;
 use super::time::VmClock;
 use crate::control::{self, log};
@@ -76,6 +77,25 @@ pub struct Ports {
     pub platform: Platform,
     output: Vec<u8>,
     marker: Marker,
+    /// The end of what was printed, if its line has not ended yet.
+    line: Vec<u8>,
+    /// No time passes here, and nobody types ([`super::pause`]).
+    frozen: bool,
+}
+
+/// The most that is remembered of a line.
+const LINE_BYTES: usize = 512;
+
+impl Ports {
+    /// Remembers the unended line at the end of what was printed.
+    fn note_line(&mut self, printed: &[u8]) {
+        let tail = printed.rsplit(|&byte| byte == b'\n').next().unwrap_or_default();
+        if tail.len() != printed.len() {
+            self.line.clear();
+        }
+        let room = LINE_BYTES.saturating_sub(self.line.len());
+        self.line.extend_from_slice(&tail[..tail.len().min(room)]);
+    }
 }
 
 /// Why the VM ends.
@@ -106,8 +126,14 @@ pub struct Shared {
     pub silent: bool,
     /// For a guest that measures.
     pub meter: Option<Mutex<Meter>>,
-    /// Forgets mappings on the guest's demand.
+    /// What holds its vCPUs.
+    pub pause: Pause,
+    /// Forgets mappings on the guest's demand, and reports the hypervisor's own writes to logs.
     forgetter: Mutex<Worker<Machine>>,
+    /// Slots are logged: the hypervisor's own writes have to be reported.
+    logged: AtomicBool,
+    /// Somebody copies the VM.
+    pub(super) copying: AtomicBool,
     ports: Mutex<Ports>,
     /// The level of LINT0 of vCPU 0.
     line: AtomicBool,
@@ -142,10 +168,19 @@ impl Shared {
             storm: Storm::default(),
             silent: false,
             meter: None,
+            pause: Pause::default(),
             forgetter: Mutex::new(forgetter),
-            ports: Mutex::new(Ports { platform, output: Vec::new(), marker: Marker::new(marker) }),
-            line: AtomicBool::new(false),
-            ports_due: AtomicU64::new(u64::MAX),
+            logged: AtomicBool::new(false),
+            copying: AtomicBool::new(false),
+            line: AtomicBool::new(platform.interrupt_asserted()),
+            ports_due: AtomicU64::new(platform.next_deadline_ns().unwrap_or(u64::MAX)),
+            ports: Mutex::new(Ports {
+                platform,
+                output: Vec::new(),
+                marker: Marker::new(marker),
+                line: Vec::new(),
+                frozen: false,
+            }),
             last_output: AtomicU64::new(0),
             ready: AtomicU64::new(0),
             stopping: AtomicBool::new(false),
@@ -191,6 +226,28 @@ impl Shared {
         let _ = self.forgetter.lock().zap(GfnRange { start, end: nestling::Gfn(start.0 + 1) });
     }
 
+    /// Whether the hypervisor's own writes are to be reported to logs.
+    pub(super) fn note_writes(&self, on: bool) {
+        self.logged.store(on, Ordering::SeqCst);
+    }
+
+    /// The hypervisor has written to the guest's memory. Behind the write, and before the guest is told.
+    #[inline]
+    pub(super) fn note_write(&self, gpa: u64, bytes: usize) {
+        // Either this sees that writes are to be reported, or whoever wants that sees what was written.
+        fence(Ordering::SeqCst);
+        if self.logged.load(Ordering::SeqCst) {
+            self.report_write(gpa, bytes);
+        }
+    }
+
+    #[cold]
+    fn report_write(&self, gpa: u64, bytes: usize) {
+        let last = gpa.saturating_add(bytes.max(1) as u64 - 1);
+        let range = GfnRange { start: Gpa(gpa).gfn(), end: nestling::Gfn(Gpa(last).gfn().0 + 1) };
+        self.forgetter.lock().mark_dirty(AddressSpace::Main, range);
+    }
+
     /// Uses the port devices, then carries what they did to where it belongs. `vcpu` is who asks, if a vCPU does.
     #[inline]
     pub fn with_ports<R>(&self, vcpu: Option<usize>, work: impl FnOnce(&mut Platform, u64) -> R) -> R {
@@ -208,8 +265,12 @@ impl Shared {
 
     /// As [`Shared::with_ports`] if nobody else is using them.
     pub fn try_with_ports(&self, work: impl FnOnce(&mut Platform, u64)) -> bool {
-        let now = self.clock.now().ns;
         let Some(mut ports) = self.ports.try_lock() else { return false };
+        if ports.frozen {
+            return false;
+        }
+        // Behind the look: before, it could be the time of a guest that was held meanwhile, whose time did not go on.
+        let now = self.clock.now().ns;
         work(&mut ports.platform, now);
         // Only a vCPU's access can ask for a page to be forgotten.
         let _ = self.settle(&mut ports, None, now);
@@ -261,19 +322,22 @@ impl Shared {
         if !self.silent && control::console_room() < CONSOLE_PIECE {
             return;
         }
-        let Ports { platform, output, marker } = ports;
-        platform.console_take(now, output);
+        let mut output = core::mem::take(&mut ports.output);
+        ports.platform.console_take(now, &mut output);
         if self.silent {
             output.clear();
+            ports.output = output;
             return;
         }
         // Taking output changes the transmitter's state, whose interrupt is settled with the next access.
-        if marker.feed(output) {
+        if ports.marker.feed(&output) {
             self.ready.store(now + 1, Ordering::Relaxed);
             control::send(&ToCommand::GuestReady { guest_ns: now });
         }
-        control::console_write(output);
+        control::console_write(&output);
+        ports.note_line(&output);
         output.clear();
+        ports.output = output;
         self.last_output.store(now, Ordering::Relaxed);
     }
 
@@ -301,6 +365,48 @@ impl Shared {
     #[must_use]
     pub fn ready(&self) -> Option<u64> {
         self.ready.load(Ordering::Relaxed).checked_sub(1)
+    }
+
+    /// Makes the vCPUs do what `phase` says.
+    pub(super) fn set_phase(&self, phase: Phase) {
+        self.pause.set_phase(phase);
+        (0..self.vcpus.len()).for_each(|vcpu| self.wake(vcpu));
+    }
+
+    /// Lets no time pass in the port devices any more, and nobody type. While the vCPUs are held.
+    pub(super) fn freeze_ports(&self) {
+        self.ports.lock().frozen = true;
+    }
+
+    /// A copy of the port devices, and of the console's last line if it has not ended.
+    pub(super) fn ports_state(&self) -> (Platform, Vec<u8>) {
+        let ports = self.ports.lock();
+        (ports.platform.clone(), ports.line.clone())
+    }
+
+    /// Ends that.
+    pub(super) fn thaw_ports(&self) {
+        self.ports.lock().frozen = false;
+    }
+
+    /// Goes on with a console whose last line was `line`, and which had been ready at `ready`. Before the guest runs.
+    pub(super) fn resume_console(&self, line: &[u8], ready: Option<u64>) {
+        control::console_write(line);
+        let mut ports = self.ports.lock();
+        ports.note_line(line);
+        if let Some(ready) = ready {
+            ports.marker = Marker::new("");
+            self.ready.store(ready + 1, Ordering::Relaxed);
+        }
+        self.last_output.store(self.clock.now().ns, Ordering::Relaxed);
+    }
+
+    /// Waits until the tables are left alone: a storm and a copy end with the VM. By a CPU that runs no guest any more.
+    pub(super) fn wait_for_workers(&self) {
+        self.storm.wait_for_end();
+        while self.copying.load(Ordering::SeqCst) {
+            core::hint::spin_loop();
+        }
     }
 
     /// Whether the VM is ending.

@@ -63,6 +63,8 @@ pub struct Storm {
     without_slot: AtomicU64,
     /// In ticks of the TSC.
     longest_stall: AtomicU64,
+    /// Stalls are measured without a storm, too.
+    measuring: AtomicBool,
 }
 
 impl Storm {
@@ -90,6 +92,18 @@ impl Storm {
     #[must_use]
     pub fn without_slot(&self) -> u64 {
         self.without_slot.load(Ordering::Relaxed)
+    }
+
+    /// Measures how long vCPUs are kept from their guest, from now on, or no longer.
+    pub(super) fn measure(&self, on: bool) {
+        if on {
+            self.longest_stall.store(0, Ordering::Relaxed);
+        }
+        self.measuring.store(on, Ordering::Relaxed);
+    }
+
+    fn measures(&self) -> bool {
+        self.plan.is_some() || self.measuring.load(Ordering::Relaxed)
     }
 
     /// The longest time that a vCPU was kept from its guest, in ticks of the TSC.
@@ -129,7 +143,8 @@ pub(super) struct Stall {
 impl Stall {
     /// The guest was left.
     pub(super) fn left(&mut self, storm: &Storm, exit: Exit) {
-        if !storm.is_planned() {
+        if !storm.measures() {
+            self.since = None;
             return;
         }
         let gpa = match exit {

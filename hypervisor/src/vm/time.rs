@@ -1,5 +1,12 @@
 //! The VM's time: nanoseconds since its first entry, from the TSC, which runs at the same rate and from the same zero
 //! on all CPUs.
+//!
+//! While a guest is held ([`super::pause`]) its time stands still, and its TSC with it: whoever holds it moves the zero of
+//! both by the same number of ticks when it goes on. So nothing jumps, and what the guest was told of its clock stays
+//! true. The same is done with a guest that goes on elsewhere; the rate is then that of the machine on which it
+//! started, as its timers, its TSC and its clock must agree with one another before all.
+
+use core::sync::atomic::{AtomicU64, Ordering};
 
 use crate::cpu::{clock, instructions};
 use crate::devices::Now;
@@ -8,13 +15,21 @@ const NS_PER_MS: u128 = 1_000_000;
 const SHIFT: u32 = 32;
 
 /// A clock that every CPU may read.
-#[derive(Clone, Copy, Debug)]
+#[derive(Debug)]
 pub struct VmClock {
-    start: u64,
+    /// The TSC value at VM time 0. Changes only while no vCPU runs.
+    start: AtomicU64,
+    khz: u64,
     /// Nanoseconds a tick, in units of 2^-32.
     ns_per_tick: u64,
     /// Ticks a nanosecond, in units of 2^-32.
     ticks_per_ns: u64,
+}
+
+impl Clone for VmClock {
+    fn clone(&self) -> Self {
+        Self { start: AtomicU64::new(self.started()), ..Self::new(0, self.khz) }
+    }
 }
 
 impl VmClock {
@@ -23,7 +38,8 @@ impl VmClock {
     pub const fn new(start: u64, khz: u64) -> Self {
         let khz = if khz == 0 { 1 } else { khz };
         Self {
-            start,
+            start: AtomicU64::new(start),
+            khz,
             ns_per_tick: ((NS_PER_MS << SHIFT) / khz as u128) as u64,
             ticks_per_ns: (((khz as u128) << SHIFT) / NS_PER_MS) as u64,
         }
@@ -37,15 +53,34 @@ impl VmClock {
 
     /// The TSC value at VM time 0.
     #[must_use]
-    pub const fn started(&self) -> u64 {
-        self.start
+    pub fn started(&self) -> u64 {
+        self.start.load(Ordering::Relaxed)
+    }
+
+    /// The rate of the guest's TSC in kHz.
+    #[must_use]
+    pub const fn khz(&self) -> u64 {
+        self.khz
+    }
+
+    /// Lets the VM's time go on from where `ticks` had passed since its zero, now. While no vCPU runs.
+    pub fn go_on_from(&self, ticks: u64) {
+        self.start.store(instructions::rdtsc().wrapping_sub(ticks), Ordering::Relaxed);
+    }
+
+    /// Ticks since VM time 0.
+    #[must_use]
+    pub fn ticks(&self) -> u64 {
+        instructions::rdtsc().wrapping_sub(self.started())
     }
 
     /// Nanoseconds at a TSC value.
     #[inline]
     #[must_use]
-    pub const fn ns(&self, tsc: u64) -> u64 {
-        ((tsc.saturating_sub(self.start) as u128 * self.ns_per_tick as u128) >> SHIFT) as u64
+    pub fn ns(&self, tsc: u64) -> u64 {
+        // The zero may lie before that of this machine's TSC.
+        let ticks = (tsc.wrapping_sub(self.started()) as i64).max(0);
+        ((ticks as u128 * self.ns_per_tick as u128) >> SHIFT) as u64
     }
 
     /// Nanoseconds in that many ticks.
@@ -57,10 +92,11 @@ impl VmClock {
     /// The TSC value at which [`VmClock::ns`] reaches `ns`, to a billionth part: who waits that long looks at the clock, and
     /// may have to wait a moment more.
     #[must_use]
-    pub const fn tsc(&self, ns: u64) -> u64 {
+    pub fn tsc(&self, ns: u64) -> u64 {
         let ticks = (ns as u128 * (self.ticks_per_ns as u128 + 1)) >> SHIFT;
         let ticks = if ticks > u64::MAX as u128 { u64::MAX } else { ticks as u64 };
-        self.start.saturating_add(ticks).saturating_add(1)
+        let deadline = i128::from(self.started() as i64) + i128::from(ticks) + 1;
+        u64::try_from(deadline.max(0)).unwrap_or(u64::MAX)
     }
 
     /// Now; the TSC is the host's.
@@ -86,6 +122,13 @@ mod tests {
                 assert!(clock.ns(tsc) <= ns + 2_000 + ns / 500_000_000, "{khz} kHz: {ns} ns came late");
             }
         }
+    }
+
+    #[test]
+    fn a_zero_before_the_machines_own_is_one_as_well() {
+        let clock = VmClock::new(1_000u64.wrapping_sub(5_000_000), 1_000_000);
+        assert_eq!(clock.ns(1_000), 5_000_000);
+        assert!(clock.tsc(5_000_500).abs_diff(1_500) <= 2 && clock.tsc(10) == 0, "{}", clock.tsc(5_000_500));
     }
 
     #[test]

@@ -14,15 +14,20 @@ use alloc::vec::Vec;
 
 use nestling::{FaultError, Hpa, VcpuId};
 use nestling_control::message::{DeathReason, VcpuState};
+use serde::{Deserialize, Serialize};
 
 use super::exit::{self, Exit};
 use super::guest_cpu::{GuestCpu, NmiWindow};
 use super::handle::{MSR_TSC_AUX, Next, Policy};
+use super::pause::Phase;
 use super::ring::Ring;
+use super::saved::SavedVcpu;
 use super::shared::{End, Place, Shared};
 use super::storm::Stall;
-use crate::cpu::{apic, clock, extended, instructions, local};
+use crate::cpu::extended::{self, XCR0_RESET};
+use crate::cpu::{apic, clock, instructions, local};
 use crate::devices::lapic::{Lapic, LapicConfig};
+use crate::devices::saved::{BadState, require};
 use crate::guest::VcpuInit;
 use crate::memory::embedder::{self, Machine};
 
@@ -43,7 +48,7 @@ pub struct Remains {
 }
 
 /// Whether the vCPU runs instructions.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub(super) enum Activity {
     /// It does.
     Running,
@@ -81,6 +86,8 @@ pub struct Vcpu<C> {
     root: Hpa,
     stall: Stall,
     started: bool,
+    /// What is to be in the CPU when it first runs there.
+    extended: Option<extended::State>,
 }
 
 impl<C: GuestCpu> Vcpu<C> {
@@ -89,8 +96,7 @@ impl<C: GuestCpu> Vcpu<C> {
     pub(super) fn new(number: usize, vm: &Arc<Shared>, mut cpu: C, policy: Policy) -> Option<Self> {
         let memory = vm.mmu.vcpu(VcpuId(number as u16))?;
         cpu.set_tsc_offset(policy.msrs.tsc_offset());
-        let config = LapicConfig { apic_id: number as u32, bootstrap: number == 0, tsc_khz: clock::tsc_khz() };
-        let mut lapic = Lapic::new(config);
+        let mut lapic = Lapic::new(lapic_config(number, vm));
         if vm.floating {
             // As firmware leaves a machine without x2APIC interrupts.
             lapic = lapic.in_xapic_mode();
@@ -116,6 +122,7 @@ impl<C: GuestCpu> Vcpu<C> {
             root: Hpa(0),
             stall: Stall::default(),
             started: false,
+            extended: None,
         })
     }
 
@@ -126,16 +133,44 @@ impl<C: GuestCpu> Vcpu<C> {
         self.started = true;
     }
 
+    /// Makes it go on where another one was saved. Before it runs.
+    ///
+    /// # Errors
+    /// What of that is impossible.
+    pub fn restore(&mut self, saved: SavedVcpu) -> Result<(), BadState> {
+        let SavedVcpu { cpu, extended, mut lapic, msrs, activity, nmis, started } = saved;
+        lapic.check(lapic_config(self.number, &self.vm))?;
+        extended.check(self.policy.cpuid.xcr0())?;
+        require("vCPU", "XCR0", extended.xcr0 == XCR0_RESET || self.policy.cpuid.allows_xcr0(extended.xcr0))?;
+        require("vCPU", "NMIs", nmis <= 2)?;
+        self.cpu.import(&cpu)?;
+        self.policy.msrs.restore(&msrs)?;
+        self.lapic = lapic;
+        self.lapic.publish(&self.vm.vcpus[self.number].lapic);
+        self.extended = Some(extended);
+        (self.activity, self.nmis, self.started) = (activity, nmis, started);
+        Ok(())
+    }
+
     /// Runs until the VM ends. On the CPU that belongs to this vCPU.
     #[must_use]
     pub fn run(mut self) -> Remains {
         self.cpu.bind();
         extended::reset();
+        if let Some(state) = self.extended.take() {
+            // SAFETY: it was checked for this CPU; all are alike.
+            unsafe { extended::load(&state) };
+        }
         if self.policy.tsc_aux {
             // SAFETY: the host has the register and does not use it.
-            unsafe { instructions::wrmsr(MSR_TSC_AUX, 0) };
+            unsafe { instructions::wrmsr(MSR_TSC_AUX, u64::from(self.policy.msrs.tsc_aux())) };
         }
+        self.take_time();
         while !self.vm.stopping() {
+            if self.vm.pause.phase() != Phase::Run {
+                self.wait();
+                continue;
+            }
             if let Err(error) = self.turn() {
                 let text = alloc::format!("{error}");
                 self.die(DeathReason::Internal { text });
@@ -144,10 +179,60 @@ impl<C: GuestCpu> Vcpu<C> {
         apic::set_timer(0);
         extended::reset();
         // Reports walk tables.
-        self.vm.storm.wait_for_end();
+        self.vm.wait_for_workers();
         let died = matches!(self.vm.cause(), Some(End::Death(..)));
         let state = (died && self.started).then(|| super::state::report(&self, self.root, &self.ring));
         Remains { exits: self.exits, state, memory: self.memory, root: self.root }
+    }
+
+    /// Takes over where the VM's time begins; it may have been moved.
+    fn take_time(&mut self) {
+        self.policy.msrs.rebase(self.vm.clock.started().wrapping_neg());
+        self.cpu.set_tsc_offset(self.policy.msrs.tsc_offset());
+        (self.attend, self.timer_changed, self.armed) = (true, true, u64::MAX);
+    }
+
+    /// Does what whoever holds the VM wants, until the guest may run or the VM ends.
+    #[cold]
+    fn wait(&mut self) {
+        let vm = Arc::clone(&self.vm);
+        vm.pause.arrive();
+        let mut exported = false;
+        while !vm.stopping() {
+            let phase = vm.pause.phase();
+            match phase {
+                Phase::Run => break,
+                Phase::Export if !exported => {
+                    // Nobody posts any more: what is taken in here is all there is.
+                    self.receive();
+                    let state = self.save();
+                    vm.pause.leave(self.number, state);
+                    exported = true;
+                }
+                Phase::Hold | Phase::Export => {}
+            }
+            let reach = &vm.vcpus[self.number];
+            reach.go(Place::Halted);
+            if vm.pause.phase() == phase && !vm.stopping() {
+                // SAFETY: ring 0, interrupts off, and no lock is held.
+                unsafe { instructions::halt() };
+            }
+            reach.back();
+        }
+        self.take_time();
+        vm.pause.depart();
+    }
+
+    fn save(&mut self) -> SavedVcpu {
+        SavedVcpu {
+            cpu: self.cpu.export(),
+            extended: extended::save(self.policy.cpuid.xcr0()),
+            lapic: self.lapic.clone(),
+            msrs: self.policy.msrs.save(),
+            activity: self.activity,
+            nmis: self.nmis,
+            started: self.started,
+        }
     }
 
     /// Ends the VM because of this vCPU.
@@ -172,7 +257,7 @@ impl<C: GuestCpu> Vcpu<C> {
         self.root = inside.root();
         // The last look: what is seen to be missing here comes with a kick.
         let news = self.number == 0 && vm.ports_due() != self.ports_seen;
-        if news || reach.lapic.has_pending() || vm.stopping() {
+        if news || reach.lapic.has_pending() || vm.stopping() || vm.pause.phase() != Phase::Run {
             drop(inside);
             reach.back();
             return Ok(());
@@ -349,7 +434,8 @@ impl<C: GuestCpu> Vcpu<C> {
         reach.go(Place::Halted);
         let line = self.number == 0 && vm.line() && self.line_wakes();
         let timer = local::this().timer_fired.load(Ordering::Relaxed);
-        if !(reach.lapic.has_pending() || vm.stopping() || self.first_has_news() || line || timer) {
+        let held = vm.pause.phase() != Phase::Run;
+        if !(reach.lapic.has_pending() || vm.stopping() || held || self.first_has_news() || line || timer) {
             // SAFETY: ring 0, interrupts off, and no lock is held.
             local::this().away(|| unsafe { instructions::halt() });
         }
@@ -360,6 +446,10 @@ impl<C: GuestCpu> Vcpu<C> {
     fn line_wakes(&self) -> bool {
         self.activity == Activity::Halted && self.lapic.accepts_extint() && self.cpu.can_take_interrupt()
     }
+}
+
+fn lapic_config(number: usize, vm: &Shared) -> LapicConfig {
+    LapicConfig { apic_id: number as u32, bootstrap: number == 0, tsc_khz: vm.clock.khz() }
 }
 
 /// States of vCPUs that were started, in the order of their numbers.

@@ -1,10 +1,12 @@
 //! Dates as the clock's registers hold them, and Unix time.
 
+use serde::{Deserialize, Serialize};
+
 /// 9999-12-31 23:59:59. Dates before 1970 and after this are clamped: two-digit years and one century byte can't say more.
 pub(super) const MAX_SECONDS: i64 = 253_402_300_799;
 
 /// A date in the proleptic Gregorian calendar, UTC.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Date {
     pub(super) year: u16,
     pub(super) month: u8,

@@ -12,8 +12,11 @@
 //! clears them all. So a source that is not served has no further deadline, and a guest that asks for 8192 interrupts a
 //! second gets no more than it takes.
 
+use serde::{Deserialize, Serialize};
+
 mod date;
 
+use super::saved::{BadState, LATEST_NS, bytes, require};
 use super::{NS_PER_S, ns_to_ticks, ticks_to_ns_ceil};
 use date::{Date, MAX_SECONDS};
 
@@ -59,7 +62,7 @@ const HOURS_PM: u8 = 0x80;
 const UPDATE_NS: u64 = 244_000;
 
 /// The clock and its memory.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Cmos {
     index: u8,
     /// Unix time at VM time 0, as the guest has it.
@@ -74,6 +77,7 @@ pub struct Cmos {
     seconds_seen: u64,
     /// How many periods of the periodic rate have been looked at, since the VM's start.
     periods_seen: u64,
+    #[serde(with = "bytes")]
     memory: [u8; 128],
 }
 
@@ -90,6 +94,25 @@ impl Cmos {
             seconds_seen: 0,
             periods_seen: 0,
             memory: [0; 128],
+        }
+    }
+
+    /// Refuses what no clock was ever in.
+    ///
+    /// # Errors
+    /// What is impossible.
+    pub fn check(&self) -> Result<(), BadState> {
+        require("clock", "index", usize::from(self.index) < self.memory.len())?;
+        // Dates before 1970 come of a guest that sets its clock back after a long run.
+        require("clock", "epoch", self.epoch_s.unsigned_abs() <= MAX_SECONDS.unsigned_abs())?;
+        let soon = self.seconds_seen <= LATEST_NS / NS_PER_S && self.periods_seen <= LATEST_NS;
+        require("clock", "time", soon)
+    }
+
+    /// The guest has slept while that many seconds went by outside: its date goes on with them.
+    pub fn catch_up(&mut self, seconds: u64) {
+        if self.held.is_none() {
+            self.epoch_s = self.epoch_s.saturating_add_unsigned(seconds).min(MAX_SECONDS);
         }
     }
 

@@ -23,6 +23,8 @@
 //! **Level-triggered** vectors come from an I/O APIC ([`LapicShared::post_level`]) and are remembered in TMR. When one is
 //! ended, [`Lapic::take_ended`] names it, and whoever owns the I/O APIC tells it.
 
+use serde::{Deserialize, Serialize};
+
 mod ipi;
 mod shared;
 mod timer;
@@ -32,6 +34,7 @@ pub use ipi::{Addressing, Destination, IpiCommand, IpiKind, MAX_VCPUS, VcpuSet, 
 pub use shared::{LapicShared, Pending};
 pub use window::APIC_WINDOW_BYTES;
 
+use super::saved::{BadState, require};
 use super::{Gp, Now};
 use timer::{Timer, TimerMode};
 
@@ -123,7 +126,7 @@ pub struct LapicConfig {
 }
 
 /// The local APIC of a vCPU; belongs to the thread that runs it.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Lapic {
     id: u32,
     bootstrap: bool,
@@ -184,6 +187,26 @@ impl Lapic {
             lapic.lvt[lvt_index(LVT_LINT0) + 1] = LVT_MODE_NMI;
         }
         lapic
+    }
+
+    /// Refuses what no APIC made so was ever in. One that passes has still to be published.
+    ///
+    /// # Errors
+    /// What is impossible.
+    pub fn check(&mut self, config: LapicConfig) -> Result<(), BadState> {
+        let same = (self.id, self.bootstrap) == (config.apic_id, config.bootstrap);
+        require("local APIC", "ID", same)?;
+        let mode = APIC_BASE_ENABLE | APIC_BASE_X2APIC;
+        let base = self.base & !(mode | APIC_BASE_BSP | APIC_BASE_ADDRESS) == 0 && self.base & mode != APIC_BASE_X2APIC;
+        require("local APIC", "base", base)?;
+        require("local APIC", "spurious vector", self.svr & !SVR_VALID == 0)?;
+        let lvt = self.lvt.iter().zip(LVT_VALID).all(|(entry, valid)| entry & !valid == 0);
+        require("local APIC", "vector table", lvt)?;
+        let below = (1 << FIRST_VECTOR) - 1;
+        require("local APIC", "vectors", (self.irr.0[0] | self.isr.0[0]) & below == 0)?;
+        self.timer.check(config.tsc_khz)?;
+        self.announce = true;
+        Ok(())
     }
 
     /// INIT: all registers to their reset values, except the ID and APIC_BASE (APM vol. 2, 16.3.5 and table 14-1).
@@ -526,7 +549,7 @@ const fn lvt_index(msr: u32) -> usize {
 }
 
 /// One bit a vector, as IRR and ISR lay them out.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 struct Vectors([u32; 8]);
 
 impl Vectors {

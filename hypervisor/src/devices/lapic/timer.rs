@@ -3,6 +3,9 @@
 //! In one-shot and periodic mode it counts nanoseconds: the clock that feeds the divider runs at 1 GHz, which is also what
 //! the guest is told. In TSC-deadline mode it compares with the guest's TSC. Periods that were missed are one expiry.
 
+use serde::{Deserialize, Serialize};
+
+use crate::devices::saved::{BadState, require};
 use crate::devices::{Now, ticks_to_ns_ceil};
 
 /// The shortest period that a periodic timer keeps: a guest that asks for less gets this, so that it can't hold its host
@@ -28,7 +31,7 @@ impl TimerMode {
     }
 }
 
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub(super) struct Timer {
     tsc_khz: u64,
     initial: u32,
@@ -42,6 +45,10 @@ pub(super) struct Timer {
 impl Timer {
     pub(super) fn new(tsc_khz: u64) -> Self {
         Self { tsc_khz: tsc_khz.max(1), initial: 0, divide: 0, expires_ns: None, deadline_tsc: 0 }
+    }
+
+    pub(super) fn check(&self, tsc_khz: u64) -> Result<(), BadState> {
+        require("local APIC", "timer rate", self.tsc_khz == tsc_khz.max(1))
     }
 
     pub(super) fn reset(&mut self) {

@@ -68,7 +68,7 @@ impl Vcpu {
         self.mask_nmis();
     }
 
-    fn mask_nmis(&mut self) {
+    pub(super) fn mask_nmis(&mut self) {
         self.nmi = NmiState::Masked;
         self.vmcb_mut().control.intercepts_1 |= Intercepts1::IRET.bits();
     }
@@ -102,6 +102,17 @@ impl Vcpu {
             vmcb.control.exceptions |= IRET_FAULTS;
         }
         self.nmi = NmiState::Stepping(Step { over, stepped, dr6, held });
+    }
+
+    /// Takes back a step that has begun and not ended. Between two runs, when nothing of it has been executed: what was
+    /// stepped over is still to come, and is met again.
+    pub(super) fn take_step_back(&mut self) {
+        let NmiState::Stepping(step) = self.nmi else { return };
+        self.end_step(step, false);
+        self.save_mut().dr6 = step.dr6;
+        if step.over == Over::Iret {
+            self.mask_nmis();
+        }
     }
 
     /// After an exit: how far is a step, and what is left of the exit for others?

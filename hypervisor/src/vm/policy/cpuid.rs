@@ -25,6 +25,19 @@ pub struct CpuidRegs {
     pub edx: u32,
 }
 
+/// What of a guest's CPUID says what its CPU can do: leaf, subleaf, and the bits that count. Names, topology, rates and
+/// sizes do not: a guest that has been told them goes on with what it was told.
+const FEATURE_LEAVES: [(u32, u32, [u32; 4]); 7] = [
+    (0x1, 0, [0, 0, !L1_ECX_OSXSAVE, !L1_EDX_APIC]),
+    (0x7, 0, [0, u32::MAX, u32::MAX, u32::MAX]),
+    (0xd, 0, [u32::MAX, 0, 0, 0]),
+    (0xd, 1, [u32::MAX, 0, 0, 0]),
+    (0x8000_0001, 0, [0, 0, u32::MAX, u32::MAX]),
+    (0x8000_0007, 0, [0, 0, 0, u32::MAX]),
+    // Physical and linear address bits.
+    (0x8000_0008, 0, [0xffff, u32::MAX, 0, 0]),
+];
+
 /// The host's CPUID.
 pub trait HostCpuid {
     /// CPUID with `leaf` in EAX and `subleaf` in ECX. Leaves beyond the host's last are not asked for.
@@ -184,6 +197,17 @@ struct Entry {
 }
 
 impl CpuidPolicy {
+    /// The features: leaf, EAX, EBX, ECX, EDX. Equal for two machines between which a guest may move.
+    #[must_use]
+    pub fn features(&self) -> Vec<[u32; 5]> {
+        let context = CpuidContext { apic_id: 0, cr4: 0, xcr0: 1 };
+        let row = |(leaf, subleaf, mask): (u32, u32, [u32; 4])| {
+            let CpuidRegs { eax, ebx, ecx, edx } = self.query(leaf, subleaf, context);
+            [leaf, eax & mask[0], ebx & mask[1], ecx & mask[2], edx & mask[3]]
+        };
+        FEATURE_LEAVES.into_iter().map(row).collect()
+    }
+
     /// Makes the leaves of a VM on this host.
     pub fn new(host: &impl HostCpuid, config: CpuidConfig) -> Self {
         let vcpus = config.vcpus.clamp(1, 255);
@@ -238,6 +262,12 @@ impl CpuidPolicy {
     /// Whether the guest has XSAVE.
     pub fn has_xsave(&self) -> bool {
         self.xcr0 != 0
+    }
+
+    /// What the guest may put in XCR0; 0 without XSAVE.
+    #[must_use]
+    pub const fn xcr0(&self) -> u64 {
+        self.xcr0
     }
 
     /// Whether the guest may put `value` in XCR0: what it was offered, x87 always, and AVX not without SSE.

@@ -19,6 +19,11 @@ const NS_PER_S: u64 = 1_000_000_000;
 /// Keeps the arithmetic within 128 bits.
 const MAX_KHZ: u64 = 1 << 40;
 
+/// Length of the clock's structure in bytes.
+pub const CLOCK_BYTES: usize = 32;
+/// Length of the wall clock's structure in bytes.
+pub const WALL_CLOCK_BYTES: usize = 12;
+
 /// How TSC ticks become nanoseconds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TscScale {
@@ -75,6 +80,16 @@ impl KvmClock {
         Self { scale: TscScale::new(tsc_khz), gpa: None, version: 0 }
     }
 
+    /// Where the structure is, and its version: the state of the clock.
+    pub const fn save(&self) -> (Option<u64>, u32) {
+        (self.gpa, self.version)
+    }
+
+    /// Goes on with the state of another clock of this rate.
+    pub const fn restore(&mut self, (gpa, version): (Option<u64>, u32)) {
+        (self.gpa, self.version) = (gpa, version);
+    }
+
     /// The guest has written the clock's MSR: `gpa` is where it wants the structure, `None` that it wants none.
     pub fn set_address(&mut self, gpa: Option<u64>) {
         self.gpa = gpa;
@@ -99,8 +114,8 @@ impl KvmClock {
     }
 
     /// `struct pvclock_vcpu_time_info`.
-    fn structure(&self, tsc_at_start: u64) -> [u8; 32] {
-        let mut bytes = [0; 32];
+    fn structure(&self, tsc_at_start: u64) -> [u8; CLOCK_BYTES] {
+        let mut bytes = [0; CLOCK_BYTES];
         bytes[..4].copy_from_slice(&self.version.to_le_bytes());
         bytes[8..16].copy_from_slice(&tsc_at_start.to_le_bytes());
         // system_time, 16..24, is 0: the VM's time began there.

@@ -7,11 +7,14 @@
 //! An MSR that is not on the list ([`super::msr_list`]) raises #GP and is remembered once, in a set of bounded size, for
 //! the report.
 
+use serde::{Deserialize, Serialize};
+
 use super::kvmclock::KvmClock;
 use super::msr_list::{MsrClass, SoftMsr, VmcbField, classify};
 use super::mtrr::Mtrrs;
 use crate::devices::lapic::{IpiCommand, Lapic, LapicEffect};
 use crate::devices::ports::Direction;
+use crate::devices::saved::{BadState, require};
 use crate::devices::{Gp, Now};
 
 /// Access to the registers that live in a VMCB. Those that VMLOAD and VMSAVE move must be current in it during the call.
@@ -92,6 +95,21 @@ pub struct MsrState {
     unknown_accesses: u64,
 }
 
+/// The state of one vCPU's MSRs in software.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct SavedMsrs {
+    clock: (Option<u64>, u32),
+    /// What the guest has added to its TSC since the start: the rest of the offset is the machine's.
+    tsc_moved: u64,
+    tsc_adjust: u64,
+    tsc_aux: u32,
+    misc_enable: u64,
+    mtrrs: Mtrrs,
+    mcg_status: u64,
+    hwcr: u64,
+    wall_clock: u64,
+}
+
 /// How many unknown MSRs are remembered. Later ones are only counted.
 pub const UNKNOWN_CAPACITY: usize = 32;
 
@@ -137,6 +155,45 @@ impl MsrState {
             unknown_news: None,
             unknown_accesses: 0,
         }
+    }
+
+    /// The state, without what belongs to the machine.
+    pub fn save(&self) -> SavedMsrs {
+        SavedMsrs {
+            clock: self.clock.save(),
+            tsc_moved: self.tsc_moved(),
+            tsc_adjust: self.tsc_adjust,
+            tsc_aux: self.tsc_aux,
+            misc_enable: self.misc_enable,
+            mtrrs: self.mtrrs.clone(),
+            mcg_status: self.mcg_status,
+            hwcr: self.hwcr,
+            wall_clock: self.wall_clock,
+        }
+    }
+
+    /// Goes on with a state that was saved, on the machine of this one's configuration.
+    ///
+    /// # Errors
+    /// What is impossible.
+    pub fn restore(&mut self, saved: &SavedMsrs) -> Result<(), BadState> {
+        require("MSRs", "MTRRs", saved.mtrrs.fits(self.config.physical_bits))?;
+        require("MSRs", "machine-check status", saved.mcg_status & !MCG_STATUS_VALID == 0)?;
+        require("MSRs", "HWCR", saved.hwcr & !HWCR_VALID == 0)?;
+        require("MSRs", "TSC_AUX", self.config.tsc_aux || saved.tsc_aux == 0)?;
+        self.clock.restore(saved.clock);
+        self.tsc_offset = self.config.tsc_offset.wrapping_add(saved.tsc_moved);
+        (self.tsc_adjust, self.tsc_aux) = (saved.tsc_adjust, saved.tsc_aux);
+        self.mtrrs = saved.mtrrs.clone();
+        self.misc_enable = saved.misc_enable & MISC_ENABLE_KEPT | MISC_ENABLE_FIXED;
+        (self.mcg_status, self.hwcr, self.wall_clock) = (saved.mcg_status, saved.hwcr, saved.wall_clock);
+        Ok(())
+    }
+
+    /// The VM's time began at another value of the host's TSC than it was told: `offset` makes the guest's of it.
+    pub fn rebase(&mut self, offset: u64) {
+        self.tsc_offset = offset.wrapping_add(self.tsc_moved());
+        self.config.tsc_offset = offset;
     }
 
     /// What is added to the host's TSC to make the guest's.

@@ -5,6 +5,8 @@
 //! start as firmware leaves them (everything write-back) and keep what is written. Illegal values raise #GP as on
 //! hardware.
 
+use serde::{Deserialize, Serialize};
+
 use crate::devices::Gp;
 
 /// Capabilities: 8 variable ranges, fixed ranges, write-combining.
@@ -24,7 +26,7 @@ const DEFAULT_TYPE_RESET: u64 = 0xc00 | WRITE_BACK;
 const MASK_ENABLE: u64 = 1 << 11;
 
 /// The registers of one vCPU.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Mtrrs {
     variable: [u64; 16],
     fixed: [u64; 11],
@@ -42,6 +44,11 @@ impl Mtrrs {
             default_type: DEFAULT_TYPE_RESET,
             address_mask: (1 << physical_bits.clamp(36, 52)) - 1,
         }
+    }
+
+    /// Whether these are registers of a guest with as many address bits.
+    pub fn fits(&self, physical_bits: u32) -> bool {
+        self.address_mask == Self::new(physical_bits).address_mask
     }
 
     /// Whether `msr` is one of them.
