@@ -10,11 +10,15 @@
 //! - messages, remembered surprises and console output stay within their bounds;
 //! - CPUID never offers what the guest must not have.
 //!
+//! What else is fed to hypervisor and command from outside has a function each in [`targets`], for a fuzzer with coverage
+//! (`fuzz/`) and for the tests.
+//!
 //! A step that panics names itself: the same seed and number of steps do it again.
 #![forbid(unsafe_code)]
 
 pub mod machine;
 pub mod source;
+pub mod targets;
 
 use machine::Machine;
 use source::Source;

@@ -1,0 +1,4 @@
+//! The target `bzimage`.
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| nestling_surface::targets::bzimage(bytes));

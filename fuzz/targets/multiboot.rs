@@ -1,0 +1,4 @@
+//! The target `multiboot`.
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| nestling_surface::targets::multiboot(bytes));
