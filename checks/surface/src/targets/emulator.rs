@@ -164,7 +164,9 @@ pub fn emulator(bytes: &[u8]) {
         match outcome.end {
             End::Done => {}
             End::Unsupported => {
-                assert_eq!(outcome.registers, cpu.registers, "nothing happens by halves");
+                // A repeated string instruction may have come some elements far, and have changed the tables itself.
+                let Registers { rip, vectors, .. } = cpu.registers;
+                assert_eq!((outcome.registers.rip, outcome.registers.vectors), (rip, vectors), "done by halves");
                 return;
             }
             End::Raise(_) | End::Host(_) => return,
