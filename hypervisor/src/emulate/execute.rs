@@ -4,17 +4,15 @@
 //! here or not at all. Order within an instruction: read what is read, translate for what is written, write, and only
 //! then change registers. So whatever stops it stops it whole.
 
-use iced_x86::{Code, ConditionCode, Instruction, Mnemonic, OpKind, Register};
+use iced_x86::{ConditionCode, Instruction, Mnemonic, OpKind, Register};
 
 use super::alu::{self, Binary};
 use super::operand::{Place, Space, mask};
 use super::shift::{self, Count, Shift};
 use super::walk::Access;
-use super::{Bus, CodeSize, Exception, Registers, SEGMENT_BIG, Stop, segment, vector};
+use super::{Bus, CodeSize, Exception, Registers, Stop, segment, vector};
 
 const RAX: usize = 0;
-const RSP: usize = 4;
-const RBP: usize = 5;
 
 /// One instruction under way.
 pub(super) struct Machine<'a, 'b, B> {
@@ -24,7 +22,7 @@ pub(super) struct Machine<'a, 'b, B> {
 
 /// Where an operand is.
 #[derive(Clone, Copy)]
-enum Operand {
+pub(super) enum Operand {
     Register(Register),
     Memory(Place),
 }
@@ -82,7 +80,9 @@ impl<B: Bus> Machine<'_, '_, B> {
             M::Call => return self.call(instruction),
             M::Jmp => return self.jump(instruction),
             M::Ret => return self.ret(instruction),
+            M::Enter => self.enter(instruction)?,
             M::Leave => self.leave(instruction)?,
+            M::Xlatb => self.translate_byte(instruction)?,
             _ if vector::is_move(instruction.mnemonic()) && !instruction.is_string_instruction() => {
                 self.move_vector(instruction)?;
             }
@@ -120,7 +120,7 @@ impl<B: Bus> Machine<'_, '_, B> {
         if matches!(bytes, 1 | 2 | 4 | 8) { Ok(bytes) } else { Err(Stop::Unsupported) }
     }
 
-    fn operand(&mut self, instruction: &Instruction, index: u32, access: Access) -> Result<Operand, Stop> {
+    pub(super) fn operand(&mut self, instruction: &Instruction, index: u32, access: Access) -> Result<Operand, Stop> {
         match instruction.op_kind(index) {
             OpKind::Register if instruction.op_register(index).is_gpr() => {
                 Ok(Operand::Register(instruction.op_register(index)))
@@ -151,7 +151,7 @@ impl<B: Bus> Machine<'_, '_, B> {
     }
 
     /// The value of a source operand, an immediate too, cut to `bytes`.
-    fn source(&mut self, instruction: &Instruction, index: u32, bytes: usize) -> Result<u64, Stop> {
+    pub(super) fn source(&mut self, instruction: &Instruction, index: u32, bytes: usize) -> Result<u64, Stop> {
         let value = match instruction.op_kind(index) {
             OpKind::Register | OpKind::Memory => {
                 let operand = self.operand(instruction, index, Access::Read)?;
@@ -354,130 +354,14 @@ impl<B: Bus> Machine<'_, '_, B> {
         Ok(())
     }
 
-    /// Puts a value on the stack, wherever that is; returns the new stack pointer, which is not set.
-    fn store_on_stack(&mut self, value: u64, bytes: usize) -> Result<u64, Stop> {
-        let top = self.registers.general[RSP].wrapping_sub(bytes as u64);
-        let place = self.space.place(segment::SS, top & self.stack_mask(), bytes, Access::Write)?;
-        self.space.store(place, value)?;
-        Ok(top)
-    }
-
-    /// A near target: operand 0.
-    fn target(&mut self, instruction: &Instruction) -> Result<u64, Stop> {
-        let target = match instruction.op_kind(0) {
-            OpKind::NearBranch16 | OpKind::NearBranch32 | OpKind::NearBranch64 => instruction.near_branch_target(),
-            _ if instruction.is_jmp_near_indirect() || instruction.is_call_near_indirect() => {
-                let bytes = Self::bytes(instruction, 0)?;
-                self.source(instruction, 0, bytes)?
-            }
-            _ => return Err(Stop::Unsupported),
-        };
-        self.may_jump(target).map(|()| target)
-    }
-
-    /// Whether code can be at an address (APM vol. 2, 4.12.1 and 5.3.1).
-    fn may_jump(&self, target: u64) -> Result<(), Stop> {
-        let inside = match self.space.cpu.code_size() {
-            CodeSize::Bits64 => self.space.is_canonical(target),
-            _ => target <= u64::from(self.space.cpu.segments[segment::CS].limit),
-        };
-        if inside { Ok(()) } else { Err(Exception::GeneralProtection.into()) }
-    }
-
-    fn call(mut self, instruction: &Instruction) -> Result<(), Stop> {
-        let bytes = instruction.stack_pointer_increment().unsigned_abs() as usize;
-        let target = self.target(instruction)?;
-        let top = self.store_on_stack(instruction.next_ip(), bytes)?;
-        self.set_stack(top);
-        self.registers.rip = target;
-        Ok(())
-    }
-
-    fn jump(mut self, instruction: &Instruction) -> Result<(), Stop> {
-        self.registers.rip = self.target(instruction)?;
-        Ok(())
-    }
-
-    /// A near return, and the bytes of arguments that it takes from the stack.
-    fn ret(mut self, instruction: &Instruction) -> Result<(), Stop> {
-        let arguments = if instruction.op_count() == 1 { u64::from(instruction.immediate16()) } else { 0 };
-        let bytes = (i64::from(instruction.stack_pointer_increment()) - arguments as i64) as usize;
-        if !matches!(bytes, 2 | 4 | 8) {
-            return Err(Stop::Unsupported);
-        }
-        let top = self.registers.general[RSP];
-        let place = self.space.place(segment::SS, top & self.stack_mask(), bytes, Access::Read)?;
-        let target = self.space.load(place)?;
-        self.may_jump(target)?;
-        self.set_stack(top.wrapping_add(bytes as u64).wrapping_add(arguments));
-        self.registers.rip = target;
-        Ok(())
-    }
-
-    /// LEAVE: the stack pointer from the frame pointer, and that from the stack.
-    fn leave(&mut self, instruction: &Instruction) -> Result<(), Stop> {
-        let register = match instruction.code() {
-            Code::Leavew => Register::BP,
-            Code::Leaved => Register::EBP,
-            _ => Register::RBP,
-        };
-        let bytes = register.size();
-        let top = self.registers.general[RBP];
-        let place = self.space.place(segment::SS, top & self.stack_mask(), bytes, Access::Read)?;
+    /// XLAT: AL from a table.
+    fn translate_byte(&mut self, instruction: &Instruction) -> Result<(), Stop> {
+        let offset = self.offset(instruction, 0)?;
+        let which = segment_index(instruction.memory_segment()).ok_or(Stop::Unsupported)?;
+        let place = self.space.place(which, offset, 1, Access::Read)?;
         let value = self.space.load(place)?;
-        self.set_stack(top.wrapping_add(bytes as u64));
-        self.set_register(register, value);
+        self.set_register(Register::AL, value);
         Ok(())
-    }
-
-    /// PUSH of a memory operand, or of a register or immediate onto a stack in device memory.
-    fn push(&mut self, instruction: &Instruction) -> Result<(), Stop> {
-        let bytes = instruction.stack_pointer_increment().unsigned_abs() as usize;
-        if instruction.op_kind(0) == OpKind::Register && !instruction.op_register(0).is_gpr() {
-            return Err(Stop::Unsupported);
-        }
-        let value = self.source(instruction, 0, bytes)?;
-        let top = self.store_on_stack(value, bytes)?;
-        self.set_stack(top);
-        Ok(())
-    }
-
-    /// POP. A destination that is addressed by the stack pointer is addressed by it as it is afterwards.
-    fn pop(&mut self, instruction: &Instruction) -> Result<(), Stop> {
-        let bytes = instruction.stack_pointer_increment().unsigned_abs() as usize;
-        let top = self.registers.general[RSP];
-        let place = self.space.place(segment::SS, top & self.stack_mask(), bytes, Access::Read)?;
-        let value = self.space.load(place)?;
-        let before = *self.registers;
-        self.set_stack(top.wrapping_add(bytes as u64));
-        let moved = match self.operand(instruction, 0, Access::Write) {
-            Ok(Operand::Register(register)) => {
-                self.set_register(register, value);
-                Ok(())
-            }
-            Ok(Operand::Memory(place)) => self.space.store(place, value),
-            Err(stop) => Err(stop),
-        };
-        if moved.is_err() {
-            *self.registers = before;
-        }
-        moved
-    }
-
-    /// The part of the stack pointer that counts: the stack segment's size says (APM vol. 2, 4.5.3).
-    fn stack_mask(&self) -> u64 {
-        let big = self.space.cpu.segments[segment::SS].attributes & SEGMENT_BIG != 0;
-        match self.space.cpu.code_size() {
-            CodeSize::Bits64 => u64::MAX,
-            _ if big && self.space.cpu.protected() => mask(4),
-            _ => mask(2),
-        }
-    }
-
-    fn set_stack(&mut self, value: u64) {
-        let mask = self.stack_mask();
-        let slot = &mut self.registers.general[RSP];
-        *slot = if mask == 0xffff { *slot & !mask | value & mask } else { value & mask };
     }
 
     /// BT and its relatives. With a register for the number the memory operand is a bit string of any length.

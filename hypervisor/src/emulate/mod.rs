@@ -20,6 +20,7 @@ mod alu;
 mod execute;
 mod operand;
 mod shift;
+mod stack;
 mod string;
 mod vector;
 pub mod walk;
