@@ -76,6 +76,7 @@ pub(super) fn bundle_seeds() -> Vec<Vec<u8>> {
         ready_marker: "up".into(),
         storm: None,
         series: None,
+        origin: nestling_control::config::Origin::Boot,
         meter_pages: 0,
     };
     let (kernel, initrd) = (noise(1, 100), noise(2, 50));
