@@ -4,6 +4,9 @@
 //! lock of the port devices is held, so an operation may wait for other vCPUs. What is timed is the library's work, as an
 //! embedder that is told "delete this slot" would do it.
 
+use alloc::boxed::Box;
+
+use nestling::slots::dirty::{LogConfig, LogError, LogStart, Tracking};
 use nestling::{AddressSpace, GfnRange, Gpa, SlotConfig, SlotError, SlotFlags, SlotId, Worker};
 use nestling_meter::{BASE, COUNT, DONE, NOT_HERE, Operation, PORT, STATE, TICKS_HIGH};
 
@@ -40,11 +43,14 @@ pub struct Meter {
     ticks: u64,
     count: u32,
     state: u32,
+    /// A log of the slot, as it was read last.
+    words: Box<[u64]>,
 }
 
 impl Meter {
     pub(super) fn new(worker: Worker<Machine>, slot: SlotConfig) -> Self {
-        Self { worker, slot, ticks: 0, count: 0, state: NOT_HERE }
+        let words = (slot.size / FRAME).div_ceil(64) as usize;
+        Self { worker, slot, ticks: 0, count: 0, state: NOT_HERE, words: alloc::vec![0; words].into() }
     }
 
     /// A register; what is none reads as the bus floats.
@@ -84,13 +90,22 @@ impl Meter {
                 self.worker.zap_all();
             }
             Operation::Mark => mark(),
-            Operation::LogStart
-            | Operation::LogStartAllSet
-            | Operation::Harvest
-            | Operation::LogStop
-            | Operation::Age => return Err(Refused),
+            Operation::LogStart => self.start_log(LogStart::Clean)?,
+            Operation::LogStartAllSet => self.start_log(LogStart::AllDirty)?,
+            Operation::Harvest => {
+                let dirty = self.worker.harvest_dirty(self.slot.id, 0, &mut self.words)?;
+                return Ok(dirty as u32);
+            }
+            Operation::LogStop => self.worker.stop_log(self.slot.id)?,
+            Operation::Age => return Err(Refused),
         }
         Ok(0)
+    }
+
+    /// As KVM does without a CPU's help: by write protection, a page at a time.
+    fn start_log(&mut self, start: LogStart) -> Result<(), LogError> {
+        let config = LogConfig { start, tracking: Tracking::WriteProtect, ..LogConfig::default() };
+        self.worker.start_log(self.slot.id, config)
     }
 
     fn range(&self) -> GfnRange {
@@ -116,6 +131,12 @@ fn mark() {
 
 /// Not carried out.
 struct Refused;
+
+impl From<LogError> for Refused {
+    fn from(_: LogError) -> Self {
+        Self
+    }
+}
 
 impl From<SlotError> for Refused {
     fn from(_: SlotError) -> Self {
