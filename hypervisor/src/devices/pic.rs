@@ -100,7 +100,8 @@ impl Pic {
 
     /// The input to be served now, if any: requested, not masked, and above everything in service.
     fn request(&self) -> Option<u8> {
-        if self.init != Init::Ready {
+        // Most of the time nothing is asked for.
+        if self.init != Init::Ready || self.irr & !self.imr == 0 {
             return None;
         }
         for input in self.by_priority() {

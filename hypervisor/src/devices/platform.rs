@@ -2,7 +2,8 @@
 //!
 //! Protocol. One `Platform` a VM, behind the caller's lock. Each entry point first brings the devices up to the time it is
 //! given, then does its work, then settles the wires (timer → IRQ 0, UART → IRQ 4, clock → IRQ 8, ACPI → IRQ 9,
-//! controllers → CPU). What
+//! controllers → CPU). An access to the serial port, which knows no time, moves no wire but its own: the others are left
+//! alone then, unless one of them is due. What
 //! the caller must act on accumulates in [`Effects`]; take them, still under the lock, after each call:
 //!
 //! * `interrupt_changed`: the level that the bootstrap vCPU sees on LINT0 has changed. If that vCPU is another one than the
@@ -33,7 +34,7 @@ use super::ioapic::Message;
 use super::pic::PicPair;
 use super::pit::Pit;
 use super::pm::{Pm, PmRequest};
-use super::ports::{Claim, Direction, UnclaimedPort, UnclaimedPorts, decode};
+use super::ports::{COM1, Claim, Direction, UnclaimedPort, UnclaimedPorts, decode};
 use super::reset::{RESET_CONTROL, ResetPorts};
 use super::saved::{BadState, LATEST_NS, require};
 use super::uart::Uart;
@@ -115,6 +116,12 @@ pub struct Platform {
     interrupt: bool,
     /// What the serial port, the clock and ACPI last said to their lines.
     wires: [bool; 3],
+    /// Before this time no device does anything by itself. Known when all were looked at last; 0: not known.
+    #[serde(skip)]
+    calm_until_ns: u64,
+    /// Effects or the deadline may be others than at the last [`Platform::take_news`].
+    #[serde(skip)]
+    news: bool,
     /// Taken before a state is saved.
     #[serde(skip)]
     effects: Effects,
@@ -135,6 +142,8 @@ impl Platform {
             now_ns: 0,
             interrupt: false,
             wires: [false; 3],
+            calm_until_ns: 0,
+            news: true,
             effects: Effects::default(),
         }
     }
@@ -166,9 +175,16 @@ impl Platform {
 
     /// The guest executes IN: the value, zero-extended.
     pub fn io_read(&mut self, now_ns: u64, port: u16, width: Width) -> u32 {
+        if let Some(register) = self.serial(now_ns, port, width) {
+            let value = self.uart.read(register);
+            self.settle_serial();
+            return u32::from(value);
+        }
         self.advance(now_ns);
         if let (Some(board), Some(claim)) = (&mut self.board, board::decode(port, width)) {
-            return board.input(claim, width);
+            let value = board.input(claim, width);
+            self.settle();
+            return value;
         }
         let value = match decode(port) {
             Some(Claim::Pm(offset)) => self.pm.read(self.now_ns, offset, width),
@@ -187,6 +203,10 @@ impl Platform {
 
     /// The guest executes OUT. Bits of `value` beyond `width` are ignored.
     pub fn io_write(&mut self, now_ns: u64, port: u16, width: Width, value: u32) {
+        if let Some(register) = self.serial(now_ns, port, width) {
+            self.uart.write(register, value as u8);
+            return self.settle_serial();
+        }
         self.advance(now_ns);
         let value = value & width.mask();
         if let (Some(board), Some(claim)) = (&mut self.board, board::decode(port, width)) {
@@ -225,7 +245,10 @@ impl Platform {
 
     /// The guest reads device memory; `None` where no device is. `bytes` is 1, 2, 4 or 8.
     pub fn memory_read(&mut self, now_ns: u64, gpa: u64, bytes: usize) -> Option<u64> {
-        self.advance(now_ns);
+        // Reading changes nothing, so only time can have.
+        if now_ns >= self.calm_until_ns {
+            self.poll(now_ns);
+        }
         self.board.as_ref()?.read(gpa, bytes)
     }
 
@@ -305,6 +328,11 @@ impl Platform {
         self.settle();
     }
 
+    /// Whether [`Self::take_effects`] or [`Self::next_deadline_ns`] may have something new to say since this was last asked.
+    pub fn take_news(&mut self) -> bool {
+        core::mem::take(&mut self.news)
+    }
+
     /// What has happened since this was last asked.
     pub fn take_effects(&mut self) -> Effects {
         core::mem::take(&mut self.effects)
@@ -313,6 +341,22 @@ impl Platform {
     /// The ports that nobody claims.
     pub fn unclaimed(&self) -> &UnclaimedPorts {
         &self.unclaimed
+    }
+
+    /// The register of the serial port that an access is for, if it is for nothing else and no device is due. On a machine
+    /// with a board as well: the board has no port there.
+    #[inline]
+    fn serial(&self, now_ns: u64, port: u16, width: Width) -> Option<u8> {
+        let register = port.wrapping_sub(COM1);
+        (register < 8 && width == Width::Byte && now_ns < self.calm_until_ns).then_some(register as u8)
+    }
+
+    /// Carries the serial port's level along its wire.
+    #[inline]
+    fn settle_serial(&mut self) {
+        if self.uart.interrupt() != self.wires[0] || self.uart.has_output() {
+            self.settle();
+        }
     }
 
     /// Time never goes back: vCPUs read the clock before they take the lock, so two of them may arrive in the wrong order.
@@ -324,6 +368,8 @@ impl Platform {
             self.set_line(IRQ_TIMER, false);
             self.set_line(IRQ_TIMER, true);
         }
+        // Whoever comes this way may change what time brings.
+        self.calm_until_ns = 0;
     }
 
     /// A line takes a level, at both kinds of interrupt controller.
@@ -362,6 +408,10 @@ impl Platform {
         let interrupt = self.pic.output();
         self.effects.interrupt_changed |= interrupt != self.interrupt;
         self.interrupt = interrupt;
+        self.news = true;
+        // The timer's edges count also where they are masked: the controllers latch them.
+        let by_themselves = [self.pit.next_edge_ns(), self.cmos.next_deadline_ns(), self.pm.next_deadline_ns()];
+        self.calm_until_ns = by_themselves.into_iter().flatten().min().unwrap_or(u64::MAX);
     }
 
     fn end(&mut self, end: GuestEnd) {
@@ -686,6 +736,27 @@ mod tests {
         assert!(!platform.memory_write(0, 0xff00_0000, 4, 0));
         platform.io_write(0, 0xe4, Width::Dword, 0x40_0000);
         assert_eq!(platform.take_effects().flush, None);
+    }
+
+    #[test]
+    fn the_serial_port_alone_leaves_other_wires_for_later_but_not_for_too_late() {
+        let mut platform = platform();
+        platform.io_write(0, 0x43, Width::Byte, 0x34);
+        platform.io_write(0, 0x40, Width::Byte, 0xff);
+        platform.io_write(0, 0x40, Width::Byte, 0);
+        let due = platform.next_deadline_ns().expect("the timer runs");
+        let _ = (platform.take_news(), platform.take_effects());
+        platform.io_write(due - 1, 0x3ff, Width::Byte, 0x5a);
+        assert_eq!(platform.io_read(due - 1, 0x3ff, Width::Byte), 0x5a);
+        assert!(!platform.take_news() && !platform.interrupt_asserted());
+        platform.io_write(due, 0x3ff, Width::Byte, 0xa5);
+        assert!(platform.take_news() && platform.take_effects().interrupt_changed, "the timer's edge was due");
+        platform.interrupt_acknowledge();
+        let _ = (platform.take_news(), platform.take_effects());
+        platform.io_write(due, 0x3f9, Width::Byte, 2);
+        platform.io_write(due, 0x3fc, Width::Byte, 8);
+        eoi(&mut platform, due);
+        assert!(platform.interrupt_asserted(), "the transmitter is empty, and says so");
     }
 
     #[test]

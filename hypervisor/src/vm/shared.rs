@@ -279,6 +279,9 @@ impl Shared {
 
     #[inline]
     fn settle(&self, ports: &mut Ports, vcpu: Option<usize>, now: u64) -> Option<u64> {
+        if !ports.platform.take_news() {
+            return None;
+        }
         let effects = ports.platform.take_effects();
         if effects.messages {
             while let Some(message) = ports.platform.take_message() {
