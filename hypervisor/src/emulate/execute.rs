@@ -5,11 +5,11 @@
 //! then change registers. So whatever stops it stops it whole.
 
 use iced_x86::{ConditionCode, Instruction, Mnemonic, OpKind, Register};
+use nestling::Access;
 
 use super::alu::{self, Binary};
 use super::operand::{Place, Space, mask};
 use super::shift::{self, Count, Shift};
-use super::walk::Access;
 use super::{Bus, CodeSize, Exception, Registers, Stop, segment, vector};
 
 const RAX: usize = 0;

@@ -7,7 +7,7 @@
 //! vCPU can take interrupts in between; the caller just lets the vCPU run again.
 //!
 //! What is executed is what the guest's own tables say is at RIP *now*, under the guest's own rights: the fetch and every
-//! operand are walked ([`walk`]) and segments are checked ([`operand`]). Another vCPU may have changed instruction or
+//! operand are walked ([`nestling::guest`]) and segments are checked ([`operand`]). Another vCPU may have changed instruction or
 //! tables since the exit. That is the same race that the guest has with a real CPU, and nothing here depends on it having
 //! gone one way: neither the address nor the direction of the exit is used.
 //!
@@ -23,16 +23,16 @@ mod shift;
 mod stack;
 mod string;
 mod vector;
-pub mod walk;
 
 #[cfg(test)]
 mod tests;
 
 use iced_x86::{Code, Decoder, DecoderError, DecoderOptions, Instruction, Mnemonic};
 
+use nestling::Access;
+
 use crate::guest::entry::Segment;
 use operand::Space;
-use walk::Access;
 
 /// Longest instruction (APM vol. 3, 1.1).
 const MAX_INSTRUCTION: usize = 15;
@@ -146,6 +146,8 @@ pub struct HostFailure;
 pub trait Bus {
     /// Reads RAM, for instructions and page tables. `false`: not all of it is RAM.
     fn read_ram(&mut self, gpa: u64, into: &mut [u8]) -> bool;
+    /// A page-table entry of 4 or 8 bytes, in one piece. `None`: that is not RAM.
+    fn read_entry(&mut self, gpa: u64, bytes: usize) -> Option<u64>;
     /// Reads RAM or a device.
     ///
     /// # Errors
@@ -265,7 +267,7 @@ pub struct TaskPriorityWrite {
 /// # Errors
 /// What is to be done instead: an exception, or [`End::Unsupported`] if the code is not in RAM.
 pub fn task_priority_write(cpu: &Cpu, bus: &mut impl Bus) -> Result<TaskPriorityWrite, End> {
-    let mut space = Space { cpu, bus };
+    let mut space = Space::new(cpu, bus);
     let mut bytes = [0; MAX_INSTRUCTION];
     let instruction = fetch(&mut space, &mut bytes).map_err(End::from)?;
     if !matches!(instruction.code(), Code::Mov_cr_r64 | Code::Mov_cr_r32)
@@ -291,7 +293,7 @@ pub fn prepare() {
 pub fn step(cpu: &Cpu, bus: &mut impl Bus) -> Outcome {
     let mut registers = cpu.registers;
     let mut instruction = [0; MAX_INSTRUCTION];
-    let mut space = Space { cpu, bus };
+    let mut space = Space::new(cpu, bus);
     let done = fetch(&mut space, &mut instruction).and_then(|decoded| {
         let machine = execute::Machine { space, registers: &mut registers };
         machine.execute(&decoded)
@@ -329,7 +331,7 @@ pub enum Kind {
 /// Looks at the instruction at RIP. `None`: it can't be fetched, or is none.
 #[must_use]
 pub fn see(cpu: &Cpu, bus: &mut impl Bus) -> Option<Seen> {
-    let decoded = fetch(&mut Space { cpu, bus }, &mut [0; MAX_INSTRUCTION]).ok()?;
+    let decoded = fetch(&mut Space::new(cpu, bus), &mut [0; MAX_INSTRUCTION]).ok()?;
     let what = match decoded.mnemonic() {
         Mnemonic::Vmcall => Kind::Vmcall,
         Mnemonic::Int1 => Kind::Int1,

@@ -3,8 +3,12 @@
 //! Segments are checked by what their hidden parts hold (AMD APM vol. 2, 4.12), which is what the CPU does too. An operand
 //! that crosses a page is translated in full before its first byte moves.
 
-use super::walk::{self, Access, Paging};
-use super::{Bus, CodeSize, Cpu, Exception, Stop, segment};
+use nestling::guest::{
+    Controls, CpuFeatures, Marked, Mode, PageFault, Privilege, Refused, Request, Tables, Width, walk,
+};
+use nestling::{Access, Gpa};
+
+use super::{Bus, CodeSize, Cpu, Exception, HostFailure, Stop, segment};
 
 const CR0_AM: u64 = 1 << 18;
 const CR4_LA57: u64 = 1 << 12;
@@ -36,14 +40,68 @@ pub(super) struct Place {
 pub(super) struct Space<'a, B> {
     pub(super) cpu: &'a Cpu,
     pub(super) bus: &'a mut B,
+    mode: Mode,
 }
 
-impl<B: Bus> Space<'_, B> {
+/// A bus as the place of page tables.
+struct TablesOn<'a, B> {
+    bus: &'a mut B,
+    failure: Option<HostFailure>,
+}
+
+const fn bytes_of(width: Width) -> usize {
+    match width {
+        Width::Four => 4,
+        Width::Eight => 8,
+    }
+}
+
+impl<B: Bus> Tables for TablesOn<'_, B> {
+    fn read(&mut self, at: Gpa, width: Width) -> Option<u64> {
+        self.bus.read_entry(at.0, bytes_of(width))
+    }
+
+    fn mark(&mut self, at: Gpa, width: Width, old: u64, new: u64) -> Marked {
+        match self.bus.compare_exchange(at.0, bytes_of(width), old, new) {
+            Ok(true) => Marked::Done,
+            Ok(false) => Marked::Changed,
+            Err(failure) => {
+                // The walk ends without its mark, and the failure is what counts.
+                self.failure = Some(failure);
+                Marked::ReadOnly
+            }
+        }
+    }
+}
+
+impl<'a, B: Bus> Space<'a, B> {
+    pub(super) fn new(cpu: &'a Cpu, bus: &'a mut B) -> Self {
+        let Cpu { cr0, cr4, efer, physical_bits, .. } = *cpu;
+        // A CPU without 1 GiB pages stops a guest at such an entry before there is anything to execute in its stead.
+        let features = CpuFeatures { physical_bits: physical_bits.min(52) as u8, gigantic_pages: true };
+        Self { cpu, bus, mode: Mode::new(Controls { cr0, cr4, efer }, features) }
+    }
+
     /// Translates for an access that lies in one page.
     pub(super) fn translate(&mut self, linear: u64, access: Access) -> Result<u64, Stop> {
-        let Cpu { cr0, cr3, cr4, efer, cpl, physical_bits, pkru, .. } = *self.cpu;
-        let paging = Paging { cr0, cr3, cr4, efer, rflags: self.cpu.registers.rflags, cpl, physical_bits, pkru };
-        walk::translate(self.bus, &paging, linear, access)
+        let Cpu { cr3, cpl, pkru, .. } = *self.cpu;
+        let privilege = match cpl {
+            3 => Privilege::User,
+            _ => Privilege::Supervisor { ac: self.cpu.registers.rflags & RFLAGS_AC != 0 },
+        };
+        let mut tables = TablesOn { bus: self.bus, failure: None };
+        let found = walk(&self.mode, cr3, &Request { linear, access, privilege, pkru }, &mut tables);
+        if let Some(failure) = tables.failure {
+            return Err(Stop::Host(failure));
+        }
+        match found {
+            Ok(translation) => Ok(translation.gpa.0),
+            Err(Refused::Fault(PageFault { code, address })) => {
+                Err(Exception::PageFault { code: code.bits(), address }.into())
+            }
+            Err(Refused::NoMemory { .. }) => Err(Stop::Unsupported),
+            Err(Refused::Changing) => Err(Stop::Again),
+        }
     }
 
     /// Where `bytes` (1 to 8) bytes at an offset of a segment are, after all checks.

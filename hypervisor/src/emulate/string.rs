@@ -5,11 +5,11 @@
 //! and comes back, because RIP has not moved.
 
 use iced_x86::{Instruction, Mnemonic, OpKind};
+use nestling::Access;
 
 use super::alu::{self, Binary};
 use super::execute::{Machine, accumulator, segment_index};
 use super::operand::{Place, mask};
-use super::walk::Access;
 use super::{Bus, Stop, segment};
 
 const RCX: usize = 1;

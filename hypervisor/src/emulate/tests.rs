@@ -81,6 +81,11 @@ impl Bus for Machine {
         }
     }
 
+    fn read_entry(&mut self, gpa: u64, bytes: usize) -> Option<u64> {
+        let mut entry = [0; 8];
+        self.read_ram(gpa, &mut entry[..bytes]).then(|| u64::from_le_bytes(entry))
+    }
+
     fn read(&mut self, gpa: u64, bytes: usize) -> Result<u64, HostFailure> {
         assert!(gpa % 4096 + bytes as u64 <= 4096 && [1, 2, 4, 8].contains(&bytes));
         if gpa >= DEVICE {

@@ -4,10 +4,10 @@
 //! translated before the first one moves. Nothing is computed here: instructions that calculate are not executed.
 
 use iced_x86::{Instruction, Mnemonic, OpKind, Register};
+use nestling::Access;
 
 use super::execute::{Machine, segment_index};
 use super::operand::{Place, mask};
-use super::walk::Access;
 use super::{Bus, Exception, Stop};
 
 const CR0_EM: u64 = 1 << 2;

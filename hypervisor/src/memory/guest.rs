@@ -30,7 +30,7 @@ use alloc::vec::Vec;
 use core::arch::asm;
 use core::hint::spin_loop;
 use core::ptr;
-use core::sync::atomic::{AtomicPtr, AtomicU64, Ordering};
+use core::sync::atomic::{AtomicPtr, AtomicU32, AtomicU64, Ordering};
 
 use nestling::format::MemoryType;
 use nestling::host::{Access, BackingError, Extent};
@@ -431,6 +431,22 @@ impl GuestRam {
             gfn = Gfn(gfn.0 + 1);
         }
         self.read(at, bytes).is_ok()
+    }
+
+    /// Reads `bytes` (4 or 8), aligned to that, in one piece: an entry of a page table, which others may be changing.
+    ///
+    /// # Errors
+    /// Those of [`GuestRam::resolve`].
+    pub fn read_entry(&self, at: Gpa, bytes: usize) -> Result<u64, BackingError> {
+        let (host, _, _pin) = self.locate(Gpa(at.0 & !(bytes as u64 - 1)))?;
+        // SAFETY: `locate` gave at least this much of the guest's RAM, aligned as the address is. Guests change it at the
+        // same time, atomically or not; it is read atomically, and means nothing to this program.
+        unsafe {
+            Ok(match bytes {
+                4 => u64::from(AtomicU32::from_ptr(host.cast()).load(Ordering::Relaxed)),
+                _ => AtomicU64::from_ptr(host.cast()).load(Ordering::Relaxed),
+            })
+        }
     }
 
     /// The host address behind a guest address, the bytes up to the end of the run, and what keeps them there.

@@ -70,6 +70,10 @@ impl Bus for GuestBus<'_> {
         self.ram().read(Gpa(gpa), into).is_ok()
     }
 
+    fn read_entry(&mut self, gpa: u64, bytes: usize) -> Option<u64> {
+        self.ram().read_entry(Gpa(gpa), bytes).ok()
+    }
+
     fn read(&mut self, gpa: u64, bytes: usize) -> Result<u64, HostFailure> {
         if let Some(offset) = self.lapic.window_offset(gpa) {
             return Ok(self.lapic.window_read(self.now, offset, bytes));

@@ -135,9 +135,10 @@ fn reserved(format: Format, level: u8, address: u64, no_execute: bool, large_lev
         // Bits 20:13 of a 4 MiB page are address bits 39:32 (PSE-36); bit 21 is none.
         Format::Legacy => (0, if level == 2 { 1 << 21 } else { 0 }),
         Format::Pae if level == 3 => {
-            // No rights here, and no accessed bit. A CPU that reads these entries when CR3 is loaded raises #GP then;
-            // with nested paging they are read, and judged, by each walk (15.25.4).
-            let bits = !address & !0xfff | 0x1e6;
+            // No rights here, and no marks. Bits 8:5 and 2:1 are reserved as well, and judged when CR3 is loaded. With nested
+            // paging each walk reads these entries (15.25.4), and there are CPUs (QEMU's is one) that mark them as
+            // accessed then: what is judged here is the address alone.
+            let bits = !address & !0xfff;
             (bits, bits)
         }
         Format::Pae | Format::Long => {
