@@ -5,10 +5,10 @@
 //! before anything is stored.
 
 use iced_x86::{Code, Instruction, OpKind, Register};
+use nestling::Access;
 
 use super::execute::{Machine, Operand};
 use super::operand::mask;
-use super::walk::Access;
 use super::{Bus, CodeSize, Exception, SEGMENT_BIG, Stop, segment};
 
 const RSP: usize = 4;
