@@ -18,7 +18,7 @@ use elf::endian::LittleEndian;
 
 use super::entry::VcpuInit;
 use super::layout::{
-    ACPI_ROOM, BOOT_PARAMS, COMMAND_LINE, COMMAND_LINE_ROOM, HIGH_START, LOW_END, MemorySizeError, PAGE_BYTES,
+    ACPI_ROOM, COMMAND_LINE_ROOM, HIGH_START, LOW_END, MemorySizeError, PAGE_BYTES,
     RamLayout,
 };
 use super::{GuestMemory, GuestMemoryError, acpi};
@@ -37,11 +37,13 @@ const UNDERSTOOD: u32 = 1 << 0 | 1 << 1;
 /// The header has addresses.
 const HAS_ADDRESSES: u32 = 1 << 16;
 
-const INFO: u64 = BOOT_PARAMS;
+/// High in conventional memory: images that run in real mode lie low in it.
+const INFO: u64 = 0x6_0000;
 const INFO_BYTES: usize = 120;
 const MODULE_ENTRY: u64 = INFO + 0x100;
 const MEMORY_MAP: u64 = INFO + 0x200;
 const LOADER_NAME: u64 = INFO + 0x400;
+const COMMAND_LINE: u64 = INFO + 0x1_0000;
 /// What the loader keeps below 640 KiB for itself.
 const OURS: Range<u64> = INFO..COMMAND_LINE + COMMAND_LINE_ROOM;
 /// Two words of firmware's data area that kernels read to find their way below 1 MiB: the first serial port, and the end
@@ -233,7 +235,7 @@ pub fn load_multiboot(
     Ok(VcpuInit::multiboot(image.entry, BOOT_MAGIC, INFO as u32))
 }
 
-const _: () = assert!(ACPI_ROOM <= FIRMWARE.end - FIRMWARE.start);
+const _: () = assert!(ACPI_ROOM <= FIRMWARE.end - FIRMWARE.start && OURS.end <= LOW_END);
 
 impl<'image> Image<'image> {
     fn parse(file: &'image [u8]) -> Result<Self, MultibootError> {
@@ -511,8 +513,8 @@ mod tests {
         let needed = LOAD + (1 << 40);
         let huge = MultibootError::NotEnoughMemory { bytes: 64 * MIB, needed };
         assert_eq!(error(&changed(104, &(1u64 << 40).to_le_bytes())), huge);
-        let low = changed(88, &0x1_8000u64.to_le_bytes());
-        assert_eq!(error(&low), MultibootError::Reserved { address: 0x1_8000 });
+        let low = changed(88, &0x6_8000u64.to_le_bytes());
+        assert_eq!(error(&low), MultibootError::Reserved { address: 0x6_8000 });
     }
 
     #[test]

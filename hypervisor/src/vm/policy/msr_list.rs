@@ -114,6 +114,10 @@ const MSR_PAT: u32 = 0x277;
 const MSR_TSC_DEADLINE: u32 = 0x6e0;
 const MSR_KVM_WALL_CLOCK: u32 = 0x4b56_4d00;
 const MSR_KVM_SYSTEM_TIME: u32 = 0x4b56_4d01;
+/// The same two by the numbers that the interface had first.
+const MSR_KVM_WALL_CLOCK_OLD: u32 = 0x11;
+const MSR_KVM_SYSTEM_TIME_OLD: u32 = 0x12;
+const MSR_KVM_ASYNC_FAULTS: u32 = 0x4b56_4d02;
 const MSR_EFER: u32 = 0xc000_0080;
 const MSR_STAR: u32 = 0xc000_0081;
 const MSR_LSTAR: u32 = 0xc000_0082;
@@ -154,8 +158,10 @@ pub const fn classify(msr: u32) -> MsrClass {
         MSR_MCG_STATUS => Soft(SoftMsr::McgStatus),
         MSR_HWCR => Soft(SoftMsr::Hwcr),
         MSR_DE_CFG => Soft(SoftMsr::DeCfg),
-        MSR_KVM_SYSTEM_TIME => Soft(SoftMsr::KvmSystemTime),
-        MSR_KVM_WALL_CLOCK => Soft(SoftMsr::KvmWallClock),
+        MSR_KVM_SYSTEM_TIME | MSR_KVM_SYSTEM_TIME_OLD => Soft(SoftMsr::KvmSystemTime),
+        MSR_KVM_WALL_CLOCK | MSR_KVM_WALL_CLOCK_OLD => Soft(SoftMsr::KvmWallClock),
+        // Asynchronous page faults, which are not offered: a guest that turns them on all the same is sent none.
+        MSR_KVM_ASYNC_FAULTS => Zero,
 
         // MCG_CAP: no banks, so no bank registers either. DEBUGCTL: no branch records.
         MSR_MCG_CAP | MSR_DEBUGCTL => Zero,
@@ -200,7 +206,7 @@ mod tests {
 
     #[test]
     fn what_is_not_listed_is_unknown() {
-        for msr in [0x2, 0x3a, 0x480, 0x7ff, 0x900, 0x4b56_4d02, 0xc000_0105, 0xc001_0118, u32::MAX] {
+        for msr in [0x2, 0x3a, 0x480, 0x7ff, 0x900, 0x4b56_4d03, 0xc000_0105, 0xc001_0118, u32::MAX] {
             assert_eq!(classify(msr), MsrClass::Unknown, "{msr:#x}");
         }
     }
