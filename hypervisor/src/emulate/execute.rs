@@ -8,6 +8,7 @@ use iced_x86::{ConditionCode, Instruction, Mnemonic, OpKind, Register};
 use nestling::Access;
 
 use super::alu::{self, Binary};
+use super::descriptor::SegmentRegister;
 use super::operand::{Place, Space, mask};
 use super::shift::{self, Count, Shift};
 use super::{Bus, CodeSize, Exception, Registers, Stop, segment, vector};
@@ -31,6 +32,7 @@ impl<B: Bus> Machine<'_, '_, B> {
     pub(super) fn execute(mut self, instruction: &Instruction) -> Result<(), Stop> {
         use Mnemonic as M;
         match instruction.mnemonic() {
+            M::Mov if instruction.op_register(0).is_segment_register() => self.move_to_segment(instruction)?,
             M::Mov | M::Movnti => self.copy(instruction, |value, _| value)?,
             M::Movzx => self.copy(instruction, |value, _| value)?,
             M::Movsx | M::Movsxd => self.copy(instruction, sign_extend)?,
@@ -78,11 +80,15 @@ impl<B: Bus> Machine<'_, '_, B> {
             // Nothing of the guest's is in a cache of ours.
             M::Clflush | M::Clflushopt | M::Clwb => {}
             M::Call => return self.call(instruction),
+            M::Jmp if instruction.is_jmp_far_indirect() => return self.far_jump(instruction),
             M::Jmp => return self.jump(instruction),
             M::Ret => return self.ret(instruction),
             M::Enter => self.enter(instruction)?,
             M::Leave => self.leave(instruction)?,
             M::Xlatb => self.translate_byte(instruction)?,
+            M::Smsw => self.store_status(instruction)?,
+            M::Lldt => self.load_system(instruction, SegmentRegister::Ldtr)?,
+            M::Ltr => self.load_system(instruction, SegmentRegister::Tr)?,
             _ if vector::is_move(instruction.mnemonic()) && !instruction.is_string_instruction() => {
                 self.move_vector(instruction)?;
             }
@@ -153,6 +159,10 @@ impl<B: Bus> Machine<'_, '_, B> {
     /// The value of a source operand, an immediate too, cut to `bytes`.
     pub(super) fn source(&mut self, instruction: &Instruction, index: u32, bytes: usize) -> Result<u64, Stop> {
         let value = match instruction.op_kind(index) {
+            OpKind::Register if instruction.op_register(index).is_segment_register() => {
+                let which = segment_index(instruction.op_register(index)).ok_or(Stop::Unsupported)?;
+                u64::from(self.space.cpu.segments[which].selector)
+            }
             OpKind::Register | OpKind::Memory => {
                 let operand = self.operand(instruction, index, Access::Read)?;
                 self.read(operand)?
@@ -255,7 +265,12 @@ impl<B: Bus> Machine<'_, '_, B> {
 
     fn set_byte(&mut self, instruction: &Instruction) -> Result<(), Stop> {
         let value = u64::from(alu::holds(instruction.condition_code(), self.registers.rflags));
-        match self.operand(instruction, 0, Access::Write)? {
+        self.put(instruction, 0, value)
+    }
+
+    /// Writes an operand, as much of the value as it takes.
+    pub(super) fn put(&mut self, instruction: &Instruction, index: u32, value: u64) -> Result<(), Stop> {
+        match self.operand(instruction, index, Access::Write)? {
             Operand::Register(register) => self.set_register(register, value),
             Operand::Memory(place) => self.space.store(place, value)?,
         }

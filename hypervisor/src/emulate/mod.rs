@@ -17,6 +17,7 @@
 //! Nothing here touches a CPU; everything is tested on the host.
 
 mod alu;
+mod descriptor;
 mod execute;
 mod operand;
 mod shift;
@@ -32,6 +33,7 @@ use iced_x86::{Code, Decoder, DecoderError, DecoderOptions, Instruction, Mnemoni
 use nestling::Access;
 
 use crate::guest::entry::Segment;
+pub use descriptor::SegmentRegister;
 use operand::Space;
 
 /// Longest instruction (APM vol. 3, 1.1).
@@ -41,6 +43,7 @@ const RFLAGS_RF: u64 = 1 << 16;
 const RFLAGS_VM: u64 = 1 << 17;
 const CR0_PE: u64 = 1 << 0;
 const EFER_LMA: u64 = 1 << 10;
+const RFLAGS_AC: u64 = 1 << 18;
 const SEGMENT_LONG: u16 = 1 << 9;
 const SEGMENT_BIG: u16 = 1 << 10;
 
@@ -63,6 +66,8 @@ pub struct Registers {
     pub rip: u64,
     /// Flags.
     pub rflags: u64,
+    /// A segment register that was loaded, with its hidden part: beside the others, for it is none of an image to put back.
+    pub loaded: Option<(SegmentRegister, Segment)>,
     /// XMM0 to XMM15.
     pub vectors: [u128; 16],
 }
@@ -84,6 +89,10 @@ pub struct Cpu {
     pub cpl: u8,
     /// ES, CS, SS, DS, FS, GS.
     pub segments: [Segment; 6],
+    /// Base and limit of the global descriptor table.
+    pub gdtr: (u64, u32),
+    /// The local descriptor table.
+    pub ldtr: Segment,
     /// Physical address bits of the guest's CPU.
     pub physical_bits: u32,
     /// Rights to pages by their protection keys.
@@ -183,6 +192,12 @@ pub enum Exception {
     Stack,
     /// #GP(0).
     GeneralProtection,
+    /// #GP with a selector.
+    Selector(u16),
+    /// #NP with a selector.
+    SegmentNotPresent(u16),
+    /// #SS with a selector.
+    StackSelector(u16),
     /// #PF.
     PageFault {
         /// The error code.
@@ -372,7 +387,13 @@ fn fetch<B: Bus>(space: &mut Space<'_, B>, bytes: &mut [u8; MAX_INSTRUCTION]) ->
         CodeSize::Bits64 => 64,
     };
     let mut decoder = Decoder::with_ip(bits, &bytes[..have], rip, DecoderOptions::AMD);
-    let decoded = decoder.decode();
+    let mut decoded = decoder.decode();
+    if decoded.is_jmp_far_indirect() {
+        // With REX.W a pointer of 64 bits and a selector, as test kernels take it to be, and as QEMU and KVM do; a CPU of
+        // AMD's reads 32 bits.
+        decoder = Decoder::with_ip(bits, &bytes[..have], rip, DecoderOptions::NONE);
+        decoded = decoder.decode();
+    }
     match (decoder.last_error(), missing) {
         (DecoderError::NoMoreBytes, Some(stop)) => Err(stop),
         // Fifteen bytes and no end.

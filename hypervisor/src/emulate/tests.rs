@@ -6,6 +6,7 @@ use alloc::vec::Vec;
 use super::*;
 use crate::devices::testing::Random;
 
+mod descriptors;
 mod forms;
 
 const RAM: usize = 1 << 20;
@@ -14,6 +15,7 @@ const CODE: u64 = 0x1000;
 const FLAT_64: u16 = 0xa9b;
 const FLAT_32: u16 = 0xc9b;
 const DATA: u16 = 0xc93;
+const GDT: u64 = 0x9_0000;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Event {
@@ -131,7 +133,7 @@ fn cpu(wide: bool) -> Cpu {
     let mut segments = [flat(DATA); 6];
     segments[segment::CS] = flat(if wide { FLAT_64 } else { FLAT_32 });
     Cpu {
-        registers: Registers { general: [0; 16], rip: CODE, rflags: 2, vectors: [0; 16] },
+        registers: Registers { general: [0; 16], rip: CODE, rflags: 2, vectors: [0; 16], loaded: None },
         cr0: if wide { 0x8001_0001 } else { 1 },
         cr3: 0x8_0000,
         cr4: 0x20,
@@ -140,6 +142,8 @@ fn cpu(wide: bool) -> Cpu {
         segments,
         physical_bits: 40,
         pkru: 0,
+        gdtr: (GDT, 0x47),
+        ldtr: Segment { selector: 0, attributes: 0, limit: 0, base: 0 },
     }
 }
 

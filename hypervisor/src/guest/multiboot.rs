@@ -17,10 +17,7 @@ use elf::abi::{EM_386, EM_X86_64, ET_EXEC, PT_LOAD};
 use elf::endian::LittleEndian;
 
 use super::entry::VcpuInit;
-use super::layout::{
-    ACPI_ROOM, COMMAND_LINE_ROOM, HIGH_START, LOW_END, MemorySizeError, PAGE_BYTES,
-    RamLayout,
-};
+use super::layout::{ACPI_ROOM, COMMAND_LINE_ROOM, HIGH_START, LOW_END, MemorySizeError, PAGE_BYTES, RamLayout};
 use super::{GuestMemory, GuestMemoryError, acpi};
 use crate::devices::ports::COM1;
 

@@ -34,7 +34,7 @@ use super::vmcb::{Intercepts1, Intercepts2, NESTED_PAGING, Save, Segment, TlbCon
 use super::{EFER_SVME, Features};
 use crate::cpu::extended;
 use crate::devices::saved::{BadState, require};
-use crate::emulate;
+use crate::emulate::{self, SegmentRegister, segment};
 use crate::guest::{VcpuInit, entry as start};
 use crate::memory::frames::{self, FRAME};
 use crate::vm::exit::{Exit, Intercepted, Raised, RawExit};
@@ -238,6 +238,27 @@ impl Vcpu {
         control.virtual_interrupt = control.virtual_interrupt & !(0xff << virtual_interrupt::VECTOR_SHIFT)
             | virtual_interrupt::REQUEST
             | u64::from(vector) << virtual_interrupt::VECTOR_SHIFT;
+    }
+
+    /// What an instruction did that was executed in software.
+    fn load_segment(&mut self, which: SegmentRegister, loaded: &start::Segment) {
+        let vmcb = self.vmcb_mut();
+        let save = &mut vmcb.save;
+        let register = match which {
+            SegmentRegister::Code(segment::ES) => &mut save.es,
+            SegmentRegister::Code(segment::CS) => &mut save.cs,
+            SegmentRegister::Code(segment::SS) => {
+                // The stack pointer comes next.
+                vmcb.control.shadow = 1;
+                &mut save.ss
+            }
+            SegmentRegister::Code(segment::DS) => &mut save.ds,
+            SegmentRegister::Code(segment::FS) => &mut save.fs,
+            SegmentRegister::Code(_) => &mut save.gs,
+            SegmentRegister::Ldtr => &mut save.ldtr,
+            SegmentRegister::Tr => &mut save.tr,
+        };
+        *register = segment_in(loaded);
     }
 
     /// Puts in a fault, `what` of EVENTINJ. Its frame says that the instruction at RIP was met already: a breakpoint there
@@ -451,6 +472,9 @@ impl GuestCpu for Vcpu {
             Raised::DeviceNotAvailable => 7,
             Raised::Stack => coded(12, 0),
             Raised::GeneralProtection => coded(13, 0),
+            Raised::Selector(selector) => coded(13, selector.into()),
+            Raised::SegmentNotPresent(selector) => coded(11, selector.into()),
+            Raised::StackSelector(selector) => coded(12, selector.into()),
             Raised::PageFault { code, address } => {
                 self.save_mut().cr2 = address;
                 coded(14, code)
@@ -545,13 +569,21 @@ impl GuestCpu for Vcpu {
             base: s.base,
         };
         emulate::Cpu {
-            registers: emulate::Registers { general, rip: save.rip, rflags: save.rflags, vectors: self.vectors() },
+            registers: emulate::Registers {
+                general,
+                rip: save.rip,
+                rflags: save.rflags,
+                vectors: self.vectors(),
+                loaded: None,
+            },
             cr0: save.cr0,
             cr3: save.cr3,
             cr4: save.cr4,
             efer: save.efer & !EFER_SVME,
             cpl: save.cpl,
             segments: [&save.es, &save.cs, &save.ss, &save.ds, &save.fs, &save.gs].map(segment),
+            gdtr: (save.gdtr.base, save.gdtr.limit),
+            ldtr: segment(&save.ldtr),
             physical_bits,
             pkru: if save.cr4 & CR4_PKE != 0 { extended::pkru() } else { 0 },
         }
@@ -567,6 +599,9 @@ impl GuestCpu for Vcpu {
         self.save_mut().rflags = registers.rflags;
         if self.save().rip != registers.rip {
             self.advance_to(registers.rip);
+        }
+        if let Some((which, loaded)) = registers.loaded {
+            self.load_segment(which, &loaded);
         }
     }
 

@@ -202,6 +202,9 @@ impl<C: GuestCpu> Vcpu<C> {
                     Exception::InvalidOpcode => Raised::InvalidOpcode,
                     Exception::Stack => Raised::Stack,
                     Exception::GeneralProtection => Raised::GeneralProtection,
+                    Exception::Selector(selector) => Raised::Selector(selector),
+                    Exception::SegmentNotPresent(selector) => Raised::SegmentNotPresent(selector),
+                    Exception::StackSelector(selector) => Raised::StackSelector(selector),
                     Exception::PageFault { code, address } => Raised::PageFault { code, address },
                     Exception::AlignmentCheck => Raised::Again(Intercepted::AlignmentCheck),
                 });

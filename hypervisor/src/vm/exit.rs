@@ -51,6 +51,12 @@ pub enum Raised {
     Stack,
     /// #GP(0).
     GeneralProtection,
+    /// #GP with a selector.
+    Selector(u16),
+    /// #NP with a selector.
+    SegmentNotPresent(u16),
+    /// #SS with a selector.
+    StackSelector(u16),
     /// #PF.
     PageFault {
         /// The error code.

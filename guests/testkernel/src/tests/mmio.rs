@@ -22,6 +22,7 @@ pub(super) fn run() {
         arithmetic(base);
         strings(base, number);
         straddle(base);
+        control(base);
         faults(base, number);
         for _ in 0..ROUNDS {
             // SAFETY: the word is the device's.
@@ -159,6 +160,39 @@ fn straddle(base: u64) {
     check!(back == 0x1122_3344_5566_7788, "across pages: {back:#x}");
     check!(word(ram) == 0x2233_4455, "the second page: {:#x}", word(ram));
     check!(word(base + PAGE - 4) >> 8 == 0x0066_7788, "the first page: {:#x}", word(base + PAGE - 4));
+}
+
+/// A stack in device memory, a pointer to jump by, a segment register and the status word.
+fn control(base: u64) {
+    let (top, end): (u64, u64);
+    // SAFETY: the stack pointer is put back; handlers have stacks of their own.
+    unsafe {
+        asm!(
+            "mov {save}, rsp", "mov {top}, rbp", "lea rsp, [{b} + 0x800]",
+            "call 61f", "jmp 62f", "61:", "enter 0x20, 0", "leave", "ret", "62:",
+            "mov {end}, rsp", "mov rsp, {save}", "sub {top}, rbp",
+            save = out(reg) _, b = in(reg) base, top = out(reg) top, end = out(reg) end,
+        );
+    }
+    check!((top, end) == (0, base + 0x800), "a stack in device memory: {top:#x}, {end:#x}");
+    let (segment, jumped): (u32, u32);
+    // SAFETY: both segments are those that are in use.
+    unsafe {
+        asm!(
+            "lea {s:r}, [rip + 63f]", "mov [rdi], {s:r}", "mov word ptr [rdi + 8], cs", "xor {j:e}, {j:e}",
+            ".byte 0x48, 0xff, 0x2f", "jmp 64f", "63:", "inc {j:e}", "64:",
+            "mov word ptr [rdi + 16], 0x10", "mov ss, [rdi + 16]", "mov {s:e}, ss",
+            in("rdi") base, s = out(reg) segment, j = out(reg) jumped,
+        );
+    }
+    check!((jumped, segment) == (1, 0x10), "JMP and MOV SS from device memory: {jumped}, {segment:#x}");
+    let cr0: u64;
+    // SAFETY: it only reads, and writes the device's memory.
+    unsafe { asm!("mov {v}, cr0", "smsw word ptr [{b}]", v = out(reg) cr0, b = in(reg) base) };
+    check!(word(base) as u16 == cr0 as u16, "SMSW: {:#x}", word(base));
+    // SAFETY: the selector is beyond the table; the fault is expected.
+    unsafe { provoke!(["mov word ptr [{b}], 0x1ff8", "mov fs, [{b}]"] b = in(reg) base,) };
+    check!(traps::last().0 == 0x1ff8, "a selector from device memory: {:#x}", traps::last().0);
 }
 
 /// Exceptions that come up inside an emulated instruction.
