@@ -110,6 +110,16 @@ fn linux_boots_on_gibibyte_pages() {
     assert!(number(&report, "/mapped_bytes/1G") > 0, "no 1 GiB page: {report:#}");
 }
 
+/// The local APIC is handed over as firmware does it: a kernel that must do without it, or without x2APIC mode, can.
+#[test]
+fn linux_boots_without_its_apic_and_without_x2apic() {
+    for (word, vcpus) in [("nolapic", "1"), ("nox2apic", "2")] {
+        let (finished, report) = reported(word, &["--vcpus", vcpus, "--memory", "256M", "--append", word]);
+        finished.expect_status(0);
+        assert_eq!(report["verdict"], "pass", "{report:#}");
+    }
+}
+
 const STORM: [&str; 5] = ["zap-all", "slot-delete", "slot-move", "move-page", "take-page"];
 
 /// A storm of all kinds while the guest boots and checks itself: the guest does not notice, and all is accounted for.

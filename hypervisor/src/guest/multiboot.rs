@@ -94,6 +94,12 @@ pub enum MultibootError {
         /// Its physical address.
         address: u64,
     },
+    /// Two segments want the same memory. (Refused not for what would be there: a file of many segments that all mean the
+    /// whole of it would be copied for hours.)
+    Overlap {
+        /// The first byte that both want.
+        address: u64,
+    },
     /// There is nothing to load.
     Empty,
     /// The image wants memory that belongs to the loader or to firmware.
@@ -144,6 +150,7 @@ impl fmt::Display for MultibootError {
                 write!(f, "the image is ELF, but not an executable for x86 (type {kind}, machine {machine})")
             }
             Self::BrokenSegment { address } => write!(f, "the image's segment for {address:#x} is broken"),
+            Self::Overlap { address } => write!(f, "two of the image's segments want {address:#x}"),
             Self::Empty => write!(f, "the image has nothing to load"),
             Self::Reserved { address } => write!(f, "the image wants {address:#x}, which the loader needs"),
             Self::Entry { address } => write!(f, "the image's entry point {address:#x} is not in it"),
@@ -300,6 +307,11 @@ impl<'image> Image<'image> {
 
     /// Checks where everything goes, and says where the module does.
     fn check(&self, ram: &RamLayout, module: u64) -> Result<u64, MultibootError> {
+        let mut ranges: Vec<_> = self.pieces.iter().map(|piece| (piece.address, piece.end)).collect();
+        ranges.sort_unstable();
+        if let Some(pair) = ranges.windows(2).find(|pair| pair[0].1 > pair[1].0) {
+            return Err(MultibootError::Overlap { address: pair[1].0 });
+        }
         let mut top = HIGH_START;
         for piece in &self.pieces {
             for taken in [OURS, FIRMWARE] {
@@ -512,6 +524,23 @@ mod tests {
         assert_eq!(error(&changed(104, &(1u64 << 40).to_le_bytes())), huge);
         let low = changed(88, &0x6_8000u64.to_le_bytes());
         assert_eq!(error(&low), MultibootError::Reserved { address: 0x6_8000 });
+    }
+
+    #[test]
+    fn segments_must_not_want_the_same_memory() {
+        let with_second = |address: u64| {
+            let mut image = elf(true, b"code", 0x5000);
+            image[56] = 2;
+            let (first, second) = image[64..].split_at_mut(56);
+            second[..56].copy_from_slice(first);
+            second[24..32].copy_from_slice(&address.to_le_bytes());
+            load(&image, b"").1.map(|init| init.rip)
+        };
+        assert_eq!(with_second(LOAD + 0x5000), Ok(LOAD + 12));
+        assert_eq!(with_second(LOAD - 0x5000), Ok(LOAD + 12));
+        for (second, both) in [(LOAD + 0x4fff, LOAD + 0x4fff), (LOAD, LOAD), (LOAD - 0x4fff, LOAD)] {
+            assert_eq!(with_second(second), Err(MultibootError::Overlap { address: both }));
+        }
     }
 
     #[test]

@@ -96,11 +96,9 @@ impl<C: GuestCpu> Vcpu<C> {
     pub(super) fn new(number: usize, vm: &Arc<Shared>, mut cpu: C, policy: Policy) -> Option<Self> {
         let memory = vm.mmu.vcpu(VcpuId(number as u16))?;
         cpu.set_tsc_offset(policy.msrs.tsc_offset());
-        let mut lapic = Lapic::new(lapic_config(number, vm));
-        if vm.floating {
-            // As firmware leaves a machine without x2APIC interrupts.
-            lapic = lapic.in_xapic_mode();
-        }
+        // As firmware leaves it. A kernel goes on to x2APIC mode by itself; one that was told not to, or to do without its
+        // APIC at all, could not come back from there.
+        let mut lapic = Lapic::new(lapic_config(number, vm)).in_xapic_mode();
         lapic.publish(&vm.vcpus[number].lapic);
         Some(Self {
             number,

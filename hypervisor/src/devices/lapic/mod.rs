@@ -156,7 +156,7 @@ pub struct Lapic {
 }
 
 impl Lapic {
-    /// The APIC as firmware hands it over: in x2APIC mode and, on the bootstrap vCPU, enabled in virtual wire mode (LINT0
+    /// The APIC as firmware hands it over, but in x2APIC mode: on the bootstrap vCPU, enabled in virtual wire mode (LINT0
     /// takes the interrupt controllers' requests, LINT1 is NMI).
     pub fn new(config: LapicConfig) -> Self {
         let bsp = if config.bootstrap { APIC_BASE_BSP } else { 0 };

@@ -28,7 +28,7 @@ const DFR_FIXED: u32 = 0x0fff_ffff;
 const DIVIDE_VALID: u32 = 0x0b;
 
 impl Lapic {
-    /// Puts the APIC into xAPIC mode, in which firmware of machines without x2APIC leaves it.
+    /// Puts the APIC into xAPIC mode, in which firmware leaves it.
     #[must_use]
     pub fn in_xapic_mode(mut self) -> Self {
         self.base &= !APIC_BASE_X2APIC;
