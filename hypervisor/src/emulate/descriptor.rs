@@ -5,10 +5,11 @@
 //! level; gates and tasks are not looked for.
 
 use iced_x86::{Instruction, OpKind, Register};
+use nestling::Access;
 
 use super::execute::{Machine, segment_index};
 use super::operand::Space;
-use super::walk::Access;
+
 use super::{Bus, CodeSize, Cpu, EFER_LMA, Exception, RFLAGS_AC, SEGMENT_BIG, SEGMENT_LONG, Stop, segment};
 use crate::guest::entry::Segment;
 
@@ -78,7 +79,7 @@ impl<B: Bus> Machine<'_, '_, B> {
         let mut cpu: Cpu = *self.space.cpu;
         cpu.cpl = 0;
         cpu.registers.rflags &= !RFLAGS_AC;
-        work(&mut Space { cpu: &cpu, bus: self.space.bus })
+        work(&mut Space::new(&cpu, self.space.bus))
     }
 
     /// Reads 8 bytes of a table.
