@@ -413,7 +413,7 @@ impl Vm<'_> {
                 vm.wake_all();
                 if clock::us_from_tsc(instructions::rdtsc() - since) > LEAVE_LIMIT_US {
                     // Its memory can't be taken down under it: this is a defect of ours, and the end.
-                    panic!("a vCPU did not leave its guest within {} s", LEAVE_LIMIT_US / 1_000_000);
+                    panic!("vCPUs did not leave within {} s: {:?}", LEAVE_LIMIT_US / 1_000_000, vm.places());
                 }
             }
             let timer = &local::this().timer_fired;

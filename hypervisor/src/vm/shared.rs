@@ -427,6 +427,16 @@ impl Shared {
         embedder::kick_housekeeper();
     }
 
+    /// Where the vCPUs are.
+    pub fn places(&self) -> Vec<Place> {
+        let place = |reach: &Reach| match reach.place.load(Ordering::SeqCst) {
+            0 => Place::Host,
+            1 => Place::Guest,
+            _ => Place::Halted,
+        };
+        self.vcpus.iter().map(place).collect()
+    }
+
     /// Makes every vCPU look for work.
     pub fn wake_all(&self) {
         (0..self.vcpus.len()).for_each(|vcpu| self.wake(vcpu));
