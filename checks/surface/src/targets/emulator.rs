@@ -9,6 +9,7 @@ const RAM: usize = 1 << 20;
 const DEVICE: u64 = 0xfee0_0000;
 const CODE: u64 = 0x1000;
 const TABLES: u64 = 0x8_0000;
+const DESCRIPTORS: u64 = 0x9_0000;
 /// Steps for one input.
 const STEPS: usize = 24;
 /// Accesses of one step: a repeated string instruction stops after 1024 elements, each of which reads and writes in no more
@@ -37,6 +38,11 @@ impl Bus for Memory {
     fn read_ram(&mut self, gpa: u64, into: &mut [u8]) -> bool {
         self.count(gpa, into.len());
         self.slice(gpa, into.len()).map(|from| into.copy_from_slice(from)).is_some()
+    }
+
+    fn read_entry(&mut self, gpa: u64, bytes: usize) -> Option<u64> {
+        let mut entry = [0; 8];
+        self.read_ram(gpa, &mut entry[..bytes]).then(|| u64::from_le_bytes(entry))
     }
 
     fn read(&mut self, gpa: u64, bytes: usize) -> Result<u64, HostFailure> {
@@ -120,13 +126,16 @@ fn cpu(source: &mut Bytes<'_>) -> Cpu {
     general[1] %= 64;
     let rflags = 2 | source.below(1 << 19) & 0x4_0cd5;
     let mut cpu = Cpu {
-        registers: Registers { general, rip: CODE, rflags, vectors: [7; 16] },
+        registers: Registers { general, rip: CODE, rflags, vectors: [7; 16], loaded: None },
         cr0,
         cr3: TABLES,
         cr4: 0x220,
         efer,
         cpl: source.of(&[0, 3]),
         segments,
+        // Somewhere in RAM, with whatever the input leaves there.
+        gdtr: (DESCRIPTORS, 0x7f),
+        ldtr: Segment { selector: 0, attributes: 0x82, limit: 0xffff, base: DESCRIPTORS + 0x100 },
         physical_bits: 40,
         pkru: 0,
     };
@@ -155,6 +164,11 @@ pub fn emulator(bytes: &[u8]) {
     let mut memory = Memory { ram: vec![0; RAM], accesses: 0 };
     write_tables(&mut memory, &mut source);
     let mut cpu = cpu(&mut source);
+    for descriptor in 0..source.below(16) {
+        let value = source.next();
+        let at = (DESCRIPTORS + 8 * descriptor) as usize;
+        memory.ram[at..at + 8].copy_from_slice(&value.to_le_bytes());
+    }
     let code = &source.rest()[..source.rest().len().min(0x800)];
     memory.ram[CODE as usize..CODE as usize + code.len()].copy_from_slice(code);
     for _ in 0..STEPS {
@@ -198,6 +212,11 @@ pub(super) fn seeds() -> Vec<Vec<u8>> {
             let mut input = vec![0, mode];
             (0..16).for_each(|register| input.extend([register % 4, number as u8, 4]));
             input.extend([0, 0, 0, 0, 0]);
+            // Three descriptors: flat code, flat data, the same for users.
+            input.push(3);
+            [0x00cf_9b00_0000_ffff_u64, 0x00cf_9300_0000_ffff, 0x00cf_f300_0000_ffff]
+                .iter()
+                .for_each(|descriptor| input.extend(descriptor.to_le_bytes()));
             input.extend(code);
             all.push(input);
         }
