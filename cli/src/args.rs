@@ -2,6 +2,7 @@
 
 use std::{path::PathBuf, time::Duration};
 
+use crate::copy::link::Address;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use nestling_control::config::{HugePages, StormKind};
 
@@ -41,6 +42,8 @@ pub enum Command {
     Doctor,
     /// Write a running guest to a file, from which `run --restore` lets it go on; the guest itself goes on as well.
     Snapshot(SnapshotArgs),
+    /// Give a running guest to another machine, which waits for it with `run --incoming`.
+    Migrate(MigrateArgs),
 }
 
 /// Which of the running guests is meant.
@@ -52,6 +55,23 @@ pub struct Which {
     /// The socket of the command that runs it, wherever that is
     #[arg(long, value_name = "PATH")]
     pub socket: Option<PathBuf>,
+}
+
+/// What can be said about a migration.
+#[derive(Args, Clone, Debug)]
+pub struct MigrateArgs {
+    /// Where the other machine's command listens: HOST:PORT, or the path of a socket
+    #[arg(long, value_name = "ADDRESS", value_parser = Address::parse)]
+    pub to: Address,
+    /// Which guest.
+    #[command(flatten)]
+    pub which: Which,
+    /// How long the guest may stand still, in milliseconds; while it writes too much for that it is slowed down
+    #[arg(long, value_name = "MS", default_value_t = 300)]
+    pub downtime: u32,
+    /// After so many rounds it is stopped, however long that takes
+    #[arg(long, value_name = "N", default_value_t = 12, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    pub rounds: u32,
 }
 
 /// What can be said about a snapshot.
@@ -113,6 +133,9 @@ pub struct RunArgs {
     /// Instead of a kernel, go on with the guest in this snapshot; memory, vCPUs and all else are as they were
     #[arg(long, value_name = "FILE", conflicts_with_all = BOOT_OPTIONS)]
     pub restore: Option<PathBuf>,
+    /// Wait at this address (HOST:PORT, or the path of a socket) for a guest that another command gives away
+    #[arg(long, value_name = "ADDRESS", conflicts_with_all = BOOT_OPTIONS, conflicts_with = "restore", value_parser = Address::parse)]
+    pub incoming: Option<Address>,
     /// The name by which other commands find this guest [default: guest- and the process's number]
     #[arg(long, value_name = "NAME", value_parser = guest_name)]
     pub name: Option<String>,

@@ -10,9 +10,9 @@ use std::{
 
 use clap::Parser;
 use nestling_cli::{
-    args::{Cli, Command, FuzzArgs, RunArgs, SnapshotArgs},
+    args::{Cli, Command, FuzzArgs, MigrateArgs, RunArgs, SnapshotArgs},
     bench,
-    copy::{door::Request, knock},
+    copy::{door::Request, knock, link::Address},
     doctor,
     error::Error,
     fuzz,
@@ -37,8 +37,23 @@ fn main() -> ExitCode {
         Some(Command::Fuzz(args)) => fuzz_guests(&args),
         Some(Command::Bench(args)) => ended(bench::run(&args, Progress::for_stderr())),
         Some(Command::Snapshot(args)) => snapshot(&args),
+        Some(Command::Migrate(args)) => migrate(&args),
         None => run_guest(&cli.run),
     }
+}
+
+fn migrate(args: &MigrateArgs) -> ExitCode {
+    let progress = Progress::for_stderr();
+    let to = match &args.to {
+        // The command that runs the guest has a directory of its own.
+        Address::Unix(path) => path::absolute(path).map(|path| path.display().to_string()),
+        Address::Tcp(address) => Ok(address.clone()),
+    };
+    let asked = to.map_err(Error::io("find the current directory")).and_then(|to| {
+        let request = Request::Migrate { to, downtime_ms: args.downtime, rounds: args.rounds };
+        knock::ask(&args.which, &request, progress, "giving the guest away")
+    });
+    done(asked, progress)
 }
 
 fn snapshot(args: &SnapshotArgs) -> ExitCode {

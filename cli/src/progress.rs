@@ -66,6 +66,15 @@ impl Step {
         }
     }
 
+    /// A line that stays.
+    pub fn line(&self, text: &str) {
+        let text: String = text.chars().filter(|character| !character.is_control()).collect();
+        match &self.bar {
+            Some(bar) => bar.println(format!("nestling: {text}")),
+            None => eprintln!("nestling: {text}"),
+        }
+    }
+
     /// Ends the step with a line that says how long it took.
     pub fn done(self) {
         let seconds = self.start.elapsed().as_secs_f64();

@@ -5,19 +5,23 @@ use std::{
     io::{BufReader, Write},
     path::{Path, PathBuf},
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc, Mutex,
         atomic::{AtomicBool, Ordering},
+        mpsc::{self, Receiver},
     },
     thread,
-    time::{Instant, SystemTime, UNIX_EPOCH},
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
 use nestling_control::{death, message::GuestExit};
 
 use crate::{
     args::{Mode, RunArgs},
+    artifacts,
     copy::{
         door::{self, Door, House},
+        link::Address,
+        migrate::{self, Arrival},
         sink::{Sink, SinkError},
         source::Source,
         stream::{Header, Reader},
@@ -37,6 +41,9 @@ use crate::{
 /// Console lines that are shown after an end that needs explaining.
 const EXPLAINING_LINES: usize = 25;
 
+/// How long whoever brings a guest in may need to notice that its machine has ended.
+const SETTLES_WITHIN: Duration = Duration::from_secs(1);
+
 /// Everything a machine needs, on this disk and in memory.
 #[derive(Debug)]
 pub struct Prepared {
@@ -47,8 +54,8 @@ pub struct Prepared {
     progress: Progress,
     trace: Option<Trace>,
     name: Option<String>,
-    /// The guest, if it does not boot, and where it comes from.
-    copy: Option<(Reader<BufReader<File>>, PathBuf)>,
+    /// The guest, if it does not boot.
+    copy: Option<Coming>,
 }
 
 /// Checks the options, then installs, fetches and builds what is needed and not there.
@@ -60,9 +67,30 @@ pub fn prepare(args: &RunArgs, seat: Seat, progress: Progress) -> Result<Prepare
     let (plan, copy) = match &args.restore {
         Some(path) => {
             let (reader, header) = door::open_copy(path)?;
-            (Plan::resumed(args, &header)?, Some((reader, path.clone())))
+            (Plan::resumed(args, &header)?, Some(Coming::File(reader, path.clone())))
         }
-        None => (Plan::new(args, seat)?, None),
+        None => match &args.incoming {
+            Some(address) => {
+                // A guest that is to come does not wait for what can be had before.
+                setup::qemu(progress)?;
+                let hypervisor = match &args.guest.hypervisor {
+                    Some(path) => path.clone(),
+                    None => artifacts::hypervisor(progress)?,
+                };
+                let arrival = wait(address, progress)?;
+                match Plan::resumed(args, &arrival.header) {
+                    Ok(mut plan) => {
+                        plan.guest.hypervisor = Some(hypervisor);
+                        (plan, Some(Coming::Guest(Box::new(arrival), address.clone())))
+                    }
+                    Err(cause) => {
+                        arrival.refuse(cause.to_string());
+                        return Err(cause);
+                    }
+                }
+            }
+            None => (Plan::new(args, seat)?, None),
+        },
     };
     if let Some(path) = &args.report {
         // Better now than after the run; a report of an earlier run must not be taken for this one's.
@@ -81,31 +109,72 @@ impl Drop for Alive {
     }
 }
 
+/// Waits for a guest.
+fn wait(address: &Address, progress: Progress) -> Result<Arrival, Error> {
+    let listener = address.listen().map_err(Error::io(format!("listen at {address}")))?;
+    progress.note(&format!("waiting for a guest at {address}"));
+    migrate::wait(listener).map_err(Error::io(format!("wait at {address}")))
+}
+
+/// A guest that does not boot.
+#[derive(Debug)]
+enum Coming {
+    /// Out of a snapshot.
+    File(Reader<BufReader<File>>, PathBuf),
+    /// From another machine, by way of this address.
+    Guest(Box<Arrival>, Address),
+}
+
 /// A guest that comes in beside the session that watches its machine.
 struct Incoming {
     sink: Sink,
-    reader: Reader<BufReader<File>>,
+    coming: Coming,
 }
 
 /// Why it did not.
-type Failure = Arc<Mutex<Option<SinkError>>>;
+struct Failure {
+    option: &'static str,
+    path: PathBuf,
+    cause: Receiver<SinkError>,
+}
+
+impl Failure {
+    /// What is to be said of it. When the machine has ended: whoever brings the guest in notices that soon.
+    fn into_error(self) -> Option<Error> {
+        match self.cause.recv_timeout(SETTLES_WITHIN) {
+            // The session knows why.
+            Ok(SinkError::Ended) | Err(_) => None,
+            Ok(cause) => Some(Error::Copy { option: self.option, path: self.path, cause: cause.to_string() }),
+        }
+    }
+}
 
 impl Incoming {
     /// Before the machine starts.
-    fn new(window: &Arc<Window>, alive: &Alive, reader: Reader<BufReader<File>>) -> Self {
-        Self { sink: Sink::new(Arc::clone(window), Arc::clone(&alive.0)), reader }
+    fn new(window: &Arc<Window>, alive: &Alive, coming: Coming) -> Self {
+        Self { sink: Sink::new(Arc::clone(window), Arc::clone(&alive.0)), coming }
     }
 
     /// When it has started.
-    fn start(mut self) -> Failure {
-        let failure = Failure::default();
-        let result = Arc::clone(&failure);
+    fn start(self) -> Failure {
+        let Self { mut sink, coming } = self;
+        // Dropped without a word when it has come in.
+        let (tell, cause) = mpsc::channel();
+        let (option, path) = match &coming {
+            Coming::File(_, path) => ("--restore", path.clone()),
+            Coming::Guest(_, address) => ("--incoming", address.to_string().into()),
+        };
         thread::spawn(move || {
-            if let Err(cause) = self.sink.fill(&mut self.reader).and_then(|()| self.sink.run()) {
-                *result.lock().unwrap_or_else(PoisonError::into_inner) = Some(cause);
+            let result = match coming {
+                Coming::File(mut reader, _) => sink.fill(&mut reader).and_then(|()| sink.run()),
+                Coming::Guest(arrival, _) => arrival.take(&mut sink),
+            };
+            if let Err(cause) = result {
+                // Nobody may be listening any more.
+                let _ = tell.send(cause);
             }
         });
-        failure
+        Failure { option, path, cause }
     }
 }
 
@@ -144,7 +213,7 @@ impl Prepared {
         let window = Arc::new(Window::new().map_err(Error::io("make memory to share with the hypervisor"))?);
         let alive = Alive(Arc::new(AtomicBool::new(true)));
         let _door = self.open_door(&window, &alive, queue.remote())?;
-        let incoming = self.copy.take().map(|(reader, path)| (Incoming::new(&window, &alive, reader), path));
+        let incoming = self.copy.take().map(|coming| Incoming::new(&window, &alive, coming));
         let start = Instant::now();
         let machine = Machine::start(
             &qemu::Start {
@@ -165,16 +234,16 @@ impl Prepared {
                 }
             },
         )?;
-        let incoming = incoming.map(|(incoming, path)| (incoming.start(), path));
+        let incoming = incoming.map(Incoming::start);
         let mut output = console(queue.remote())?;
         let record = session::watch(machine, start, &self.plan, queue, &mut *output)?;
         // A terminal is put back before anything is said on it.
         drop(output);
         drop(alive);
-        if let Some((failure, path)) = incoming
-            && let Some(cause) = failure.lock().unwrap_or_else(PoisonError::into_inner).take()
+        if let Some(failure) = incoming
+            && let Some(error) = failure.into_error()
         {
-            return Err(Error::Copy { option: "--restore", path, cause: cause.to_string() });
+            return Err(error);
         }
 
         let outcome = Outcome { mode: self.plan.guest.mode, acceleration: self.plan.acceleration, record };

@@ -20,10 +20,15 @@ use std::{
     time::{Duration, Instant},
 };
 
-use nestling_control::message::ToHypervisor;
+use nestling_control::{
+    message::{MigrateLimits, ToHypervisor},
+    window::Round,
+};
 use serde::{Deserialize, Serialize};
 
 use super::{
+    link::Address,
+    migrate::{self, Moved, News},
     pages::Tally,
     source::{Source, SourceError, Taken},
     stream::{Header, Record, Writer},
@@ -45,6 +50,15 @@ pub enum Request {
         /// The file.
         file: PathBuf,
     },
+    /// To give the guest to whoever listens at that address.
+    Migrate {
+        /// The address (an absolute path, if it is one).
+        to: String,
+        /// How long the guest may stand still, in milliseconds, if that can be kept.
+        downtime_ms: u32,
+        /// After so many rounds it is stopped whatever it still writes.
+        rounds: u32,
+    },
 }
 
 /// What is answered.
@@ -53,6 +67,8 @@ pub enum Request {
 pub enum Reply {
     /// How far it is.
     Progress(String),
+    /// Something worth a line.
+    Line(String),
     /// It was done. The last reply.
     Done(String),
     /// It was not. The last reply.
@@ -156,11 +172,14 @@ impl Visitor {
         let _ = self.stream.write_all(&line);
     }
 
-    fn tell(&mut self, text: impl FnOnce() -> String) {
-        if self.told.elapsed() >= TELL {
+    /// Tells how far it is, not too often; says whether it did.
+    fn tell(&mut self, text: impl FnOnce() -> String) -> bool {
+        let due = self.told.elapsed() >= TELL;
+        if due {
             self.told = Instant::now();
             self.reply(&Reply::Progress(text()));
         }
+        due
     }
 
     /// It says nothing after its request: whatever can be read is its end.
@@ -192,6 +211,13 @@ fn serve(stream: UnixStream, house: &House) {
             Ok(taken) => Reply::Done(summary(&taken)),
             Err(cause) => Reply::Failed(cause.to_string()),
         },
+        Request::Migrate { to, downtime_ms, rounds } => {
+            let limits = MigrateLimits { downtime_ms, rounds };
+            match migrate(house, &to, limits, &mut visitor) {
+                Ok(moved) => Reply::Done(moved),
+                Err(cause) => Reply::Failed(cause),
+            }
+        }
     };
     drop(alone);
     visitor.reply(&reply);
@@ -205,13 +231,70 @@ fn snapshot(house: &House, file: &Path, visitor: &mut Visitor) -> Result<Taken, 
     to.write(&Record::Header(house.header.clone()))?;
     let mut session = house.source.begin(ToHypervisor::Snapshot);
     let taken = session.copy(&mut to, &mut |_, tally| {
-        visitor.tell(|| format!("{} read", Mebibytes(tally.pages << 12)));
+        let _ = visitor.tell(|| format!("{} read", Mebibytes(tally.pages << 12)));
         visitor.is_there()
     })?;
     drop(to);
     partial.as_file().sync_all()?;
     partial.persist(file).map_err(|cause| cause.error)?;
     Ok(taken)
+}
+
+/// Gives the guest away, and tells how that goes.
+fn migrate(house: &House, to: &str, limits: MigrateLimits, visitor: &mut Visitor) -> Result<String, String> {
+    let to = Address::parse(to)?;
+    let began = Instant::now();
+    let mut last = (began, 0);
+    let moved = migrate::give(&house.source, &house.header, &to, limits, &mut |news| {
+        match news {
+            News::Sending(tally) => {
+                let rate = (tally.pages - last.1) as f64 / 256.0 / last.0.elapsed().as_secs_f64().max(0.001);
+                if visitor.tell(|| format!("{} sent, {rate:.0} MiB/s", Mebibytes(tally.pages << 12))) {
+                    last = (Instant::now(), tally.pages);
+                }
+            }
+            News::Round(round) => visitor.reply(&Reply::Line(words(round))),
+            News::InDoubt => {
+                let _ = visitor
+                    .tell(|| "the target is lost; asking whether it runs the guest, which stands still here".into());
+            }
+        }
+        visitor.is_there()
+    })
+    .map_err(|cause| format!("{cause}; the guest goes on here"))?;
+    let Moved { taken: Taken { copied, tally, bytes }, downtime, total } = moved;
+    Ok(format!(
+        "the guest goes on at {to}: {:.2} s, of which it stood still {:.3} s; {} pages in {} rounds, {} over the link ({} \
+         pages hold zeros, {} what others hold); longest stall of a vCPU before that {:.3} s",
+        total.as_secs_f64(),
+        downtime.as_secs_f64(),
+        tally.pages,
+        copied.rounds,
+        Mebibytes(bytes),
+        tally.zeros,
+        tally.same,
+        copied.longest_stall_ns as f64 / 1e9,
+    ))
+}
+
+/// A round, for people.
+fn words(round: &Round) -> String {
+    let seconds = (round.ns as f64 / 1e9).max(1e-9);
+    format!(
+        "round {}: {} pages in {seconds:.2} s ({:.0} MiB/s), {} written meanwhile ({:.0} MiB/s); stopping now would take \
+         {:.3} s{}",
+        round.number,
+        round.pages,
+        round.pages as f64 / 256.0 / seconds,
+        round.dirty,
+        round.dirty as f64 / 256.0 / seconds,
+        round.downtime_ns as f64 / 1e9,
+        if round.throttle > 0 {
+            format!("; the guest is kept from running {} %", round.throttle)
+        } else {
+            String::new()
+        },
+    )
 }
 
 /// What a snapshot was like.

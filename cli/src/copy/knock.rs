@@ -58,6 +58,7 @@ pub fn ask(which: &Which, request: &Request, progress: Progress, doing: &str) ->
         let line = line.map_err(Error::io(format!("hear from {}", path.display())))?;
         match serde_json::from_str(&line) {
             Ok(Reply::Progress(text)) => step.detail(&text),
+            Ok(Reply::Line(text)) => step.line(&text),
             Ok(Reply::Done(text)) => return Ok(text),
             Ok(Reply::Failed(why)) => return Err(Error::Refused(why)),
             Err(_) => return Err(Error::Refused("the command that runs the guest speaks another language".into())),

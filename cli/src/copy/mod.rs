@@ -8,10 +8,14 @@
 //!
 //! - [`source`] takes one copy from a running machine;
 //! - [`sink`] brings one into a machine that waits for it;
+//! - [`migrate`] is what two commands say to each other around that, over a [`link`], until exactly one of the two machines
+//!   runs the guest;
 //! - [`door`] is where a running command hears what it is asked for, and [`knock`] the other side of it.
 
 pub mod door;
 pub mod knock;
+pub mod link;
+pub mod migrate;
 pub mod pages;
 pub mod sink;
 pub mod source;

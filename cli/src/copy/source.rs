@@ -94,6 +94,12 @@ pub struct Session<'a> {
 }
 
 impl Source {
+    /// Whether the machine runs.
+    #[must_use]
+    pub fn is_alive(&self) -> bool {
+        self.alive.load(Ordering::SeqCst)
+    }
+
     /// Asks for a copy. The machine's owner sees to it that there is one at a time.
     pub fn begin(&self, request: ToHypervisor) -> Session<'_> {
         window::open(&*self.window);

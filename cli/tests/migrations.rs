@@ -1,0 +1,287 @@
+//! Migrations of a running guest, and links and targets that fail in the middle of one.
+//!
+//! A guest of several CPUs keeps writing patterns over most of its memory and checking them, its clock, and its files. It is
+//! given from command to command. What fails is cut at random moments: the connection, by a relay that stands in between,
+//! or the target, which is killed. The guest must find itself right at the end, on whichever machine it is.
+//!
+//! By default once there, and a cut. With numbers of one's own, which take a while:
+//!
+//! ```text
+//! NESTLING_MIGRATIONS=20 NESTLING_FAILURES=20 cargo test --release -p nestling-cli --test migrations -- --nocapture
+//! ```
+
+#[path = "common/machine.rs"]
+mod machine;
+
+use std::{
+    env, fs, io,
+    io::{BufRead, BufReader},
+    net::Shutdown,
+    os::unix::net::{UnixListener, UnixStream},
+    path::PathBuf,
+    process::{Child, ChildStdout, Command, Output, Stdio},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, AtomicUsize, Ordering},
+    },
+    thread,
+    time::{Duration, Instant},
+};
+
+use machine::one_machine_at_a_time;
+use rustix::process::{Pid, Signal, kill_process};
+
+/// Seconds for one machine's part.
+const LIMIT: &str = "3000";
+
+/// The command.
+fn nestling() -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_nestling"));
+    command.stdin(Stdio::null());
+    command
+}
+
+fn asked(name: &str, default: usize) -> usize {
+    env::var(name).map_or(default, |number| number.parse().unwrap_or_else(|_| panic!("{name}={number}: no number")))
+}
+
+/// A command that runs a guest, or waits for one.
+struct Running {
+    name: String,
+    address: PathBuf,
+    child: Child,
+    /// What its console has shown.
+    seen: Arc<Mutex<String>>,
+}
+
+fn collect(console: ChildStdout, seen: &Arc<Mutex<String>>) {
+    let seen = Arc::clone(seen);
+    thread::spawn(move || {
+        for line in BufReader::new(console).lines().map_while(Result::ok) {
+            let mut seen = seen.lock().unwrap_or_else(PoisonError::into_inner);
+            *seen += &line;
+            *seen += "\n";
+        }
+    });
+}
+
+impl Running {
+    fn start(number: usize, arguments: &[&str]) -> Self {
+        let name = format!("migration-test-{}-{number}", std::process::id());
+        let address = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join(format!("{name}.socket"));
+        let mut command = nestling();
+        command.args(["run", "--timeout", LIMIT, "--name", &name]).args(arguments);
+        if arguments.is_empty() {
+            command.arg("--incoming").arg(&address);
+        }
+        let mut child = command.stdout(Stdio::piped()).spawn().expect("the command can be started");
+        let seen = Arc::default();
+        collect(child.stdout.take().expect("a pipe"), &seen);
+        Self { name, address, child, seen }
+    }
+
+    fn target(number: usize) -> Self {
+        let target = Self::start(number, &[]);
+        until("a target listens", || target.address.exists());
+        target
+    }
+
+    fn count(&self, wanted: &str) -> usize {
+        let seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
+        assert!(!seen.contains("FAIL"), "{seen}");
+        seen.matches(wanted).count()
+    }
+
+    /// The guest goes on: its console shows that it has checked all its memory once more.
+    #[track_caller]
+    fn goes_on(&self) {
+        let before = self.count("memory: round");
+        until("the guest goes on", || self.count("memory: round") > before + 3);
+    }
+
+    /// Asks for a migration to an address.
+    fn migrate(&self, to: &PathBuf) -> Child {
+        let mut command = nestling();
+        command.args(["migrate", "--name", &self.name, "--to"]).arg(to).args(["--rounds", "5"]);
+        command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().expect("the command can be started")
+    }
+
+    #[track_caller]
+    fn ends_with(mut self, status: i32) {
+        let ended = self.child.wait().expect("ends");
+        let seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
+        assert_eq!(ended.code(), Some(status), "{seen}");
+    }
+
+    fn kill(mut self) {
+        self.child.kill().expect("killed");
+        self.child.wait().expect("ends");
+        // Nobody is left to take it away.
+        let _ = fs::remove_file(&self.address);
+    }
+}
+
+#[track_caller]
+fn until(what: &str, done: impl Fn() -> bool) {
+    let began = Instant::now();
+    while !done() {
+        assert!(began.elapsed() < Duration::from_secs(600), "waited in vain: {what}");
+        thread::sleep(Duration::from_millis(20));
+    }
+}
+
+fn end(child: Child) -> (Option<i32>, String) {
+    let Output { status, stderr, .. } = child.wait_with_output().expect("ends");
+    (status.code(), String::from_utf8_lossy(&stderr).into_owned())
+}
+
+/// Stands between a source and a target, and can be cut.
+struct Relay {
+    address: PathBuf,
+    cut: Arc<AtomicBool>,
+    /// Bytes that went to the target.
+    passed: Arc<AtomicUsize>,
+}
+
+impl Relay {
+    fn start(to: PathBuf) -> Self {
+        let address = to.with_extension("relay");
+        let _ = fs::remove_file(&address);
+        let listener = UnixListener::bind(&address).expect("bound");
+        let (cut, passed) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicUsize::new(0)));
+        let relay = Self { address, cut: Arc::clone(&cut), passed: Arc::clone(&passed) };
+        thread::spawn(move || {
+            // What comes after the cut gets through again: the link was lost, not the target.
+            for source in listener.incoming().map_while(Result::ok) {
+                let Ok(target) = UnixStream::connect(&to) else { continue };
+                let share = |stream: &UnixStream| stream.try_clone().expect("shared");
+                let first = !cut.load(Ordering::SeqCst);
+                let flag = Arc::new(AtomicBool::new(false));
+                for (from, into, counted) in [(&source, &target, true), (&target, &source, false)] {
+                    let (from, into) = (share(from), share(into));
+                    let (cut, passed) = if first { (&cut, &passed) } else { (&flag, &passed) };
+                    let (cut, passed) = (Arc::clone(cut), Arc::clone(passed));
+                    thread::spawn(move || pass_on(from, into, &cut, counted.then_some(&*passed)));
+                }
+            }
+        });
+        relay
+    }
+}
+
+fn pass_on(mut from: UnixStream, mut into: UnixStream, cut: &AtomicBool, count: Option<&AtomicUsize>) {
+    use io::{Read, Write};
+    let mut bytes = vec![0; 64 << 10];
+    let _ = from.set_read_timeout(Some(Duration::from_millis(5)));
+    loop {
+        if cut.load(Ordering::SeqCst) {
+            break;
+        }
+        match from.read(&mut bytes) {
+            Ok(0) => break,
+            Ok(length) => {
+                if into.write_all(&bytes[..length]).is_err() {
+                    break;
+                }
+                count.map(|count| count.fetch_add(length, Ordering::SeqCst));
+            }
+            Err(cause) if matches!(cause.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut) => {}
+            Err(_) => break,
+        }
+    }
+    let _ = from.shutdown(Shutdown::Both);
+    let _ = into.shutdown(Shutdown::Both);
+}
+
+/// Random enough, and different each time.
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, end: usize) -> usize {
+        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        ((self.0 >> 33) as usize) % end.max(1)
+    }
+}
+
+#[test]
+fn a_guest_goes_from_machine_to_machine_and_survives_what_fails_on_the_way() {
+    let _machine = one_machine_at_a_time();
+    let (migrations, failures) = (asked("NESTLING_MIGRATIONS", 1), asked("NESTLING_FAILURES", 1));
+    let large = migrations + failures > 2;
+    let (vcpus, memory) = if large { ("4", "512M") } else { ("2", "128M") };
+    let guest = ["--vcpus", vcpus, "--memory", memory, "--append", "nestling.seconds=1000000"];
+    let mut here = Running::start(0, &guest);
+    until("the guest checks its memory", || here.count("memory: round") > 0);
+    let seed = std::process::id() as u64;
+    println!("seed {seed}");
+    let (mut random, mut number) = (Random(seed), 0);
+    // How much a whole migration sends, and how long it takes.
+    let (mut bytes, mut took) = (60 << 20, Duration::from_secs(4));
+    let (mut moved, mut failed) = (0, 0);
+    while moved < migrations || failed < failures {
+        let fail = failed < failures && (moved >= migrations || moved * failures > failed * migrations);
+        number += 1;
+        let target = Running::target(number);
+        if !fail {
+            let relay = Relay::start(target.address.clone());
+            let began = Instant::now();
+            let (status, said) = end(here.migrate(&relay.address));
+            assert_eq!(status, Some(0), "{said}");
+            (bytes, took) = (relay.passed.load(Ordering::SeqCst), began.elapsed());
+            println!("migration {moved}: {}", said.trim());
+            assert!(said.contains("round 1: ") && said.contains("it stood still"), "{said}");
+            here.ends_with(0);
+            here = target;
+            moved += 1;
+        } else if random.below(2) == 0 {
+            let relay = Relay::start(target.address.clone());
+            let at = random.below(bytes + bytes / 20);
+            let mut asking = here.migrate(&relay.address);
+            while relay.passed.load(Ordering::SeqCst) < at && asking.try_wait().expect("asked").is_none() {
+                thread::sleep(Duration::from_millis(1));
+            }
+            relay.cut.store(true, Ordering::SeqCst);
+            let (status, said) = end(asking);
+            println!("link cut after {at} bytes: {status:?}: {}", said.trim().lines().last().unwrap_or_default());
+            if status == Some(0) {
+                // It was over already, or the target had it when the link failed.
+                here.ends_with(0);
+                here = target;
+                moved += 1;
+            } else {
+                assert!(said.contains("goes on here"), "{said}");
+                target.kill();
+                failed += 1;
+            }
+        } else {
+            // Not in the last moments, when the target may have the guest already, and it would be killed with it.
+            let at = took * random.below(700) as u32 / 1000;
+            let asking = here.migrate(&target.address);
+            thread::sleep(at);
+            target.kill();
+            let (status, said) = end(asking);
+            println!("target killed after {at:?}: {status:?}: {}", said.trim().lines().last().unwrap_or_default());
+            assert!(status != Some(0) && said.contains("goes on here"), "{said}");
+            failed += 1;
+        }
+        here.goes_on();
+    }
+    // All its checks once more, from the first to the last.
+    let good = here.count(" times good");
+    until("the guest finds itself right", || here.count(" times good") > good + 1);
+    kill_process(Pid::from_child(&here.child), Signal::TERM).expect("it runs");
+    here.ends_with(128 + 15);
+}
+
+#[test]
+fn nobody_at_the_address_is_said_at_once() {
+    let output = nestling()
+        .args(["migrate", "--name", "nobody-has-this-name", "--to", "127.0.0.1:1"])
+        .output()
+        .expect("started");
+    assert_eq!(output.status.code(), Some(2), "{output:?}");
+    for bad in ["nonsense", "host:99999"] {
+        let output = nestling().args(["migrate", "--to", bad]).output().expect("started");
+        assert_eq!(output.status.code(), Some(2), "{output:?}");
+    }
+}
