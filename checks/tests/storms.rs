@@ -50,6 +50,17 @@ fn npt_roles_and_zap_all_at_slot_changes() {
     storms::<Npt>("npt roles", Plan { roles: true, slot_zap: SlotZap::Everything, ..Plan::new(401, OPERATIONS) });
 }
 
+#[test]
+fn npt_dirty_logs() {
+    let plan = Plan { logs: true, roles: true, workers: 3, largest: Level::M2, ..Plan::new(601, OPERATIONS) };
+    storms::<Npt>("npt logs", plan);
+}
+
+#[test]
+fn ept_dirty_logs_of_one_role() {
+    storms::<Ept>("ept logs", Plan { logs: true, ..Plan::new(701, OPERATIONS) });
+}
+
 /// Zaps of the same few ranges by several workers: who finds an entry gone must not conclude that no TLB has it.
 #[test]
 fn ept_zaps_that_meet() {

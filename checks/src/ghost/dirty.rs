@@ -6,7 +6,8 @@
 //! - A page is in an answer only if somebody tried to write it since it was in the last one: in the block of 4 KiB where
 //!   pages are logged, in the leaf that maps it where leaves are. What is dirty from the start counts as tried.
 //!
-//! The second is judged where operations do not overlap; in a storm the answer may repeat what an earlier one had.
+//! The second is judged where operations do not overlap. In a storm an answer may repeat what an earlier one had, and a
+//! zap that was begun before the log may tell it of older writes.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -30,15 +31,8 @@ pub(super) struct Book {
 pub enum Judge {
     /// Nothing else went on: what is told is exactly what was written, and forgotten after it.
     Exactly,
-    /// Guests wrote and others worked meanwhile.
+    /// Guests wrote and others worked meanwhile: what was written before must be told, and more may be.
     Beside,
-}
-
-impl Book {
-    /// Whether pages are told of that were not tried, in a block of the largest leaf that stands for them.
-    fn may_tell(&self, page: u64) -> bool {
-        self.tried.contains(&page)
-    }
 }
 
 impl Ghost {
@@ -133,11 +127,12 @@ impl Ghost {
             .collect();
         let told: Vec<_> = pages.clone().filter(|page| is_told(*page)).collect();
         let beyond = told.iter().any(|page| *page >= book.pages);
-        let untried: Vec<_> = told.iter().filter(|page| !book.may_tell(**page)).copied().collect();
+        let exactly = judge == Judge::Exactly;
+        let untried: Vec<_> = told.iter().filter(|page| exactly && !book.tried.contains(page)).copied().collect();
         if taken {
             for page in &told {
                 book.written.remove(page);
-                if judge == Judge::Exactly {
+                if exactly {
                     book.tried.remove(page);
                 }
             }

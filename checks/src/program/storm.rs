@@ -12,12 +12,13 @@ use std::sync::RwLock;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 
 use nestling::{
-    Access, AdBits, AddressSpace, Config, Counters, Gfn, GfnRange, Level, Mmu, Role, SlotConfig, SlotFlags, SlotId,
-    SlotZap, VcpuId, Worker,
+    Access, AdBits, AddressSpace, Config, Counters, Gfn, GfnRange, Granularity, Level, LogConfig, LogStart, Mmu, Role,
+    SlotConfig, SlotFlags, SlotId, SlotZap, Split, Tracking, VcpuId, Worker,
 };
 
 use super::single::finish;
 use crate::ghost::Violation;
+use crate::ghost::dirty::Judge;
 use crate::ghost::object::Shape;
 use crate::machine::cpu::Cpu;
 use crate::machine::fence::Fences;
@@ -57,6 +58,8 @@ pub struct Plan {
     pub only_zaps: bool,
     /// Whether vCPUs turn to another role now and then.
     pub roles: bool,
+    /// Whether the first worker starts, takes and stops dirty logs.
+    pub logs: bool,
     /// The pair of fences.
     pub fences: Fences,
     /// How the vCPUs behave.
@@ -78,6 +81,7 @@ impl Plan {
             slot_zap: SlotZap::Slot,
             only_zaps: false,
             roles: false,
+            logs: false,
             fences: Fences::Full,
             manners: Manners::Right,
             care: Care::Right,
@@ -133,6 +137,8 @@ struct World<'a, F: Cpu> {
     only_zaps: bool,
     /// Whether vCPUs turn to other roles.
     roles: bool,
+    /// Whether the first worker is busy with dirty logs.
+    logs: bool,
     /// Operations that were begun.
     operations: AtomicU64,
     /// Workers that are not done.
@@ -209,6 +215,7 @@ impl<F: Cpu> World<'_, F> {
                     let pages = [1, 4, 512, 1024][rng.below(4) as usize];
                     self.zap(worker, GfnRange { start: block, end: Gfn(block.0 + pages) });
                 }
+                (true, 0..=6) if self.logs && !rng.once_in(8) => self.log(worker, &mut rng),
                 (true, 0..=2) => {
                     let id = rng.below(SLOTS);
                     self.replace_slot(worker, &mut rng, id);
@@ -280,6 +287,52 @@ impl<F: Cpu> World<'_, F> {
         self.mmu.host().ghost().changing_flags(id, flags);
         let done = worker.set_slot_flags(id, flags).is_ok();
         self.mmu.host().ghost().changed_flags(id, flags, done);
+    }
+
+    /// Something about the dirty log of a slot; one worker does all of these, so that the ghost learns their order.
+    fn log(&self, worker: &mut Worker<Machine<F>>, rng: &mut Rng) {
+        let (id, machine) = (SlotId(rng.below(SLOTS) as u32), self.mmu.host());
+        let log = machine.ghost().log(id);
+        match (log, rng.below(12)) {
+            (None, _) => {
+                let pick = |rng: &mut Rng| rng.once_in(2);
+                let config = LogConfig {
+                    tracking: if pick(rng) { Tracking::DirtyBit } else { Tracking::WriteProtect },
+                    granularity: if rng.once_in(4) { Granularity::Leaf } else { Granularity::Page },
+                    start: if pick(rng) { LogStart::AllDirty } else { LogStart::Clean },
+                    split: if pick(rng) { Split::Eager } else { Split::OnDemand },
+                };
+                machine.ghost().log_starting(id, config);
+                match worker.start_log(id, config) {
+                    Ok(()) => machine.ghost().log_started(id),
+                    Err(_) => machine.ghost().log_stopped(id),
+                }
+            }
+            (Some(_), 0) => {
+                machine.ghost().log_stopped(id);
+                let stopped = worker.stop_log(id);
+                debug_assert_eq!(stopped, Ok(()), "one worker starts and stops logs");
+            }
+            (Some((_, words)), 1) => {
+                let bits: Vec<_> = (0..words).map(|_| rng.next() & rng.next() & rng.next()).collect();
+                machine.ghost().merging(id, 0, &bits);
+                let _ = worker.merge_dirty(id, 0, &bits);
+            }
+            (Some((_, words)), kind) => {
+                let mut bits = vec![0; words];
+                let asked = machine.ghost().tick();
+                let got =
+                    if kind < 4 { worker.get_dirty(id, 0, &mut bits) } else { worker.harvest_dirty(id, 0, &mut bits) };
+                if got.is_err() {
+                    return machine.ghost().violation(None, format!("a log of {words} words answers {got:?}"));
+                }
+                machine.ghost().told(id, 0, &bits, asked, kind >= 4, Judge::Beside);
+                if kind < 4 {
+                    let _ = worker.clear_dirty(id, 0, &bits);
+                    machine.ghost().cleared(id, 0, &bits);
+                }
+            }
+        }
     }
 
     fn zap(&self, worker: &mut Worker<Machine<F>>, range: GfnRange) {
@@ -356,6 +409,7 @@ pub fn run<F: Cpu>(plan: Plan) -> Report {
         limit: plan.operations,
         only_zaps: plan.only_zaps,
         roles: plan.roles,
+        logs: plan.logs,
         operations: AtomicU64::new(0),
         working: AtomicUsize::new(workers.into()),
         hits: AtomicU64::new(0),
