@@ -42,12 +42,14 @@ fn op(rng: &mut Rng) -> Op {
             let (from, to) = part(rng);
             Op::Log(0, LogOp::GetAndClear(from, to, rng.next()))
         }
-        78..80 => Op::Log(0, LogOp::Stop),
+        78 => Op::Log(0, LogOp::Stop),
+        79 => Op::Log(0, LogOp::Collapse),
         80..84 => {
             let [dirty_bit, leaf, all, eager] = [(); 4].map(|()| rng.once_in(2));
             Op::Log(0, LogOp::Start { dirty_bit, leaf, all, eager })
         }
         84 => Op::Log(0, LogOp::Merge(rng.next())),
+        99 => Op::Log(0, if rng.once_in(3) { LogOp::Split } else { LogOp::Collapse }),
         85 => Op::Device(rng.once_in(2), spot(rng), 1 + rng.below(3)),
         86..89 => Op::Zap(spot(rng), 1 + rng.below(3)),
         89 => Op::Zap(Spot { block: 0, page: 0 }, 512),

@@ -32,6 +32,8 @@ fn log_op() -> impl Strategy<Value = LogOp> {
         6 => part().prop_map(|(from, to)| LogOp::Harvest(from, to)),
         3 => (part(), any::<u64>()).prop_map(|((from, to), seed)| LogOp::GetAndClear(from, to, seed)),
         1 => any::<u64>().prop_map(LogOp::Merge),
+        1 => Just(LogOp::Split),
+        2 => Just(LogOp::Collapse),
     ]
 }
 

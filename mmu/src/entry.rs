@@ -15,6 +15,7 @@
 //! | leaf | table of leaves of the same frames, rights and dirty bits | a split; nothing: both translate alike |
 //! | leaf, table, access-tracked, MMIO | frozen | a zap; a flush, and the entry stays frozen until it is done |
 //! | frozen | absent | the zap that froze it, after its flush |
+//! | table | frozen, then leaf | a collapse, after its flush; the leaf says what the table's leaves said |
 //! | any | dead (frozen for good) | the unlinker of a table, for each of its entries |
 //!
 //! Never legal: a present leaf that becomes a leaf of another host frame (KVM BUGs on it, invariant I9). The way is
@@ -212,11 +213,29 @@ pub(crate) fn seize<F: Format>(
     leaves
 }
 
-/// Ends the ownership of a frozen entry: it becomes absent. `_flushed` is the proof that what freezing it owed was paid.
-pub(crate) fn thaw<F: Format>(cell: &Entry, _flushed: &Flushed) {
+/// What a frozen entry becomes.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Thaw {
+    /// Absent: it was zapped.
+    Absent,
+    /// A leaf of this level, in the place of a table of leaves.
+    Leaf(Level, u64),
+}
+
+/// Ends the ownership of a frozen entry. `_flushed` is the proof that what freezing it owed was paid.
+pub(crate) fn thaw<F: Format>(cell: &Entry, becomes: Thaw, _flushed: &Flushed, seat: &SeatCounters) {
+    let new = match becomes {
+        Thaw::Absent => F::ABSENT,
+        Thaw::Leaf(_, leaf) => leaf,
+    };
     // Only one thing can have happened to it: another zap unlinked its table and made it dead, and so it stays.
-    let thawed = cell.0.compare_exchange(F::FROZEN, F::ABSENT, Ordering::AcqRel, Ordering::Relaxed);
+    let thawed = cell.0.compare_exchange(F::FROZEN, new, Ordering::AcqRel, Ordering::Relaxed);
     debug_assert!(thawed.is_ok() || thawed == Err(F::DEAD), "a frozen entry was changed: {thawed:x?}");
+    if let (Ok(_), Thaw::Leaf(level, leaf)) = (thawed, becomes) {
+        debug_assert!(matches!(F::decode(leaf, level), State::Leaf(_)), "{} {level:?}: {leaf:#x}", F::NAME);
+        seat.leaf(level, 1);
+        seat.add(Counter::LeafCollapsed, 1);
+    }
 }
 
 #[inline]
@@ -272,7 +291,7 @@ mod tests {
         let lost = change::<Npt>(&cell, Level::K4, Npt::ABSENT, leaf(2, Rights::all()), Books::LeafAdded, &seat);
         assert_eq!(lost, Err(leaf(1, Rights::all())));
         freeze::<Npt>(&cell, Level::K4, leaf(1, Rights::all()), &seat, owed).unwrap();
-        thaw::<Npt>(&cell, &flushed);
+        thaw::<Npt>(&cell, Thaw::Absent, &flushed, &seat);
         assert_eq!(cell.read(), Npt::ABSENT);
     }
 
@@ -287,7 +306,7 @@ mod tests {
         let leaves = seize::<Npt>(&entries, Level::K4, &seat, owed, |index, met| panic!("{index}: {met:?}"));
         let booked = crate::events::Counters::sum([&seat].into_iter());
         assert_eq!((leaves, booked.leaves_4k, booked.leaves_zapped), (2, 0, 2));
-        thaw::<Npt>(&entries[4], &flushed);
+        thaw::<Npt>(&entries[4], Thaw::Absent, &flushed, &seat);
         assert!(entries.iter().all(|cell| cell.read() == Npt::DEAD), "dead entries stay dead");
         let new = leaf(1, Rights::all());
         assert_eq!(fill::<Npt>(&entries[3], Level::K4, new, &seat), Err(Npt::DEAD), "a late fault loses");

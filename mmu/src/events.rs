@@ -61,6 +61,8 @@ counters! {
     leaves_1g = Leaf1G,
     /// Huge leaves ever split.
     leaves_split = LeafSplit,
+    /// Huge leaves ever made of a table of smaller ones.
+    leaves_collapsed = LeafCollapsed,
     /// Leaves ever zapped.
     leaves_zapped = Zapped,
     /// Table frames that the library holds now (linked, cached by a vCPU, or waiting to be freed).

@@ -28,8 +28,9 @@ use core::marker::PhantomData;
 use core::ptr::NonNull;
 
 use crate::addr::{Gfn, GfnRange, Hfn, Level};
-use crate::entry::{self, Entry};
+use crate::entry::{self, Entry, Thaw};
 use crate::events::{Counter, Event, SeatCounters, Side};
+use crate::format::Format;
 use crate::host::Host;
 use crate::leaf_lock::LeafLock;
 use crate::lock::{Exclusive, Shared, Ticket};
@@ -48,7 +49,8 @@ const STEP: usize = 512 + 4;
 /// Room for what one hold of the lock freezes and unlinks. Allocated before the lock is taken, used again and again.
 #[derive(Debug)]
 pub(crate) struct Batch {
-    frozen: Vec<NonNull<Entry>>,
+    /// Each with what it becomes.
+    frozen: Vec<(NonNull<Entry>, Thaw)>,
     tables: Vec<Hfn>,
     /// A flush is owed although nothing was frozen in this hold.
     flush: bool,
@@ -160,10 +162,10 @@ impl<'a, H: Host> Zapping<'a, H> {
 
     fn thaw(&mut self, flushed: &Flushed) {
         debug_assert!(self.inside.is_some());
-        for cell in self.batch.frozen.drain(..) {
+        for (cell, becomes) in self.batch.frozen.drain(..) {
             // SAFETY: the pointer was made from a reference into a table during this hold of the shared side, which
             // has not ended yet, so the table has not been freed.
-            entry::thaw::<H::Format>(unsafe { cell.as_ref() }, flushed);
+            entry::thaw::<H::Format>(unsafe { cell.as_ref() }, becomes, flushed, self.counters);
         }
     }
 
@@ -218,9 +220,32 @@ impl<'z> Debts<'z> {
     pub(crate) fn freeze<H: Host>(&mut self, cell: &Entry, level: Level, gfn: Gfn, old: u64) -> Result<(), u64> {
         debug_assert!(self.batch.frozen.len() < FROZEN_CAPACITY, "a zap step outgrew its room");
         entry::freeze::<H::Format>(cell, level, old, self.counters, self.owed)?;
-        self.batch.frozen.push(NonNull::from(cell));
+        self.batch.frozen.push((NonNull::from(cell), Thaw::Absent));
         self.touch(level, gfn);
         Ok(())
+    }
+
+    /// As [`Debts::freeze`], for an entry that leads to a table; what takes the table's place is to be told before the
+    /// hold's next step, by [`Debts::replace_by`].
+    pub(crate) fn freeze_to_replace<H: Host>(
+        &mut self,
+        cell: &Entry,
+        level: Level,
+        gfn: Gfn,
+        old: u64,
+    ) -> Result<(), u64> {
+        self.freeze::<H>(cell, level, gfn, old)?;
+        if let Some((_, becomes)) = self.batch.frozen.last_mut() {
+            *becomes = Thaw::Leaf(level, H::Format::ABSENT);
+        }
+        Ok(())
+    }
+
+    /// The entry that was frozen last becomes `leaf`, when this hold's flush is done.
+    pub(crate) fn replace_by(&mut self, leaf: u64) {
+        if let Some((_, Thaw::Leaf(_, becomes))) = self.batch.frozen.last_mut() {
+            *becomes = leaf;
+        }
     }
 
     /// The hold flushes at its end the block of `level` that holds `gfn`, whether or not it froze anything.

@@ -379,7 +379,8 @@ impl Updates {
         Prepared(Box::new(Watched::new(slots.set.read_exclusive(&mut self.right).changed(remove, insert))))
     }
 
-    fn get(&self, id: SlotId) -> Result<Arc<Memslot>, SlotError> {
+    /// The slot `id`.
+    pub(crate) fn get(&self, id: SlotId) -> Result<Arc<Memslot>, SlotError> {
         self.by_id.get(&id).cloned().ok_or(SlotError::NotFound)
     }
 

@@ -294,3 +294,21 @@ impl<H: Host> Visitor<H> for Gather<'_> {
         Visited::Done
     }
 }
+
+/// Splits what is larger than 4 KiB.
+#[derive(Default)]
+pub(crate) struct SplitAll {
+    pub(crate) spares: Spares,
+}
+
+impl<H: Host> Visitor<H> for SplitAll {
+    fn leaves(&mut self, _inside: &Shared<'_, H>, _table: &Table<'_, H>, _range: GfnRange) {}
+
+    fn huge(&mut self, inside: &Shared<'_, H>, table: &Table<'_, H>, gfn: Gfn, raw: u64) -> Visited {
+        self.spares.split(inside, table, gfn, raw)
+    }
+
+    fn refill(&mut self, mmu: &Mmu<H>, ticket: &Ticket) {
+        self.spares.refill(mmu, ticket);
+    }
+}

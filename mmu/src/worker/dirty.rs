@@ -10,8 +10,9 @@ use crate::lock::Shared;
 use crate::mutants::{self, Mutant};
 use crate::reclaim::synchronize;
 use crate::slots::dirty::{DirtyLog, LogConfig, LogError, LogStart, Tracking, WORD};
-use crate::slots::{AddressSpace, Memslot, SlotId};
-use crate::tdp::protect::{Arm, Gather, Logged, Pages};
+use crate::slots::{AddressSpace, Memslot, SlotError, SlotId};
+use crate::tdp::collapse::{Collapsed, collapse};
+use crate::tdp::protect::{Arm, Gather, Logged, Pages, SplitAll};
 use crate::tdp::sweep::sweep;
 use crate::tlb::Debt;
 use alloc::sync::Arc;
@@ -149,6 +150,30 @@ impl<H: Host> Worker<H> {
     pub fn mark_dirty(&mut self, space: AddressSpace, range: GfnRange) {
         let inside = Shared::enter(&self.mmu, &mut self.ticket);
         self.mmu.slots.read(&inside).mark_dirty(space, range);
+    }
+
+    /// Splits every huge leaf of a slot, in steps that yield. Fails when there are no tables for it; what was split by then
+    /// stays so.
+    pub fn split(&mut self, id: SlotId) -> Result<(), SlotError> {
+        let mmu = Arc::clone(&self.mmu);
+        let updates = mmu.updates.lock(|| mmu.host.relax());
+        let slot = updates.get(id)?;
+        let mut all = SplitAll::default();
+        sweep(&mmu, &mut self.ticket, slot.space(), slot.range(), &mut all);
+        Ok(all.spares.release(&mmu, &self.ticket)?)
+    }
+
+    /// Makes huge leaves where the tables of a slot say nothing that one could not say, and the backing agrees: after its
+    /// log was stopped, what was split is whole again. In place, without a fault; vCPUs that touch a block at that moment
+    /// fault once and are retried. Refused while the slot has a log.
+    pub fn collapse(&mut self, id: SlotId) -> Result<Collapsed, LogError> {
+        let mmu = Arc::clone(&self.mmu);
+        let updates = mmu.updates.lock(|| mmu.host.relax());
+        let slot = updates.get(id)?;
+        if slot.log().is_some() {
+            return Err(LogError::Running);
+        }
+        Ok(collapse(&mmu, &mut self.ticket, &mut self.batch, &slot))
     }
 
     /// Brings what is known of writes up to now into the log.

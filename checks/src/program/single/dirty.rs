@@ -1,9 +1,11 @@
 //! The operations on dirty logs, each held against the ghost's dirty set.
 
-use nestling::{Granularity, LogConfig, LogError, LogStart, SlotError, SlotId, Split, Tracking};
+use nestling::{Granularity, Level, LogConfig, LogError, LogStart, SlotError, SlotId, Split, Tracking};
 
 use super::{Cpu, GfnRange, Single, Spot};
 use crate::ghost::dirty::Judge;
+use crate::ghost::tree::Leaf;
+use crate::machine::check_tables;
 use crate::rng::Rng;
 
 /// An operation on the log of a slot.
@@ -28,6 +30,10 @@ pub enum LogOp {
     GetAndClear(u8, u8, u64),
     /// Give bits back that are made of this number.
     Merge(u64),
+    /// Split all huge leaves of the slot.
+    Split,
+    /// Make huge leaves of them again.
+    Collapse,
 }
 
 /// Of so many words those between two places: the first of them, and how many.
@@ -59,7 +65,38 @@ impl<F: Cpu> Single<F> {
             LogOp::Harvest(from, to) => self.harvest(id, from, to),
             LogOp::GetAndClear(from, to, seed) => self.get_and_clear(id, from, to, seed),
             LogOp::Merge(seed) => self.merge(id, seed),
+            LogOp::Split => self.split(id),
+            LogOp::Collapse => self.collapse(id),
         }
+    }
+
+    fn split(&mut self, id: SlotId) {
+        let mut got = self.worker.split(id);
+        if got == Err(SlotError::OutOfMemory) && self.mmu.host().ghost().tables_may_run_out {
+            self.feed();
+            got = self.worker.split(id);
+        }
+        let right = self.place(id).map(|_| ()).ok_or(SlotError::NotFound);
+        self.expect_same("split", &got, &right);
+        let Some(place) = self.place(id).filter(|_| got.is_ok()) else { return };
+        for tree in check_tables(&self.mmu) {
+            let huge = |leaf: &&Leaf| leaf.level > Level::K4 && place.range.contains(leaf.gfn);
+            if let Some(left) = tree.leaves.iter().filter(|_| tree.role.space() == place.space).find(huge) {
+                self.complain(format!("splitting {id:?} left {left:?}"));
+            }
+        }
+    }
+
+    fn collapse(&mut self, id: SlotId) {
+        let right = match self.right_for_log(id) {
+            Ok(()) => Err(LogError::Running),
+            Err(LogError::NotRunning) => Ok(()),
+            Err(error) => Err(error),
+        };
+        let faults = self.mmu.counters().faults_fixed;
+        let got = self.worker.collapse(id).map(|_| ());
+        self.expect_same("collapse", &got, &right);
+        self.expect_same("faults of a collapse", &self.mmu.counters().faults_fixed, &faults);
     }
 
     fn right_for_log(&self, id: SlotId) -> Result<(), LogError> {
