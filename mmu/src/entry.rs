@@ -11,7 +11,9 @@
 //! |---|---|---|
 //! | absent, MMIO | leaf, table, MMIO | a fault; nothing: an absent entry is in no TLB |
 //! | leaf | leaf with more rights | a fault; nothing: a stale TLB faults again and finds it (spurious) |
-//! | leaf | leaf without W, or with A or D cleared ([`weaken`]) | dirty logging, aging; a flush that may wait until what was learned is told ([`Debt`]) |
+//! | leaf | leaf without W or D ([`weaken`]) | dirty logging; a flush that may wait until what was learned is told ([`Debt`]) |
+//! | leaf | leaf without A ([`age`]), access-tracked ([`track`]) | aging; nothing: at worst a page in use looks old |
+//! | access-tracked | leaf | a fault; nothing |
 //! | leaf | table of leaves of the same frames, rights and dirty bits | a split; nothing: both translate alike |
 //! | leaf, table, access-tracked, MMIO | frozen | a zap; a flush, and the entry stays frozen until it is done |
 //! | frozen | absent | the zap that froze it, after its flush |
@@ -86,6 +88,21 @@ pub(crate) fn weaken<F: Format>(cell: &Entry, level: Level, old: u64, bits: u64,
     cell.0.compare_exchange(old, old & !(bits | lost), Ordering::AcqRel, Ordering::Acquire)?;
     debt.note();
     Ok(())
+}
+
+/// Clears the accessed bit of the mapping `old`, or says what `cell` holds now. Owes nothing: the bit may be lost.
+#[inline]
+pub(crate) fn age<F: Format>(cell: &Entry, level: Level, old: u64) -> Result<(), u64> {
+    debug_assert!(F::is_mapping(old, level), "{} {level:?}: {old:#x}", F::NAME);
+    cell.0.compare_exchange(old, old & !F::ACCESSED, Ordering::AcqRel, Ordering::Acquire).map(|_| ())
+}
+
+/// Takes all rights of the leaf `old`, to see whether it is used, or says what `cell` holds now. Owes nothing: who has the
+/// leaf in a TLB may go on, MMU_WRITABLE says that it may write, and the dirty bit stays.
+pub(crate) fn track<F: Format>(cell: &Entry, level: Level, old: u64) -> Result<(), u64> {
+    let State::Leaf(leaf) = F::decode(old, level) else { return Err(old) };
+    let new = F::access_tracked(level, leaf);
+    cell.0.compare_exchange(old, new, Ordering::AcqRel, Ordering::Acquire).map(|_| ())
 }
 
 /// Writes an entry of a table that nothing leads to yet.

@@ -49,6 +49,7 @@ pub use mmu::{Config, ConfigError, Mmu, OutOfMemory, SlotZap};
 pub use root::{AdBits, Role};
 pub use slots::dirty::{Granularity, LogConfig, LogError, LogStart, Split, Tracking};
 pub use slots::{AddressSpace, Slot, SlotConfig, SlotError, SlotFlags, SlotId};
+pub use tdp::age::Age;
 pub use tdp::collapse::Collapsed;
 pub use tdp::inspect::{Walk, WalkStep};
 pub use tdp::zap::Zapped;

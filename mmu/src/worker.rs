@@ -20,7 +20,9 @@ use crate::root::{AllRoots, Role, Spaces};
 use crate::slots::{
     AddressSpace, Change, Prepared, Published, Slot, SlotConfig, SlotError, SlotFlags, SlotId, Updates,
 };
+use crate::tdp::age::{Age, Ages};
 use crate::tdp::inspect::{Walk, walk};
+use crate::tdp::sweep::sweep;
 use crate::tdp::zap::{Gone, Zapped, zap_at_once, zap_range};
 use crate::tlb::{Request, Wait};
 use crate::{Level, Mmu, OutOfMemory, SlotZap};
@@ -185,6 +187,23 @@ impl<H: Host> Worker<H> {
     /// Frees tables whose readers have left. Done by every zap as well; for an embedder that wants memory back now.
     pub fn collect(&mut self) {
         self.mmu.reclaim.collect(&self.mmu, self.ticket.counters());
+    }
+
+    /// How many mapped pages of `range` in `space` were used since they were last made old.
+    pub fn test_young(&mut self, space: AddressSpace, range: GfnRange) -> Age {
+        self.look_at_ages(space, range, Ages::new(false))
+    }
+
+    /// The same, and makes them old. A leaf that reaches over the range's end counts, and becomes old, as a whole.
+    ///
+    /// No TLB is flushed: what one still has may look old although it is in use.
+    pub fn clear_young(&mut self, space: AddressSpace, range: GfnRange) -> Age {
+        self.look_at_ages(space, range, Ages::new(true))
+    }
+
+    fn look_at_ages(&mut self, space: AddressSpace, range: GfnRange, mut ages: Ages) -> Age {
+        sweep(&self.mmu, &mut self.ticket, space, range, &mut ages);
+        ages.age
     }
 
     fn change_slot(&mut self, id: SlotId, change: Change) -> Result<(), SlotError> {

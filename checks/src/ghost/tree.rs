@@ -4,7 +4,7 @@
 
 use std::sync::atomic::Ordering;
 
-use nestling::{AdBits, Counters, Gfn, GfnRange, Hfn, Level, Role};
+use nestling::{AdBits, Counters, Gfn, GfnRange, Hfn, Level, Role, State};
 
 use super::Ghost;
 use super::object::{Object, Page};
@@ -61,6 +61,11 @@ impl Tree {
             let (raw, gfn) = (cell.load(Ordering::Acquire), Gfn(base.0 + index as u64 * level.pages()));
             match F::see(raw, level.number()) {
                 Seen::Absent if raw == 0 => {}
+                // The library's own way to say "mapped, but the next use faults"; it counts as a leaf.
+                Seen::Absent if let State::AccessTracked(leaf) = F::decode(raw, level) => {
+                    let allows = Allows { read: false, write: false, execute: false };
+                    self.leaves.push(Leaf { gfn, level, hfn: leaf.hfn, allows, dirty: leaf.dirty });
+                }
                 Seen::Absent => self.leftovers.push((level, raw)),
                 Seen::Reserved => self.reserved += 1,
                 Seen::Leaf(hfn, allows) => {

@@ -4,8 +4,9 @@
 //! through [`crate::entry`] only, so that any number of vCPUs may fault while ranges are zapped; `inspect` only looks.
 //! `sweep` goes through what is mapped for those that change it and
 //! leave it: `protect` arms pages for the dirty log, `split` makes small leaves of a
-//! huge one, `collapse` the reverse.
+//! huge one, `collapse` the reverse, `age` sees what is in use.
 
+pub(crate) mod age;
 pub(crate) mod collapse;
 pub(crate) mod fault;
 pub(crate) mod inspect;
