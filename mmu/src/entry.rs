@@ -84,8 +84,9 @@ pub(crate) fn may_wait<F: Format>(old: u64, bits: u64, level: Level) -> bool {
 #[inline]
 pub(crate) fn weaken<F: Format>(cell: &Entry, level: Level, old: u64, bits: u64, debt: &mut Debt) -> Result<(), u64> {
     let lost = if mutants::is(Mutant::SoftwareBitsLost) { F::MMU_WRITABLE } else { 0 };
-    debug_assert!(may_wait::<F>(old, bits, level), "{} {level:?}: {old:#x} - {bits:#x}", F::NAME);
-    cell.0.compare_exchange(old, old & !(bits | lost), Ordering::AcqRel, Ordering::Acquire)?;
+    let new = old & !(bits | lost);
+    debug_assert!(may_wait::<F>(old, old ^ new, level), "{} {level:?}: {old:#x} -> {new:#x}", F::NAME);
+    cell.0.compare_exchange(old, new, Ordering::AcqRel, Ordering::Acquire)?;
     debt.note();
     Ok(())
 }

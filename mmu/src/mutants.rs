@@ -77,8 +77,6 @@ pub enum Mutant {
     DirtyHandedOutBeforeFlush,
     /// Pages whose entries are write-protected are not flushed (KVM, 7c8a4742c4ab).
     ProtectedWithoutFlush,
-    /// The flush that is owed is forgotten when a walk yields (KVM, a835429cda91).
-    FlushLostOnYield,
     /// Entries that track writes by protection are armed as if the CPU set their dirty bits (CVE-2024-26990).
     DirtyBitClearedWhereProtectionTracks,
     /// Splitting or protecting a leaf loses its software bits.

@@ -33,6 +33,17 @@ fn part<F: Format>(raw: u64, level: Level) -> Option<(Level, impl Fn(u64) -> u64
     }))
 }
 
+/// Whether the part `leaf` says of its frame what the mapping `raw` of `level` says of it.
+fn says_the_same<F: Format>(raw: u64, level: Level, index: u64, leaf: u64) -> bool {
+    let Some(below) = level.down() else { return false };
+    match (F::decode(raw, level), F::decode(leaf, below)) {
+        (State::Leaf(whole), State::Leaf(part)) | (State::AccessTracked(whole), State::AccessTracked(part)) => {
+            part == Leaf { hfn: Hfn(whole.hfn.0 + index * below.pages()), ..whole }
+        }
+        _ => false,
+    }
+}
+
 /// Splits the mapping `raw` in `cell` of `table` with the empty table `frame`. The table, or what the cell holds now; the
 /// frame is still the caller's then.
 pub(crate) fn split<'g, H: Host>(
@@ -47,7 +58,9 @@ pub(crate) fn split<'g, H: Host>(
     let Some(parts) = table.next(new) else { return Err(raw) };
     debug_assert_eq!(parts.level, below);
     for (index, part) in (0..ENTRIES as u64).zip(parts.entries()) {
-        prepare(part, leaf(index));
+        let leaf = leaf(index);
+        debug_assert!(says_the_same::<H::Format>(raw, table.level, index, leaf), "{raw:#x}, part {index}: {leaf:#x}");
+        prepare(part, leaf);
     }
     match change::<H::Format>(cell, table.level, raw, new, Books::LeafSplit, inside.counters()) {
         Ok(()) => Ok(parts),
