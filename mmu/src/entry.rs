@@ -12,6 +12,7 @@
 //! | absent, MMIO | leaf, table, MMIO | a fault; nothing: an absent entry is in no TLB |
 //! | leaf | leaf with more rights | a fault; nothing: a stale TLB faults again and finds it (spurious) |
 //! | leaf | leaf without W or D ([`weaken`]) | dirty logging; a flush that may wait until what was learned is told ([`Debt`]) |
+//! | leaf, access-tracked | the same without W and MMU_WRITABLE ([`restrict`]) | write tracking; a flush before the lock is left: others conclude "not MMU_WRITABLE, so in no TLB as writable" |
 //! | leaf | leaf without A ([`age`]), access-tracked ([`track`]) | aging; nothing: at worst a page in use looks old |
 //! | access-tracked | leaf | a fault; nothing |
 //! | leaf | table of leaves of the same frames, rights and dirty bits | a split; nothing: both translate alike |
@@ -89,6 +90,14 @@ pub(crate) fn weaken<F: Format>(cell: &Entry, level: Level, old: u64, bits: u64,
     cell.0.compare_exchange(old, new, Ordering::AcqRel, Ordering::Acquire)?;
     debt.note();
     Ok(())
+}
+
+/// Takes W and MMU_WRITABLE from the mapping `old`, or says what `cell` holds now: nobody may write through it, and who
+/// finds it so concludes that no TLB may either. Hence the flush that is owed before the lock is left.
+pub(crate) fn restrict<F: Format>(cell: &Entry, level: Level, old: u64, _owed: Owed<'_>) -> Result<(), u64> {
+    debug_assert!(F::is_mapping(old, level), "{} {level:?}: {old:#x}", F::NAME);
+    let new = old & !(F::WRITE | F::MMU_WRITABLE);
+    cell.0.compare_exchange(old, new, Ordering::AcqRel, Ordering::Acquire).map(|_| ())
 }
 
 /// Clears the accessed bit of the mapping `old`, or says what `cell` holds now. Owes nothing: the bit may be lost.

@@ -49,6 +49,8 @@ counters! {
     faults_mmio_cached = MmioCached,
     /// Writes to read-only memory.
     faults_read_only = ReadOnly,
+    /// Writes to tracked pages.
+    faults_tracked = Tracked,
     /// Faults that ended in an error to the embedder.
     faults_failed = Failed,
     /// Compare-and-swaps of an entry that another thread won.

@@ -47,7 +47,7 @@ pub use format::State;
 pub use host::{Access, Host, VcpuId};
 pub use mmu::{Config, ConfigError, Mmu, OutOfMemory, SlotZap};
 pub use root::{AdBits, Role};
-pub use slots::dirty::{Granularity, LogConfig, LogError, LogStart, Split, Tracking};
+pub use slots::dirty::{DirtyPages, DirtyRing, Granularity, LogConfig, LogError, LogStart, Split, Tracking};
 pub use slots::{AddressSpace, Slot, SlotConfig, SlotError, SlotFlags, SlotId};
 pub use tdp::age::Age;
 pub use tdp::collapse::Collapsed;

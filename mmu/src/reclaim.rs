@@ -248,6 +248,13 @@ impl<'z> Debts<'z> {
         }
     }
 
+    /// Takes the right to write from the mapping in `cell` for good, if it still holds `old`.
+    pub(crate) fn restrict<H: Host>(&mut self, cell: &Entry, level: Level, gfn: Gfn, old: u64) -> Result<(), u64> {
+        entry::restrict::<H::Format>(cell, level, old, self.owed)?;
+        self.owe_flush(level, gfn);
+        Ok(())
+    }
+
     /// The hold flushes at its end the block of `level` that holds `gfn`, whether or not it froze anything.
     pub(crate) fn owe_flush(&mut self, level: Level, gfn: Gfn) {
         self.batch.flush = !mutants::is(Mutant::FrozenByAnotherNotFlushed);

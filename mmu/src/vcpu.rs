@@ -26,7 +26,8 @@ use crate::lock::{Shared, Ticket};
 use crate::mutants::{self, Mutant};
 use crate::notify::Snapshot;
 use crate::root::{Loaded, Role, give_back};
-use crate::slots::dirty::DirtyLog;
+use crate::slots::dirty::{DirtyLog, DirtyRing, Ring};
+use crate::slots::track::Tracked;
 use crate::slots::{Slot, SlotFlags, SlotState};
 use crate::tdp::fault::{Mapping, Obstructed, TableCache, fix_protected, map_mmio, map_page, needed};
 use crate::tdp::inspect::{translate, walk};
@@ -69,6 +70,9 @@ pub enum Outcome {
     Mmio,
     /// A write to read-only memory: not carried out.
     ReadOnly,
+    /// A write to a page that is tracked ([`crate::Worker::track_page`]): the embedder carries it out, says so with
+    /// [`Vcpu::mark_dirty`], and tells whoever watches.
+    Tracked,
 }
 
 /// Why a fault could not be handled. Nothing was mapped; the same fault may be handed in again.
@@ -84,6 +88,8 @@ pub enum FaultError {
     BackingChanged,
     /// The vCPU has no root: [`Vcpu::enter`] was never called.
     NoRoot,
+    /// The vCPU's dirty ring is nearly full: it must not enter before that was emptied.
+    DirtyRingFull,
 }
 
 impl fmt::Display for FaultError {
@@ -93,6 +99,7 @@ impl fmt::Display for FaultError {
             Self::Backing(error) => error.fmt(f),
             Self::BadExtent => f.write_str("the backing's extent does not hold the frame that was asked for"),
             Self::BackingChanged => f.write_str("the backing changed a host frame without an invalidation"),
+            Self::DirtyRingFull => f.write_str("the vCPU's dirty ring must be emptied first"),
             Self::NoRoot => f.write_str("the vCPU has no root loaded"),
         }
     }
@@ -133,15 +140,26 @@ struct Watched {
     /// The slot's log, if it has one. (A log that was stopped meanwhile is kept from being freed by this, until another
     /// such slot is remembered.)
     log: Option<Arc<DirtyLog>>,
+    /// Its tracked pages.
+    tracked: Option<Arc<Tracked>>,
 }
 
 impl Watched {
-    const NONE: Self = Self { hint: Hint::NONE, log: None };
+    const NONE: Self = Self { hint: Hint::NONE, log: None, tracked: None };
+
+    // What cuts the slot off at a root's limit cuts its end.
+    fn first(&self) -> Gfn {
+        self.hint.slot.range().start
+    }
 
     /// The log, as the tables see it.
-    fn logged(&self) -> Option<Logged<'_>> {
-        // What cuts the slot off at a root's limit cuts its end.
-        self.log.as_deref().map(|log| Logged { log, first: self.hint.slot.range().start })
+    fn logged<'l>(&'l self, ring: Option<&'l Arc<Ring>>) -> Option<Logged<'l>> {
+        let ring = ring.map(|ring| (self.hint.slot.id(), &**ring));
+        self.log.as_deref().map(|log| Logged { log, first: self.first(), ring })
+    }
+
+    fn tracked(&self) -> Option<(&Tracked, Gfn)> {
+        self.tracked.as_deref().map(|tracked| (tracked, self.first()))
     }
 }
 
@@ -167,6 +185,8 @@ pub struct Vcpu<H: Host> {
     cache: TableCache,
     hint: Hint,
     watched: Watched,
+    /// Where its writes go besides the bitmaps, if it has one.
+    ring: Option<Arc<Ring>>,
     /// The TLB generation of the last flush.
     flushed: u64,
     /// What must be flushed before the guest runs.
@@ -236,6 +256,7 @@ impl<H: Host> Vcpu<H> {
             cache,
             hint: Hint::NONE,
             watched: Watched::NONE,
+            ring: None,
             flushed: 0,
             flush_owed,
         })
@@ -260,6 +281,9 @@ impl<H: Host> Vcpu<H> {
     /// disabled), so that a kick from here on ends the guest's run at once.
     #[inline]
     pub fn enter(&mut self) -> Result<InGuest<'_, H>, FaultError> {
+        if self.ring.as_ref().is_some_and(|ring| ring.is_nearly_full()) {
+            return Err(FaultError::DirtyRingFull);
+        }
         loop {
             if self.roots.current().is_none() {
                 self.load_root()?;
@@ -354,6 +378,7 @@ impl<H: Host> Vcpu<H> {
             Ok(Outcome::Retry) => Counter::Retried,
             Ok(Outcome::Mmio) => Counter::Mmio,
             Ok(Outcome::ReadOnly) => Counter::ReadOnly,
+            Ok(Outcome::Tracked) => Counter::Tracked,
             Err(_) => Counter::Failed,
         };
         self.ticket.counters().add(counter, 1);
@@ -407,7 +432,7 @@ impl<H: Host> Vcpu<H> {
             drop(inside);
             return Ok(Outcome::Fixed { level: Level::K4 });
         }
-        Obstructed { inside, want, generation, snapshot, logged: None }.map(root, &mut self.cache)
+        Obstructed { inside, want, generation, snapshot, logged: None, tracked: None }.map(root, &mut self.cache)
     }
 
     /// As [`Vcpu::back`], for a slot whose writes are not simply let through.
@@ -433,9 +458,10 @@ impl<H: Host> Vcpu<H> {
         let want = Mapping::new(slot.range(), gfn, access, extent, writable);
         Self::top_up(mmu, &self.ticket, &mut self.cache)?;
         let root = self.roots.current().ok_or(FaultError::NoRoot)?;
-        let (generation, logged) = (self.watched.hint.generation, self.watched.logged());
+        let (generation, logged) = (self.watched.hint.generation, self.watched.logged(self.ring.as_ref()));
+        let tracked = self.watched.tracked();
         let inside = Shared::enter(mmu, &mut self.ticket);
-        Obstructed { inside, want, generation, snapshot, logged }.map(root, &mut self.cache)
+        Obstructed { inside, want, generation, snapshot, logged, tracked }.map(root, &mut self.cache)
     }
 
     /// Gives a write right back that only the dirty log has taken, without asking the backing (F6).
@@ -445,7 +471,7 @@ impl<H: Host> Vcpu<H> {
     /// go will be found by its zap, which flushes.
     #[inline]
     fn fix_protected(&mut self, gfn: Gfn) -> Option<Outcome> {
-        let (logged, root) = (self.watched.logged()?, self.roots.current()?);
+        let (logged, root) = (self.watched.logged(self.ring.as_ref())?, self.roots.current()?);
         let inside = Shared::enter(&self.mmu, &mut self.ticket);
         // The slot's log is still this one, and the slot is not read-only now.
         if self.mmu.slots.generation() != self.watched.hint.generation || !root.is_valid(&inside) {
@@ -456,6 +482,14 @@ impl<H: Host> Vcpu<H> {
             inside.counters().add(Counter::Fast, 1);
         }
         Some(outcome)
+    }
+
+    /// Gives the vCPU a dirty ring of so many entries, in the place of any that it had. Its writes to logged slots are
+    /// noted there as well as in the bitmaps, and [`Vcpu::enter`] fails while it is nearly full.
+    pub fn enable_dirty_ring(&mut self, entries: usize) -> Result<DirtyRing, OutOfMemory> {
+        let (ring, taking) = Ring::new(entries)?;
+        self.ring = Some(ring);
+        Ok(taking)
     }
 
     /// The embedder itself has written to `range`, for the guest on this vCPU and in its address space; see
@@ -514,7 +548,7 @@ impl<H: Host> Vcpu<H> {
             self.hint = hint;
             Found::Slot
         } else {
-            self.watched = Watched { hint, log: slot.log().cloned() };
+            self.watched = Watched { hint, log: slot.log().cloned(), tracked: slot.tracked().cloned() };
             Found::Watched
         }
     }

@@ -37,6 +37,8 @@ pub enum Done {
     Mmio,
     /// It was a write to read-only memory.
     ReadOnly,
+    /// It was a write to a page that is tracked.
+    Tracked,
     /// The fault could not be handled.
     Failed(FaultError),
     /// It was tried too often.
@@ -268,6 +270,7 @@ impl<F: Cpu> GuestCpu<F> {
         match result {
             Ok(Outcome::Mmio) => Some(Done::Mmio),
             Ok(Outcome::ReadOnly) => Some(Done::ReadOnly),
+            Ok(Outcome::Tracked) => Some(Done::Tracked),
             Err(error) => Some(Done::Failed(error)),
             Ok(_) if tries > self.patience => Some(Done::Stuck),
             Ok(Outcome::Retry) => {

@@ -112,8 +112,8 @@ impl<C: GuestCpu> Vcpu<C> {
             Outcome::Retry => self.try_again(),
             Outcome::Mmio if self.vm.storm.may_have_taken(&self.vm, fault.gpa) => self.try_again(),
             // The instruction at RIP is not what met the device if an event was on its way in: its tables did.
-            Outcome::Mmio | Outcome::ReadOnly if !self.cpu.was_delivering() => self.emulate(),
-            Outcome::Mmio | Outcome::ReadOnly => {
+            Outcome::Mmio | Outcome::ReadOnly | Outcome::Tracked if !self.cpu.was_delivering() => self.emulate(),
+            Outcome::Mmio | Outcome::ReadOnly | Outcome::Tracked => {
                 let write = fault.access == Access::Write;
                 Next::Die(DeathReason::MmioWithoutDevice { gpa: fault.gpa.0, write })
             }

@@ -32,6 +32,7 @@
 
 pub mod dirty;
 mod set;
+pub(crate) mod track;
 
 use alloc::boxed::Box;
 use alloc::collections::BTreeMap;
@@ -47,6 +48,7 @@ use crate::tdp::zap::Gone;
 use crate::{Host, OutOfMemory};
 use dirty::{DirtyLog, LogConfig, LogError};
 pub(crate) use set::SlotSet;
+use track::Tracked;
 
 /// The number an embedder gives a slot; unique in one MMU at one time.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
@@ -116,6 +118,8 @@ bitflags::bitflags! {
         const READ_ONLY = 1;
         /// Its writes are logged.
         const LOGGED = 2;
+        /// Writes to some of its pages are watched, or were.
+        const TRACKED = 4;
     }
 }
 
@@ -136,6 +140,7 @@ pub struct Slot {
 pub(crate) struct Memslot {
     slot: Slot,
     log: Option<Arc<DirtyLog>>,
+    tracked: Option<Arc<Tracked>>,
 }
 
 impl core::ops::Deref for Memslot {
@@ -148,7 +153,7 @@ impl core::ops::Deref for Memslot {
 
 impl Memslot {
     fn new(slot: Slot) -> Self {
-        Self { slot, log: None }
+        Self { slot, log: None, tracked: None }
     }
 
     /// As embedders see it.
@@ -161,12 +166,18 @@ impl Memslot {
         self.log.as_ref()
     }
 
+    #[inline]
+    pub(crate) fn tracked(&self) -> Option<&Arc<Tracked>> {
+        self.tracked.as_ref()
+    }
+
     /// The same memory, described by `slot`.
     fn as_slot(&self, slot: Slot) -> Self {
         let mut new = Self { slot, ..self.clone() };
         new.slot.special = Special::empty();
         new.slot.special.set(Special::READ_ONLY, slot.flags.contains(SlotFlags::READ_ONLY));
         new.slot.special.set(Special::LOGGED, self.log.is_some());
+        new.slot.special.set(Special::TRACKED, self.tracked.is_some());
         new
     }
 }
@@ -446,6 +457,25 @@ impl Updates {
         self.by_id.insert(id, Arc::clone(&new));
         let prepared = self.prepare(slots, Some(&old), Some(Arc::clone(&new)));
         Ok((new, prepared))
+    }
+
+    /// The slot of `space` that holds `gfn`, with a place for its tracked pages; what to publish, if that is new.
+    pub(crate) fn trackable(
+        &mut self,
+        slots: &Slots,
+        space: AddressSpace,
+        gfn: Gfn,
+    ) -> Result<(Arc<Memslot>, Arc<Tracked>, Option<Prepared>), SlotError> {
+        let set = slots.set.read_exclusive(&mut self.right);
+        let old = set.find(space, gfn).cloned().ok_or(SlotError::NotFound)?;
+        if let Some(tracked) = old.tracked.clone() {
+            return Ok((old, tracked, None));
+        }
+        let tracked = Tracked::new(old.range().pages())?;
+        let new = Arc::new(Memslot { tracked: Some(Arc::clone(&tracked)), ..(*old).clone() }.as_slot(old.slot()));
+        self.by_id.insert(new.id(), Arc::clone(&new));
+        let prepared = self.prepare(slots, Some(&old), Some(Arc::clone(&new)));
+        Ok((new, tracked, Some(prepared)))
     }
 
     /// The slot `id`, which has a log.

@@ -27,7 +27,7 @@ use crate::lock::{Shared, Ticket};
 use crate::notify::Snapshot;
 use crate::reclaim::{Batch, Debts, Reach, hold};
 use crate::root::{AdBits, RootRef, RootSet, Spaces};
-use crate::slots::Slot;
+use crate::slots::{Memslot, Slot};
 use crate::table::Table;
 
 /// What collapsing made. A leaf of 1 GiB is made of leaves of 2 MiB, which count as well if they were made for it.
@@ -64,7 +64,7 @@ impl Known {
 
 /// Collapses what it can of `slot`, in the valid roots of its space, level by level. The caller keeps the memslots as
 /// they are, and the slot has no log.
-pub(crate) fn collapse<H: Host>(mmu: &Mmu<H>, ticket: &mut Ticket, batch: &mut Batch, slot: &Slot) -> Collapsed {
+pub(crate) fn collapse<H: Host>(mmu: &Mmu<H>, ticket: &mut Ticket, batch: &mut Batch, slot: &Memslot) -> Collapsed {
     let mut total = Collapsed::default();
     for (level, made) in [(Level::M2, &mut total.leaves_2m), (Level::G1, &mut total.leaves_1g)] {
         if level > mmu.config.largest {
@@ -83,7 +83,7 @@ fn collapse_root<H: Host>(
     mmu: &Mmu<H>,
     ticket: &mut Ticket,
     batch: &mut Batch,
-    slot: &Slot,
+    slot: &Memslot,
     root: &RootRef,
     level: Level,
 ) -> u64 {
@@ -99,14 +99,15 @@ fn collapse_root<H: Host>(
         if asked.is_some() {
             known = Known::ask(mmu, slot, next);
         }
-        let Some(sure) = known.filter(|known| known.backs(slot, block, level).is_some()) else {
+        let watched = |block| slot.tracked().is_some_and(|pages| pages.touches(slot.range().start, block));
+        let Some(sure) = known.filter(|known| known.backs(slot, block, level).is_some() && !watched(block)) else {
             next = block.end;
             continue;
         };
         let others_wait = hold(mmu, ticket, batch, Reach::Live, |hold| {
             while next < end && !hold.should_end() {
                 let block = GfnRange::block(level, next);
-                let Some(first) = sure.backs(slot, block, level) else { break };
+                let Some(first) = sure.backs(slot, block, level).filter(|_| !watched(block)) else { break };
                 let (inside, mut debts) = hold.step();
                 if !root.is_valid(inside) {
                     next = end;

@@ -27,6 +27,7 @@ use crate::lock::Shared;
 use crate::mutants::{self, Mutant};
 use crate::notify::Snapshot;
 use crate::root::{AdBits, RootRef};
+use crate::slots::track::Tracked;
 use crate::table::Table;
 use crate::tdp::protect::Logged;
 use crate::tdp::split::split;
@@ -160,6 +161,8 @@ pub(crate) struct Obstructed<'a, H: Host> {
     pub(crate) snapshot: Snapshot,
     /// The slot's log, if it has one.
     pub(crate) logged: Option<Logged<'a>>,
+    /// The slot's tracked pages, and its first frame, if it has any.
+    pub(crate) tracked: Option<(&'a Tracked, Gfn)>,
 }
 
 impl<H: Host> Obstructed<'_, H> {
@@ -167,10 +170,20 @@ impl<H: Host> Obstructed<'_, H> {
     #[cold]
     #[inline(never)]
     pub(crate) fn map(self, root: &RootRef, cache: &mut TableCache) -> Result<Outcome, FaultError> {
-        let Self { inside, want, generation, snapshot, logged } = self;
+        let Self { inside, want, generation, snapshot, logged, tracked } = self;
         let log = logged.map(|logged| Log { by_dirty_bit: logged.by_dirty_bit(root), logged });
         let largest = inside.mmu.config.largest;
-        let level = want.level(if log.is_some_and(|log| log.logged.by_page()) { Level::K4 } else { largest });
+        let mut level = want.level(if log.is_some_and(|log| log.logged.by_page()) { Level::K4 } else { largest });
+        // Inside the lock, which is what the tracker's grace period waits for.
+        while tracked.is_some_and(|(pages, first)| pages.touches(first, GfnRange::block(level, want.gfn))) {
+            let Some(smaller) = level.down() else {
+                if want.writes() {
+                    return Ok(Outcome::Tracked);
+                }
+                break;
+            };
+            level = smaller;
+        }
         let block = GfnRange::block(level, want.gfn);
         let stale = inside.mmu.slots.generation() != generation && !mutants::is(Mutant::SlotsTestedBeforeTheLockOnly);
         let overtaken = stale || inside.mmu.notify.must_retry(snapshot, block);
@@ -178,7 +191,8 @@ impl<H: Host> Obstructed<'_, H> {
             return Ok(Outcome::Retry);
         }
         let without_ad = root.role().ad_bits() == AdBits::Off;
-        Walk { inside: &inside, cache, want, without_ad, log }.map(root, level)
+        let watched = tracked.is_some_and(|(pages, first)| pages.has(want.gfn.0 - first.0));
+        Walk { inside: &inside, cache, want, without_ad, log, watched }.map(root, level)
     }
 }
 
@@ -199,15 +213,6 @@ impl Log<'_> {
     /// Whether leaves of `level` must not be written through at all.
     fn is_too_large(&self, level: Level) -> bool {
         level > Level::K4 && self.logged.by_page()
-    }
-
-    /// A leaf of `level` for `gfn` has become writable.
-    fn mark(&self, level: Level, gfn: Gfn) {
-        if level == Level::K4 {
-            self.logged.log.mark(gfn.0 - self.logged.first.0);
-        } else {
-            self.logged.log.mark_range(self.logged.first, GfnRange::block(level, gfn));
-        }
     }
 }
 
@@ -231,15 +236,14 @@ pub(crate) fn fix_protected<H: Host>(
             return None;
         }
         let new = raw | H::Format::WRITE | H::Format::CPU_OWNED;
-        let page = gfn.0 - logged.first.0;
         if mutants::is(Mutant::DirtyBeforeWritable) {
-            logged.log.mark(page);
+            logged.mark(Level::K4, gfn);
         }
         match change::<H::Format>(cell, Level::K4, raw, new, Books::None, inside.counters()) {
             Ok(()) => {
                 // After it: `slots::dirty` says why. (The dirty bit says the same, where it counts.)
                 if !logged.by_dirty_bit(root) && !mutants::is(Mutant::DirtyBeforeWritable) {
-                    logged.log.mark(page);
+                    logged.mark(Level::K4, gfn);
                 }
                 return Some(Outcome::Fixed { level: Level::K4 });
             }
@@ -256,6 +260,8 @@ struct Walk<'w, 'a, H: Host> {
     /// Where nobody looks at dirty bits, or none are set, a leaf counts as written as soon as it may be.
     without_ad: bool,
     log: Option<Log<'w>>,
+    /// Somebody watches writes to the page: it is not mapped writable, and its leaf says that a fault must ask.
+    watched: bool,
 }
 
 enum Step<'g, H: Host> {
@@ -340,13 +346,13 @@ impl<'w, H: Host> Walk<'w, '_, H> {
             };
             let marks = self.log.filter(|log| !log.by_dirty_bit && new & H::Format::WRITE != 0);
             if let Some(log) = marks.filter(|_| mutants::is(Mutant::DirtyBeforeWritable)) {
-                log.mark(level, self.want.gfn);
+                log.logged.mark(level, self.want.gfn);
             }
             match change::<H::Format>(cell, level, raw, new, book, self.inside.counters()) {
                 Ok(()) => {
                     // After the entry became writable, and before the lock is left: `slots::dirty` says why.
                     if let Some(log) = marks.filter(|_| !mutants::is(Mutant::DirtyBeforeWritable)) {
-                        log.mark(level, self.want.gfn);
+                        log.logged.mark(level, self.want.gfn);
                     }
                     return Step::Done(Ok(Outcome::Fixed { level }));
                 }
@@ -362,6 +368,10 @@ impl<'w, H: Host> Walk<'w, '_, H> {
         let mut leaf = self.want.leaf(level, writes);
         if self.log.is_some_and(|log| log.is_too_large(level) || log.protects(level) && !writes) {
             leaf.rights -= Rights::WRITE;
+        }
+        if self.watched {
+            leaf.rights -= Rights::WRITE;
+            leaf.mmu_writable = false;
         }
         leaf.dirty |= self.without_ad && leaf.rights.contains(Rights::WRITE);
         leaf

@@ -17,12 +17,14 @@ use crate::OutOfMemory;
 use crate::addr::{Gfn, GfnRange, Hfn, Level};
 use crate::entry::{Entry, weaken};
 use crate::events::Counter;
-use crate::format::Format;
+use crate::format::{Format, State};
 use crate::host::Host;
 use crate::lock::{Shared, Ticket};
 use crate::mutants::{self, Mutant};
-use crate::root::{AdBits, RootRef, give_back};
-use crate::slots::dirty::{DirtyLog, Granularity, Split, Tracking, WORD};
+use crate::reclaim::{Batch, Debts, Reach, hold};
+use crate::root::{AdBits, RootRef, RootSet, Spaces, give_back};
+use crate::slots::dirty::{DirtyLog, DirtyPages, Granularity, Ring, Split, Tracking, WORD};
+use crate::slots::{AddressSpace, SlotId};
 use crate::table::Table;
 use crate::tdp::split::split;
 use crate::tdp::sweep::{Visited, Visitor};
@@ -96,6 +98,8 @@ pub(crate) struct Logged<'l> {
     pub(crate) log: &'l DirtyLog,
     /// The slot's first frame.
     pub(crate) first: Gfn,
+    /// The slot, and the ring of the vCPU that works on it, if that has one.
+    pub(crate) ring: Option<(SlotId, &'l Ring)>,
 }
 
 impl Logged<'_> {
@@ -103,6 +107,21 @@ impl Logged<'_> {
     #[inline]
     pub(crate) fn by_dirty_bit(&self, root: &RootRef) -> bool {
         self.log.config().tracking == Tracking::DirtyBit && root.role().ad_bits() == AdBits::On
+    }
+
+    /// A leaf of `level` for `gfn` has become writable. By whoever made it so, after that, and before the lock is left.
+    #[inline]
+    pub(crate) fn mark(&self, level: Level, gfn: Gfn) {
+        let page = gfn.0 - self.first.0;
+        let news = if level == Level::K4 {
+            self.log.mark(page)
+        } else {
+            self.log.mark_range(self.first, GfnRange::block(level, gfn));
+            true
+        };
+        if let Some((slot, ring)) = self.ring.filter(|_| news) {
+            ring.push(DirtyPages { slot, page, level });
+        }
     }
 
     /// Whether leaves above 4 KiB must not be written through.
@@ -310,5 +329,60 @@ impl<H: Host> Visitor<H> for SplitAll {
 
     fn refill(&mut self, mmu: &Mmu<H>, ticket: &Ticket) {
         self.spares.refill(mmu, ticket);
+    }
+}
+
+/// Takes from every mapping of `gfn` the right to write and the right to be given it back by a fault; a larger leaf goes
+/// as a whole. When it returns, no vCPU writes the page any more. Faults see already that they must not give the right
+/// back.
+pub(crate) fn write_protect<H: Host>(
+    mmu: &Mmu<H>,
+    ticket: &mut Ticket,
+    batch: &mut Batch,
+    space: AddressSpace,
+    gfn: Gfn,
+) {
+    let mut roots = Shared::enter(mmu, ticket).valid_roots(Spaces::One(space));
+    while let Some(root) = roots.next(mmu) {
+        if gfn < root.role().level().root_limit() {
+            hold(mmu, ticket, batch, Reach::Live, |hold| {
+                let (inside, mut debts) = hold.step();
+                protect_page(inside, &mut debts, &root, space, gfn);
+            });
+        }
+        root.put(&mmu.host, ticket.counters());
+    }
+    // As for a zap: no vCPU runs on a root that became obsolete before its turn, once its invalidation is over.
+    drop(Shared::enter(mmu, ticket));
+}
+
+fn protect_page<H: Host>(inside: &Shared<'_, H>, debts: &mut Debts<'_>, root: &RootRef, space: AddressSpace, gfn: Gfn) {
+    let mut table = Table::root(inside, root);
+    loop {
+        let cell = table.entry(gfn);
+        let raw = cell.read();
+        if let Some(next) = table.next(raw) {
+            table = next;
+            continue;
+        }
+        if !H::Format::is_mapping(raw, table.level) {
+            if H::Format::decode(raw, table.level) == State::Frozen {
+                // Someone else's; the flush that goes with it may come after this returns.
+                debts.owe_flush(table.level, gfn);
+            }
+            return;
+        }
+        let done = if table.level == Level::K4 {
+            debts.restrict::<H>(cell, table.level, gfn, raw)
+        } else {
+            let frozen = debts.freeze::<H>(cell, table.level, gfn, raw);
+            if frozen.is_ok() && raw & H::Format::DIRTY != 0 {
+                inside.mmu.slots.read(inside).mark_dirty(space, GfnRange::block(table.level, gfn));
+            }
+            frozen
+        };
+        if done.is_ok() {
+            return;
+        }
     }
 }

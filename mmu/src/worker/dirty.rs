@@ -9,10 +9,10 @@ use crate::host::Host;
 use crate::lock::Shared;
 use crate::mutants::{self, Mutant};
 use crate::reclaim::synchronize;
-use crate::slots::dirty::{DirtyLog, LogConfig, LogError, LogStart, Tracking, WORD};
+use crate::slots::dirty::{DirtyLog, DirtyPages, LogConfig, LogError, LogStart, Tracking, WORD};
 use crate::slots::{AddressSpace, Memslot, SlotError, SlotId};
 use crate::tdp::collapse::{Collapsed, collapse};
-use crate::tdp::protect::{Arm, Gather, Logged, Pages, SplitAll};
+use crate::tdp::protect::{Arm, Gather, Logged, Pages, SplitAll, write_protect};
 use crate::tdp::sweep::sweep;
 use crate::tlb::Debt;
 use alloc::sync::Arc;
@@ -21,13 +21,34 @@ use alloc::sync::Arc;
 const CHUNK: usize = 64;
 
 fn logged<'l>(slot: &Memslot, log: &'l DirtyLog) -> Logged<'l> {
-    Logged { log, first: slot.range().start }
+    Logged { log, first: slot.range().start, ring: None }
 }
 
 /// The frames of `count` words of the slot's log, from word `first` on.
 fn frames(slot: &Memslot, first: usize, count: usize) -> GfnRange {
     let start = slot.range().start.0 + first as u64 * WORD;
     GfnRange { start: Gfn(start), end: Gfn(start + count as u64 * WORD).min(slot.range().end) }
+}
+
+/// The pages of an entry of a ring, counted from the slot's first; those of a leaf that lie in the slot.
+fn pages_of(slot: &Memslot, entry: &DirtyPages) -> (u64, u64) {
+    let (start, end) = (slot.range().start.0, slot.range().end.0);
+    let block = GfnRange::block(entry.level, Gfn(start.saturating_add(entry.page).min(end - 1)));
+    (block.start.0.max(start) - start, block.end.0.min(end) - start)
+}
+
+/// The words of the slot's log that they are in: the first, and how many.
+fn words_of(slot: &Memslot, entry: &DirtyPages) -> (usize, usize) {
+    let (start, end) = pages_of(slot, entry);
+    ((start / WORD) as usize, (end.div_ceil(WORD) - start / WORD) as usize)
+}
+
+/// Their bits in one of these words.
+fn mask_of(slot: &Memslot, entry: &DirtyPages, word: usize) -> u64 {
+    let (start, end) = pages_of(slot, entry);
+    let base = word as u64 * WORD;
+    let (from, to) = (start.max(base), end.min(base + WORD));
+    if from >= to { 0 } else { u64::MAX << (from - base) & u64::MAX >> (base + WORD - to) }
 }
 
 fn dirty_pages(words: &[u64]) -> u64 {
@@ -130,6 +151,35 @@ impl<H: Host> Worker<H> {
         Ok(pages)
     }
 
+    /// Clears and arms pages that were taken from rings (KVM_RESET_DIRTY_RINGS). Of slots that are gone or have no log any
+    /// more there is nothing to arm. How many pages were dirty.
+    ///
+    /// Entries that follow each other are best together: the pages of one word of a bitmap are armed at once.
+    pub fn reset_dirty(&mut self, entries: &[DirtyPages]) -> u64 {
+        let mmu = Arc::clone(&self.mmu);
+        let updates = mmu.updates.lock(|| mmu.host.relax());
+        let (mut debt, mut pages, mut left) = (Debt::nothing(), 0, entries);
+        while let Some(first) = left.first() {
+            let Ok((slot, log)) = updates.logged(first.slot) else {
+                left = &left[1..];
+                continue;
+            };
+            // All entries from here on that are of the same slot and word, or leaf.
+            let (base, count) = words_of(&slot, first);
+            let run =
+                left.iter().take_while(|entry| entry.slot == first.slot && words_of(&slot, entry) == (base, count));
+            let run = run.count();
+            for word in (base..base + count).filter(|word| log.has_words(*word, 1)) {
+                let mask = left[..run].iter().fold(0, |mask, entry| mask | mask_of(&slot, entry, word));
+                let taken = [log.take_word(word, mask)];
+                pages += self.arm_taken(&slot, &log, word, &taken, &mut debt);
+            }
+            left = &left[run..];
+        }
+        debt.pay(&mmu, self.ticket.counters());
+        pages
+    }
+
     /// Gives bits back to the log: what was taken and not used, as when a migration failed, or what another log knew.
     pub fn merge_dirty(&mut self, id: SlotId, first_word: usize, bits: &[u64]) -> Result<(), LogError> {
         let mmu = Arc::clone(&self.mmu);
@@ -150,6 +200,35 @@ impl<H: Host> Worker<H> {
     pub fn mark_dirty(&mut self, space: AddressSpace, range: GfnRange) {
         let inside = Shared::enter(&self.mmu, &mut self.ticket);
         self.mmu.slots.read(&inside).mark_dirty(space, range);
+    }
+
+    /// Tracks writes to a page: from the return on, each ends in [`crate::Outcome::Tracked`]. Calls add up; each is undone
+    /// by one [`Worker::untrack_page`]. A page that moves with its slot stays tracked, one whose slot goes does not.
+    pub fn track_page(&mut self, space: AddressSpace, gfn: Gfn) -> Result<(), SlotError> {
+        let mmu = Arc::clone(&self.mmu);
+        let mut updates = mmu.updates.lock(|| mmu.host.relax());
+        let (slot, tracked, prepared) = updates.trackable(&mmu.slots, space, gfn)?;
+        if let Some(prepared) = prepared {
+            let published = mmu.slots.publish(&mut updates, prepared);
+            self.settle(&mmu, published);
+        }
+        if tracked.add(gfn.0 - slot.range().start.0, || mmu.host.relax()) {
+            // Faults that did not see the page tracked have left; what they made writable is found now.
+            synchronize(&mmu);
+            write_protect(&mmu, &mut self.ticket, &mut self.batch, space, gfn);
+        }
+        Ok(())
+    }
+
+    /// Undoes one [`Worker::track_page`]; fails if there was none.
+    pub fn untrack_page(&mut self, space: AddressSpace, gfn: Gfn) -> Result<(), SlotError> {
+        let mmu = Arc::clone(&self.mmu);
+        let _updates = mmu.updates.lock(|| mmu.host.relax());
+        let inside = Shared::enter(&self.mmu, &mut self.ticket);
+        let slot = mmu.slots.read(&inside).find(space, gfn).ok_or(SlotError::NotFound)?;
+        let tracked = slot.tracked().ok_or(SlotError::NotFound)?;
+        let page = gfn.0 - slot.range().start.0;
+        if tracked.remove(page, || mmu.host.relax()) { Ok(()) } else { Err(SlotError::NotFound) }
     }
 
     /// Splits every huge leaf of a slot, in steps that yield. Fails when there are no tables for it; what was split by then

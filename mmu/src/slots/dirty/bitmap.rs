@@ -19,7 +19,7 @@ pub(crate) const WORD: u64 = u64::BITS as u64;
 
 /// See the module head.
 #[derive(Debug)]
-pub(super) struct Bitmap {
+pub(crate) struct Bitmap {
     words: Box<[AtomicU64]>,
     pages: u64,
     /// What a word without dirty pages holds: 0, or all ones where words are inverted.
@@ -38,13 +38,13 @@ fn zeroed(words: usize) -> Result<Box<[AtomicU64]>, OutOfMemory> {
 
 impl Bitmap {
     /// For a slot of so many pages: none dirty, or all of them.
-    pub(super) fn new(pages: u64, all: bool) -> Result<Self, OutOfMemory> {
+    pub(crate) fn new(pages: u64, all: bool) -> Result<Self, OutOfMemory> {
         let words = usize::try_from(pages.div_ceil(WORD)).map_err(|_| OutOfMemory)?;
         Ok(Self { words: zeroed(words)?, pages, clean: if all { u64::MAX } else { 0 } })
     }
 
     /// Words that it has.
-    pub(super) fn words(&self) -> usize {
+    pub(crate) fn words(&self) -> usize {
         self.words.len()
     }
 
@@ -54,21 +54,22 @@ impl Bitmap {
         if left >= WORD { u64::MAX } else { (1 << left) - 1 }
     }
 
-    /// Sets the bits of `mask`.
+    /// Sets the bits of `mask`; returns those of them that were clear.
     #[inline]
-    pub(super) fn set(&self, word: usize, mask: u64) {
+    pub(crate) fn set(&self, word: usize, mask: u64) -> u64 {
         let cell = &self.words[word];
         // Acquire and release: a taker that finds the bit sees what was done before it was set, and what is done after
         // it (nothing here relies on that) stays after.
-        if self.clean == 0 {
-            cell.fetch_or(mask, Ordering::AcqRel);
+        let old = if self.clean == 0 {
+            cell.fetch_or(mask, Ordering::AcqRel)
         } else {
-            cell.fetch_and(!mask, Ordering::AcqRel);
-        }
+            cell.fetch_and(!mask, Ordering::AcqRel)
+        };
+        !(old ^ self.clean) & mask
     }
 
     /// Sets the bits of the pages from `start` to `end`, the latter not included.
-    pub(super) fn set_range(&self, start: u64, end: u64) {
+    pub(crate) fn set_range(&self, start: u64, end: u64) {
         let end = end.min(self.pages);
         let mut page = start;
         while page < end {
@@ -81,13 +82,13 @@ impl Bitmap {
 
     /// The bits of `word`.
     #[inline]
-    pub(super) fn get(&self, word: usize) -> u64 {
+    pub(crate) fn get(&self, word: usize) -> u64 {
         (self.words[word].load(Ordering::Acquire) ^ self.clean) & self.valid(word)
     }
 
     /// Clears the bits of `mask`; returns those of them that were set.
     #[inline]
-    pub(super) fn take(&self, word: usize, mask: u64) -> u64 {
+    pub(crate) fn take(&self, word: usize, mask: u64) -> u64 {
         let (cell, mask) = (&self.words[word], mask & self.valid(word));
         // A word without dirty pages, which is what most are, is not written.
         if (cell.load(Ordering::Acquire) ^ self.clean) & mask == 0 && !cfg!(feature = "loom") {

@@ -30,6 +30,7 @@
 //! yields.
 
 mod bitmap;
+mod ring;
 
 use alloc::sync::Arc;
 use core::fmt;
@@ -37,8 +38,9 @@ use core::fmt;
 use super::SlotError;
 use crate::OutOfMemory;
 use crate::addr::{Gfn, GfnRange};
-use bitmap::Bitmap;
-pub(crate) use bitmap::WORD;
+pub(crate) use bitmap::{Bitmap, WORD};
+pub(crate) use ring::Ring;
+pub use ring::{DirtyPages, DirtyRing};
 
 /// How writes are noticed.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -156,10 +158,10 @@ impl DirtyLog {
         &self.config
     }
 
-    /// The page was written.
+    /// The page was written; whether that is news.
     #[inline]
-    pub(crate) fn mark(&self, page: u64) {
-        self.bitmap.set((page / WORD) as usize, 1 << (page % WORD));
+    pub(crate) fn mark(&self, page: u64) -> bool {
+        self.bitmap.set((page / WORD) as usize, 1 << (page % WORD)) != 0
     }
 
     /// The pages of `range`, in a slot that begins at `first`, were written; what lies outside the slot is cut off.
