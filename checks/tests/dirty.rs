@@ -49,6 +49,7 @@ fn op(rng: &mut Rng) -> Op {
             Op::Log(0, LogOp::Start { dirty_bit, leaf, all, eager })
         }
         84 => Op::Log(0, LogOp::Merge(rng.next())),
+        97 => Op::Track(spot(rng), rng.once_in(2)),
         98 => Op::Age(spot(rng), 1 + rng.below(600), rng.once_in(2)),
         99 => Op::Log(0, if rng.once_in(3) { LogOp::Split } else { LogOp::Collapse }),
         85 => Op::Device(rng.once_in(2), spot(rng), 1 + rng.below(3)),

@@ -56,6 +56,7 @@ fn op() -> impl Strategy<Value = Op> {
         2 => (spot(), 1u64..5, 0u16..512).prop_map(|(at, pages, page)| Op::TouchDuring(at, pages, Spot { page, ..at })),
         1 => (0u8..6).prop_map(Op::Starve),
         8 => (id(), log_op()).prop_map(|(id, op)| Op::Log(id, op)),
+        2 => (spot(), any::<bool>()).prop_map(|(at, more)| Op::Track(at, more)),
         2 => (spot(), few(), any::<bool>()).prop_map(|(at, pages, clear)| Op::Age(at, pages, clear)),
         1 => (any::<bool>(), spot(), few()).prop_map(|(by_vcpu, at, pages)| Op::Device(by_vcpu, at, pages)),
     ]

@@ -61,6 +61,8 @@ pub struct Ghost {
     host_frames: u64,
     zaps: VecDeque<(GfnRange, u64)>,
     logs: BTreeMap<SlotId, dirty::Book>,
+    /// Watchers of pages, by slot and page.
+    pub watchers: BTreeMap<(SlotId, u64), u32>,
     history: History,
     violations: Vec<Violation>,
     changing: u32,
@@ -213,6 +215,12 @@ impl Ghost {
         place.writable && self.objects.get(&place.object).is_some_and(|object| object.shape.writable)
     }
 
+    /// Whether writes to `gfn` are watched.
+    pub fn is_watched(&self, space: AddressSpace, gfn: Gfn) -> bool {
+        let place = self.placement_at(space, gfn);
+        place.is_some_and(|place| self.watchers.contains_key(&(place.id, gfn.0 - place.range.start.0)))
+    }
+
     fn begin_change(&mut self) {
         self.changing += 1;
         self.changed = self.tick();
@@ -263,6 +271,7 @@ impl Ghost {
             }
             self.placements.retain(|place| place.id != id);
             self.log_stopped(id);
+            self.watchers.retain(|(slot, _), _| *slot != id);
         }
         self.end_change();
     }
@@ -344,7 +353,8 @@ impl Ghost {
                 .objects
                 .get(&place.object)
                 .map(|object| object.page(gfn.0 - place.range.start.0 + object.shape.lead));
-            frame == Some(Page::At(hfn)) && (access != Access::Write || self.may_write(place))
+            let watched = self.watchers.contains_key(&(place.id, gfn.0 - place.range.start.0));
+            frame == Some(Page::At(hfn)) && (access != Access::Write || self.may_write(place) && !watched)
         });
         if !allowed {
             let text = format!("{vcpu:?}: {access:?} of {gfn:?} went to {hfn:?}, which it may not reach (any more)");
@@ -389,6 +399,7 @@ impl Ghost {
                 let right = match self.placement_at(space, gfn) {
                     None => *outcome == Outcome::Mmio,
                     Some(place) if access == Access::Write && !self.may_write(&place) => *outcome == Outcome::ReadOnly,
+                    Some(_) if access == Access::Write && self.is_watched(space, gfn) => *outcome == Outcome::Tracked,
                     Some(_) => matches!(outcome, Outcome::Fixed { .. } | Outcome::Spurious),
                 };
                 !right

@@ -4,7 +4,7 @@
 
 use std::sync::atomic::Ordering;
 
-use nestling::{AdBits, Counters, Gfn, GfnRange, Hfn, Level, Role, State};
+use nestling::{AdBits, Counters, Gfn, GfnRange, Hfn, Level, Role, SlotId, State};
 
 use super::Ghost;
 use super::object::{Object, Page};
@@ -115,6 +115,8 @@ impl Ghost {
                     Some("lets the guest write what it may not")
                 } else if role.ad_bits() == AdBits::Off && leaf.allows.write && !leaf.dirty {
                     Some("may be written without a trace")
+                } else if leaf.allows.write && self.watches(place.id, block, place.range.start) {
+                    Some("lets the guest write a page that is tracked")
                 } else if leaf.level > largest {
                     Some("is larger than configured")
                 } else {
@@ -125,6 +127,12 @@ impl Ghost {
         if let Some(wrong) = wrong {
             self.violation(Some(leaf.gfn), format!("the leaf {leaf:?} {wrong}"));
         }
+    }
+
+    /// Whether any page of `block` of the slot that begins at `start` is watched.
+    fn watches(&self, id: SlotId, block: GfnRange, start: Gfn) -> bool {
+        let pages = (id, block.start.0 - start.0)..(id, block.end.0 - start.0);
+        self.watchers.range(pages).next().is_some()
     }
 
     /// Holds the trees of all valid roots against what is allowed, and the counters against the trees.

@@ -94,6 +94,8 @@ pub enum Op {
     Starve(u8),
     /// Something about the dirty log of a slot.
     Log(u8, LogOp),
+    /// Track writes to a frame, or track them once less.
+    Track(Spot, bool),
     /// Age a range, or only look at its age.
     Age(Spot, u64, bool),
     /// The embedder writes to a range, by the vCPU or by the worker.
@@ -189,6 +191,7 @@ impl<F: Cpu> Single<F> {
             }
             Op::Starve(after) => self.starve(after.into()),
             Op::Log(id, op) => self.log_op(id, op),
+            Op::Track(at, more) => self.track(self.gfn(at), more),
             Op::Age(at, pages, clear) => self.age(self.range(at, pages), clear),
             Op::Device(by_vcpu, at, pages) => self.device_writes(by_vcpu, at, pages),
         }
@@ -303,6 +306,9 @@ impl<F: Cpu> Single<F> {
             match ghost.placement_at(self.cpus[cpu].role().space(), gfn) {
                 None => Done::Mmio,
                 Some(place) if access == Access::Write && !ghost.may_write(&place) => Done::ReadOnly,
+                Some(_) if access == Access::Write && ghost.is_watched(self.cpus[cpu].role().space(), gfn) => {
+                    Done::Tracked
+                }
                 Some(_) => Done::Memory,
             }
         };
@@ -392,6 +398,36 @@ impl<F: Cpu> Single<F> {
         }
         machine.ghost().given(range, &pages, moved);
         drop(held);
+    }
+
+    fn track(&mut self, gfn: Gfn, more: bool) {
+        let space = AddressSpace::Main;
+        let place = self.mmu.host().ghost().placement_at(space, gfn);
+        let key = place.map(|place| (place.id, gfn.0 - place.range.start.0));
+        let right = match key {
+            Some(key) if more || self.mmu.host().ghost().watchers.contains_key(&key) => Ok(()),
+            _ => Err(SlotError::NotFound),
+        };
+        // What takes is told after, what gives before the library is called.
+        let add = |by: u32| {
+            let mut ghost = self.mmu.host().ghost();
+            if let (Some(key), true) = (key, right.is_ok()) {
+                let count = ghost.watchers.entry(key).or_insert(0);
+                *count = count.wrapping_add(by);
+                if *count == 0 {
+                    ghost.watchers.remove(&key);
+                }
+            }
+        };
+        let got = if more {
+            let got = self.worker.track_page(space, gfn);
+            add(1);
+            got
+        } else {
+            add(1u32.wrapping_neg());
+            self.worker.untrack_page(space, gfn)
+        };
+        self.expect_kind("tracking", got, right);
     }
 
     /// Nothing is lost by aging; what was just made old and not used since is old.

@@ -83,7 +83,7 @@ mod tests {
     fn watchers_are_counted() {
         let tracked = Tracked::new(200).unwrap();
         assert!(tracked.add(130, || ()) && !tracked.add(130, || ()));
-        let block = |start, end| GfnRange { start: Gfn(1000 + start), end: Gfn(1000 + end) };
+        let block = |start: u64, end: u64| GfnRange { start: Gfn(1000 + start), end: Gfn(1000 + end) };
         assert!(tracked.has(130) && !tracked.has(129));
         assert!(tracked.touches(Gfn(1000), block(0, 131)) && tracked.touches(Gfn(1000), block(130, 200)));
         assert!(!tracked.touches(Gfn(1000), block(0, 130)) && !tracked.touches(Gfn(1000), block(131, 200)));
