@@ -8,24 +8,28 @@ use std::sync::atomic::Ordering;
 
 use super::checker::library::{Counters, Gfn, Level, Mmu, Outcome};
 use super::checker::spawn;
-use super::machine::{Guest, Machine, machine, work};
+use super::machine::{Guest, Machine, after_mapping, before_mapping, check_dirty, machine, work};
 use crate::model::scenarios::{Actor, Scenario};
 
 /// One execution of `scenario`; the checker calls it for each interleaving that it tries. Returns the counters at its end.
 pub(super) fn execute(scenario: &Scenario<'_>) -> Counters {
     let (mmu, pool) = machine();
-    let (prepared, mapped) = (Arc::clone(&mmu), scenario.mapped.to_vec());
+    let (prepared, mapped, setup) = (Arc::clone(&mmu), scenario.mapped.to_vec(), scenario.setup());
     // In a thread of its own: the checker does not look behind what a thread has read before it writes.
     let prepare = spawn(move || {
+        before_mapping(prepared.host(), setup);
         let mut guest = Guest::new(&prepared, 0);
         guest.load();
         for page in mapped {
             assert!(matches!(guest.fault(page), Outcome::Fixed { .. }));
         }
+        if let Some(setup) = setup {
+            after_mapping(&mut prepared.worker().unwrap(), setup);
+        }
     });
     prepare.join().unwrap();
     let mut vcpus = 0;
-    let mut numbered = scenario.actors.iter().map(|actor| {
+    let mut numbered = scenario.threads().map(|actor| {
         let id = vcpus;
         vcpus += u16::from(actor.is_vcpu());
         (*actor, id)
@@ -43,10 +47,14 @@ pub(super) fn execute(scenario: &Scenario<'_>) -> Counters {
     }
     // What readers kept from being freed is free now.
     mmu.worker().unwrap().collect();
+    if scenario.setup().is_some() {
+        check_dirty(&mut mmu.worker().unwrap());
+    }
     let counters = mmu.counters();
     assert_eq!(counters.table_frames, pool.in_use(), "the books and the machine disagree on tables");
     pool.check_free();
-    assert_eq!(counters.leaves_4k, pool.leaves(None), "the books and the machine disagree on leaves");
+    let mapped = counters.leaves_4k + counters.leaves_2m;
+    assert_eq!(mapped, pool.leaves(None), "the books and the machine disagree on leaves");
     drop(mmu);
     assert_eq!(pool.in_use(), 0, "tables are left behind");
     counters
@@ -89,6 +97,13 @@ fn act(mmu: &Arc<Mmu<Machine>>, actor: Actor, id: u16) {
         }
         Actor::Wander(turns) => Guest::new(mmu, id).wander(turns),
         Actor::Often(times, actor) => (0..times).for_each(|_| act(mmu, *actor, id)),
+        Actor::Write(page, times) => Guest::new(mmu, id).write(page, times),
+        Actor::WriteWithoutAdBits(page, times) => {
+            let mut guest = Guest::new(mmu, id);
+            guest.without_ad_bits();
+            guest.write(page, times);
+        }
+        Actor::Setup(_) => {}
         Actor::Work(what) => work(&mut mmu.worker().unwrap(), what),
     }
 }

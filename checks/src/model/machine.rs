@@ -11,15 +11,15 @@ use std::sync::atomic::{AtomicBool as Plain, AtomicU64 as PlainU64, Ordering};
 use std::sync::{Arc, Mutex};
 
 use super::checker::library::addr::ENTRIES;
-use super::checker::library::format::{Format, Leaf, MemoryType, Npt, State};
+use super::checker::library::format::{Format, Leaf, MemoryType, Npt, Rights, State};
 use super::checker::library::host::{Backing, BackingError, Extent, TableFrames, Time, Vcpus};
 use super::checker::library::sync::{AtomicBool, AtomicU64 as Entry};
 use super::checker::library::{
-    Access, AddressSpace, Cause, Config, Fault, Gfn, GfnRange, Hfn, Host, Level, Mmu, Outcome, Role, Slot, SlotConfig,
-    SlotFlags, SlotId, Vcpu, VcpuId, Worker,
+    Access, AdBits, AddressSpace, Cause, Config, Fault, Gfn, GfnRange, Granularity, Hfn, Host, Level, LogConfig,
+    LogStart, Mmu, Outcome, Role, Slot, SlotConfig, SlotFlags, SlotId, Split, Tracking, Vcpu, VcpuId, Worker,
 };
 use super::checker::{Lock, TABLES, VCPUS, yield_now};
-use crate::model::scenarios::Work;
+use crate::model::scenarios::{Setup, Work};
 
 /// Guest pages of the one slot: two level-1 tables full.
 const PAGES: u64 = 4;
@@ -98,16 +98,12 @@ impl Pool {
     }
 
     fn leaves_below(&self, table: Hfn, level: Level, wanted: Option<Hfn>) -> u64 {
-        match level.down() {
-            Some(down) => self.next(table, level).map(|next| self.leaves_below(Hfn(next), down, wanted)).sum(),
-            None => {
-                let leaf = |state: &State| match state {
-                    State::Leaf(Leaf { hfn, .. }) => wanted.is_none_or(|wanted| wanted == *hfn),
-                    _ => false,
-                };
-                self.states(table, level).filter(leaf).count() as u64
-            }
-        }
+        let below = |state: State| match (state, level.down()) {
+            (State::Table(next), Some(down)) if next.0 <= TABLES as u64 => self.leaves_below(next, down, wanted),
+            (State::Leaf(Leaf { hfn, .. }), _) => u64::from(wanted.is_none_or(|wanted| wanted == hfn)),
+            _ => 0,
+        };
+        self.states(table, level).map(below).sum()
     }
 }
 
@@ -136,6 +132,11 @@ pub(super) struct Machine {
     base: Lock<Gfn>,
     /// Host frames that were taken from the guest and given to somebody else.
     gone: Mutex<Vec<u64>>,
+    /// Whether the backing tells how far its memory goes, so that leaves may be huge.
+    runs: Plain,
+    /// How often the guest wrote each page, and what of that whoever takes the log has copied.
+    written: [PlainU64; PAGES as usize],
+    copied: [PlainU64; PAGES as usize],
 }
 
 impl Machine {
@@ -152,6 +153,9 @@ impl Machine {
             place: core::array::from_fn(|page| PlainU64::new(HOME + page as u64)),
             base: Lock::new(Gfn(0)),
             gone: Mutex::new(Vec::new()),
+            runs: Plain::new(false),
+            written: core::array::from_fn(|_| PlainU64::new(0)),
+            copied: core::array::from_fn(|_| PlainU64::new(0)),
         }
     }
 
@@ -208,6 +212,10 @@ impl Backing for Machine {
     fn resolve(&self, slot: &Slot, gfn: Gfn, _access: Access) -> Result<Extent, BackingError> {
         let page = gfn.0 - slot.range().start.0;
         let hfn = Hfn(self.place[page as usize].load(Ordering::Relaxed));
+        if self.runs.load(Ordering::Relaxed) {
+            let (gfns, hfn) = (slot.range(), Hfn(HOME));
+            return Ok(Extent { gfns, hfn, writable: true, memory: MemoryType::WriteBack });
+        }
         let gfns = GfnRange::new(gfn, 1).unwrap();
         if self.sleeps.load(Ordering::Relaxed) {
             yield_now();
@@ -243,7 +251,7 @@ pub(super) fn machine() -> (Arc<Mmu<Machine>>, Arc<Pool>) {
         vcpus: VCPUS as u16,
         workers: 3,
         slots: 2,
-        largest: Level::K4,
+        largest: Level::M2,
         mmio_entries: false,
         ..Config::default()
     };
@@ -264,11 +272,13 @@ fn ram(base: Gfn) -> SlotConfig {
 pub(super) struct Guest {
     vcpu: Vcpu<Machine>,
     tlb: Option<(Gfn, Hfn, u64)>,
+    /// What it may write without a look at the tables: a page that it found writable and dirty.
+    writable: Option<Gfn>,
 }
 
 impl Guest {
     pub(super) fn new(mmu: &Arc<Mmu<Machine>>, id: u16) -> Self {
-        Self { vcpu: mmu.vcpu(VcpuId(id)).unwrap(), tlb: None }
+        Self { vcpu: mmu.vcpu(VcpuId(id)).unwrap(), tlb: None, writable: None }
     }
 
     /// Loads a root and leaves again.
@@ -283,6 +293,7 @@ impl Guest {
         let mut inside = self.vcpu.enter().unwrap();
         if inside.take_flush().is_some() {
             self.tlb = None;
+            self.writable = None;
         }
         let Some(gfn) = gfn else { return true };
         for _ in 0..2 {
@@ -317,6 +328,50 @@ impl Guest {
         }
     }
 
+    /// Writes page `gfn` so often if it gets that far, in one turn while nothing is in the way.
+    pub(super) fn write(&mut self, gfn: u64, times: usize) {
+        let mut left = times;
+        for _ in 0..8 {
+            left -= self.write_turn(Gfn(gfn), left);
+            if left == 0 {
+                return;
+            }
+            if self.fault(gfn) == Outcome::Retry {
+                yield_now();
+            }
+        }
+        // What it could not write it has not written: in some orders the checker lets nobody else go on.
+    }
+
+    /// One turn of writes; how many were made.
+    fn write_turn(&mut self, gfn: Gfn, times: usize) -> usize {
+        let mmu = Arc::clone(self.vcpu.mmu());
+        let (machine, id) = (mmu.host(), usize::from(self.vcpu.id().0));
+        let mut inside = self.vcpu.enter().unwrap();
+        if inside.take_flush().is_some() {
+            self.tlb = None;
+            self.writable = None;
+        }
+        let sets_bits = inside.role().ad_bits() == AdBits::On;
+        for done in 0..times {
+            if machine.kicks[id].swap(false, Ordering::SeqCst) {
+                return done;
+            }
+            machine.kicks[id].load(Ordering::Relaxed);
+            if self.writable != Some(gfn) && !walk_to_write(machine, inside.root().hfn(), gfn, sets_bits) {
+                return done;
+            }
+            self.writable = Some(gfn);
+            machine.written[gfn.0 as usize].fetch_add(1, Ordering::Relaxed);
+        }
+        times
+    }
+
+    /// Turns to tables without accessed and dirty bits.
+    pub(super) fn without_ad_bits(&mut self) {
+        self.vcpu.set_role(self.vcpu.role().with_ad_bits(AdBits::Off));
+    }
+
     /// Runs on a root of this level from now on.
     pub(super) fn switch(&mut self, level: Level) {
         self.vcpu.set_role(Role::new(level).unwrap());
@@ -347,6 +402,78 @@ fn walk(machine: &Machine, root: Hfn, gfn: Gfn) -> Option<Hfn> {
     }
 }
 
+/// The CPU's page walker on behalf of a write: as the manual has it, with the dirty bit set before the write. Whether it
+/// may be made.
+fn walk_to_write(machine: &Machine, root: Hfn, gfn: Gfn, sets_bits: bool) -> bool {
+    let (mut frame, mut level) = (root, Level::L4);
+    loop {
+        // SAFETY: `table` gives the first of ENTRIES live entries, and the index is below that.
+        let entry = unsafe { machine.table(frame).add(level.index(gfn)).as_ref() };
+        let raw = entry.load(Ordering::Acquire);
+        machine.table(frame);
+        match (Npt::decode(raw, level), level.down()) {
+            (State::Table(next), Some(down)) => (frame, level) = (next, down),
+            (State::Leaf(leaf), _) if leaf.rights.contains(Rights::WRITE) => {
+                let dirty = raw | if sets_bits { Npt::DIRTY } else { 0 };
+                if dirty == raw || entry.compare_exchange(raw, dirty, Ordering::AcqRel, Ordering::Relaxed).is_ok() {
+                    return true;
+                }
+            }
+            _ => return false,
+        }
+    }
+}
+
+/// Before anything is mapped.
+pub(super) fn before_mapping(machine: &Machine, setup: Option<Setup>) {
+    machine.runs.store(matches!(setup, Some(Setup::HugeLogged | Setup::Split)), Ordering::Relaxed);
+}
+
+/// When what the scenario wants is mapped.
+pub(super) fn after_mapping(worker: &mut Worker<Machine>, setup: Setup) {
+    let (tracking, granularity) = match setup {
+        Setup::LogByProtection => (Tracking::WriteProtect, Granularity::Page),
+        Setup::LogByDirtyBit => (Tracking::DirtyBit, Granularity::Page),
+        Setup::HugeLogged => (Tracking::DirtyBit, Granularity::Leaf),
+        Setup::Split => return worker.split(SlotId(0)).unwrap(),
+    };
+    let config = LogConfig { tracking, granularity, start: LogStart::Clean, split: Split::OnDemand };
+    worker.start_log(SlotId(0), config).unwrap();
+}
+
+/// Copies the pages that the first word of a log names.
+fn copy(machine: &Machine, bits: u64) {
+    for page in (0..PAGES as usize).filter(|page| bits >> page & 1 != 0) {
+        machine.copied[page].store(machine.written[page].load(Ordering::Relaxed), Ordering::Relaxed);
+    }
+}
+
+fn harvest(worker: &mut Worker<Machine>) {
+    let mut bits = [0];
+    worker.harvest_dirty(SlotId(0), 0, &mut bits).unwrap();
+    copy(worker.mmu().host(), bits[0]);
+}
+
+/// When nobody writes any more: what was written is in a copy, or in the log, or else in a dirty bit.
+pub(super) fn check_dirty(worker: &mut Worker<Machine>) {
+    let mmu = Arc::clone(worker.mmu());
+    let (machine, logged) = (mmu.host(), worker.slots()[0].is_logged());
+    if logged {
+        harvest(worker);
+    }
+    for page in 0..PAGES as usize {
+        let (written, copied) = (&machine.written[page], &machine.copied[page]);
+        let (written, copied) = (written.load(Ordering::Relaxed), copied.load(Ordering::Relaxed));
+        if logged {
+            assert_eq!(written, copied, "page {page} was written, and the log does not say so");
+        } else if written > 0 {
+            let walk = worker.walk(mmu.role(), Gfn(page as u64)).unwrap();
+            let dirty = walk.last().is_some_and(|step| matches!(step.state, State::Leaf(Leaf { dirty: true, .. })));
+            assert!(dirty, "page {page} was written, and its leaf does not say so");
+        }
+    }
+}
+
 pub(super) fn work(worker: &mut Worker<Machine>, work: Work) {
     let mmu = Arc::clone(worker.mmu());
     let machine = mmu.host();
@@ -355,6 +482,15 @@ pub(super) fn work(worker: &mut Worker<Machine>, work: Work) {
             worker.zap(GfnRange::new(Gfn(0), 2).unwrap());
             machine.was_kicked.store(true, Ordering::SeqCst);
         }
+        Work::Harvest => harvest(worker),
+        Work::GetAndClear => {
+            let mut bits = [0];
+            worker.get_dirty(SlotId(0), 0, &mut bits).unwrap();
+            worker.clear_dirty(SlotId(0), 0, &bits).unwrap();
+            copy(machine, bits[0]);
+        }
+        Work::Split => worker.split(SlotId(0)).unwrap(),
+        Work::Collapse => drop(worker.collapse(SlotId(0)).unwrap()),
         Work::ZapAll => {
             worker.zap_all();
         }

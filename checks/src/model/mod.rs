@@ -13,5 +13,5 @@ pub mod under_loom;
 pub mod under_shuttle;
 
 pub use canary::{Publish, canary};
-pub use scenarios::{Actor, SCENARIOS, Scenario, Work};
+pub use scenarios::{Actor, SCENARIOS, Scenario, Setup, Work};
 pub use under_loom::{Bounds, Explored, explore};

@@ -52,6 +52,7 @@ const FAULTS_DELETE: &str = "guest that faults beside slot delete";
 const FAULTS_MOVE: &str = "guest that faults beside invalidation";
 const COMES_BACK: &str = "guest that comes back beside invalidation";
 const GUEST_MOVE: &str = "guest beside invalidation";
+const WRITES_HARVEST: &str = "writes beside harvest, by protection";
 const FAULT_ZAP: &str = "fault beside zap";
 const ROLES: &str = "guest of two roles beside zap-all";
 
@@ -105,6 +106,17 @@ pub const CASES: &[Case] = &[
     case("leave-relaxed", Mutant::LeaveRelaxed, &[FAULTS_DELETE], 2),
     case("shared-without-look", Mutant::SharedWithoutLook, &[FAULTS_MOVE], 2),
     case("requests-before-mode", Mutant::RequestsBeforeMode, &["zap-all, then invalidation beside one turn"], 3),
+    case("dirty-bit-dropped-by-zap", Mutant::DirtyBitDroppedByZap, &["writes beside zap, by dirty bit"], 2),
+    case("dirty-before-writable", Mutant::DirtyBeforeWritable, &[WRITES_HARVEST], 2),
+    case("dirty-handed-out-before-flush", Mutant::DirtyHandedOutBeforeFlush, &[WRITES_HARVEST], 2),
+    case("protected-without-flush", Mutant::ProtectedWithoutFlush, &[WRITES_HARVEST], 2),
+    case(
+        "dirty-bit-cleared-where-protection-tracks",
+        Mutant::DirtyBitClearedWhereProtectionTracks,
+        &["writes beside harvest, without dirty bits", WRITES_HARVEST],
+        2,
+    ),
+    case("software-bits-lost", Mutant::SoftwareBitsLost, &["writes beside split", WRITES_HARVEST], 1),
     case("unlinked-table-not-seized", Mutant::UnlinkedTableNotSeized, &[FAULT_ZAP], 2),
     // Some of them again, to show that the long scenarios can see.
     far("request-after-unlock-in-a-long-run", Far::RequestAfterUnlock, "fault beside zap-all"),

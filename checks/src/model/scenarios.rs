@@ -30,6 +30,27 @@ pub enum Work {
     ZapInZap,
     /// Move the slot to the frames behind it.
     MoveSlot,
+    /// Take the slot's dirty log, and copy the pages that it names.
+    Harvest,
+    /// Look at the log, then clear what it named, and copy the pages.
+    GetAndClear,
+    /// Split huge leaves.
+    Split,
+    /// Make leaves huge.
+    Collapse,
+}
+
+/// What is made ready before a scenario begins.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Setup {
+    /// Writes are logged by write protection.
+    LogByProtection,
+    /// Writes are logged by dirty bits.
+    LogByDirtyBit,
+    /// Leaves may be huge, and writes are logged leaf by leaf, by dirty bits.
+    HugeLogged,
+    /// Leaves may be huge, and were split.
+    Split,
 }
 
 /// What one thread of a scenario does.
@@ -53,8 +74,14 @@ pub enum Actor {
     Switch,
     /// A vCPU that accesses one page after the other, so many times, and keeps its TLB as long as it may.
     Wander(u64),
+    /// A vCPU that writes this page so often.
+    Write(u64, usize),
+    /// The same, on tables without accessed and dirty bits.
+    WriteWithoutAdBits(u64, usize),
     /// A worker.
     Work(Work),
+    /// Nobody: what is made ready before.
+    Setup(Setup),
     /// The same again and again.
     Often(u32, &'static Actor),
 }
@@ -64,7 +91,7 @@ impl Actor {
     pub const fn is_vcpu(self) -> bool {
         match self {
             Self::Often(_, actor) => actor.is_vcpu(),
-            Self::Work(_) => false,
+            Self::Work(_) | Self::Setup(_) => false,
             _ => true,
         }
     }
@@ -81,7 +108,21 @@ pub struct Scenario<'s> {
     pub actors: &'s [Actor],
 }
 
-use Actor::{Fault, LoadAndFree, Often, Run, RunSleepy, RunTwice, SwitchAndBack, Turn, Wander};
+impl Scenario<'_> {
+    /// What is made ready before.
+    pub fn setup(&self) -> Option<Setup> {
+        self.actors.iter().find_map(|actor| if let Actor::Setup(setup) = actor { Some(*setup) } else { None })
+    }
+
+    /// Those who race.
+    pub fn threads(&self) -> impl DoubleEndedIterator<Item = &Actor> {
+        self.actors.iter().filter(|actor| !matches!(actor, Actor::Setup(_)))
+    }
+}
+
+use Actor::{
+    Fault, LoadAndFree, Often, Run, RunSleepy, RunTwice, SwitchAndBack, Turn, Wander, Write, WriteWithoutAdBits,
+};
 const ZAP: Actor = Actor::Work(Work::Zap);
 const ZAP_ALL: Actor = Actor::Work(Work::ZapAll);
 const ZAP_ALL_THEN_MOVE: Actor = Actor::Work(Work::ZapAllThenMovePage);
@@ -91,6 +132,14 @@ const MOVE_LOOKING: Actor = Actor::Work(Work::MovePageLooking);
 const TRY_MOVE: Actor = Actor::Work(Work::TryMovePage);
 const ZAP_IN_ZAP: Actor = Actor::Work(Work::ZapInZap);
 const MOVE_TWICE: Actor = Actor::Work(Work::MovePageTwice);
+const HARVEST: Actor = Actor::Work(Work::Harvest);
+const GET_AND_CLEAR: Actor = Actor::Work(Work::GetAndClear);
+const SPLIT: Actor = Actor::Work(Work::Split);
+const COLLAPSE: Actor = Actor::Work(Work::Collapse);
+const BY_PROTECTION: Actor = Actor::Setup(Setup::LogByProtection);
+const BY_DIRTY_BIT: Actor = Actor::Setup(Setup::LogByDirtyBit);
+const HUGE_LOGGED: Actor = Actor::Setup(Setup::HugeLogged);
+const WERE_SPLIT: Actor = Actor::Setup(Setup::Split);
 const MOVE_SLOT: Actor = Actor::Work(Work::MoveSlot);
 
 /// All of them.
@@ -139,6 +188,43 @@ pub const SCENARIOS: &[Scenario<'static>] = &[
         name: "guest at the new place, slot move and invalidation",
         mapped: &[0],
         actors: &[Run(4), MOVE_SLOT, MOVE],
+    },
+    Scenario {
+        name: "writes beside harvest, by protection",
+        mapped: &[0],
+        actors: &[BY_PROTECTION, Write(0, 2), HARVEST],
+    },
+    Scenario {
+        name: "writes beside harvest, by dirty bit",
+        mapped: &[0],
+        actors: &[BY_DIRTY_BIT, Write(0, 2), HARVEST],
+    },
+    Scenario {
+        name: "writes beside harvest, without dirty bits",
+        mapped: &[0],
+        actors: &[BY_DIRTY_BIT, WriteWithoutAdBits(0, 2), HARVEST],
+    },
+    Scenario { name: "writes beside clear", mapped: &[0], actors: &[BY_PROTECTION, Write(0, 2), GET_AND_CLEAR] },
+    Scenario { name: "writes beside zap, by dirty bit", mapped: &[0], actors: &[BY_DIRTY_BIT, Write(0, 2), ZAP] },
+    Scenario {
+        name: "writes beside zap-all, by dirty bit",
+        mapped: &[0],
+        actors: &[BY_DIRTY_BIT, Write(0, 2), ZAP_ALL],
+    },
+    Scenario { name: "writes beside split", mapped: &[0], actors: &[HUGE_LOGGED, Write(0, 2), SPLIT] },
+    Scenario { name: "writes beside collapse", mapped: &[0], actors: &[WERE_SPLIT, Write(0, 2), COLLAPSE] },
+    Scenario { name: "fault beside collapse", mapped: &[0], actors: &[WERE_SPLIT, Fault(1), COLLAPSE] },
+    Scenario { name: "zap beside collapse", mapped: &[0], actors: &[WERE_SPLIT, ZAP, COLLAPSE] },
+    Scenario { name: "zap-all beside collapse", mapped: &[0], actors: &[WERE_SPLIT, ZAP_ALL, COLLAPSE] },
+    Scenario {
+        name: "writes, zap and harvest, by dirty bit",
+        mapped: &[0],
+        actors: &[BY_DIRTY_BIT, Write(0, 2), ZAP, HARVEST],
+    },
+    Scenario {
+        name: "writes, writes and harvest, by protection",
+        mapped: &[0],
+        actors: &[BY_PROTECTION, Write(0, 1), Write(0, 2), HARVEST],
     },
     Scenario { name: "fault, fault and invalidation", mapped: &[1], actors: &[Fault(0), Fault(1), MOVE] },
 ];

@@ -41,7 +41,7 @@ impl Bounds {
         if std::env::var_os("NESTLING_DEEP").is_some() {
             Self { preemptions: Some(4), limit: Duration::from_secs(3600) }
         } else {
-            let preemptions = if scenario.actors.len() > 2 { 1 } else { 2 };
+            let preemptions = if scenario.threads().count() > 2 { 1 } else { 2 };
             Self { preemptions: Some(preemptions), limit: Duration::from_secs(6) }
         }
     }

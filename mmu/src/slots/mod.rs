@@ -459,23 +459,18 @@ impl Updates {
         Ok((new, prepared))
     }
 
-    /// The slot of `space` that holds `gfn`, with a place for its tracked pages; what to publish, if that is new.
-    pub(crate) fn trackable(
-        &mut self,
-        slots: &Slots,
-        space: AddressSpace,
-        gfn: Gfn,
-    ) -> Result<(Arc<Memslot>, Arc<Tracked>, Option<Prepared>), SlotError> {
+    /// The slot of `space` that holds `gfn`, with a place for its tracked pages.
+    pub(crate) fn trackable(&mut self, slots: &Slots, space: AddressSpace, gfn: Gfn) -> Result<Trackable, SlotError> {
         let set = slots.set.read_exclusive(&mut self.right);
         let old = set.find(space, gfn).cloned().ok_or(SlotError::NotFound)?;
         if let Some(tracked) = old.tracked.clone() {
-            return Ok((old, tracked, None));
+            return Ok(Trackable { slot: old, tracked, prepared: None });
         }
         let tracked = Tracked::new(old.range().pages())?;
         let new = Arc::new(Memslot { tracked: Some(Arc::clone(&tracked)), ..(*old).clone() }.as_slot(old.slot()));
         self.by_id.insert(new.id(), Arc::clone(&new));
         let prepared = self.prepare(slots, Some(&old), Some(Arc::clone(&new)));
-        Ok((new, tracked, Some(prepared)))
+        Ok(Trackable { slot: new, tracked, prepared: Some(prepared) })
     }
 
     /// The slot `id`, which has a log.
@@ -494,6 +489,14 @@ impl Updates {
         };
         self.prepare(slots, Some(&begun.changing), begun.new)
     }
+}
+
+/// A slot whose pages can be tracked.
+pub(crate) struct Trackable {
+    pub(crate) slot: Arc<Memslot>,
+    pub(crate) tracked: Arc<Tracked>,
+    /// What to publish first, if the slot had no place for tracked pages.
+    pub(crate) prepared: Option<Prepared>,
 }
 
 /// A change of a slot that exists.

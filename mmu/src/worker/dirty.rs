@@ -10,7 +10,7 @@ use crate::lock::Shared;
 use crate::mutants::{self, Mutant};
 use crate::reclaim::synchronize;
 use crate::slots::dirty::{DirtyLog, DirtyPages, LogConfig, LogError, LogStart, Tracking, WORD};
-use crate::slots::{AddressSpace, Memslot, SlotError, SlotId};
+use crate::slots::{AddressSpace, Memslot, SlotError, SlotId, Trackable};
 use crate::tdp::collapse::{Collapsed, collapse};
 use crate::tdp::protect::{Arm, Gather, Logged, Pages, SplitAll, write_protect};
 use crate::tdp::sweep::sweep;
@@ -207,7 +207,7 @@ impl<H: Host> Worker<H> {
     pub fn track_page(&mut self, space: AddressSpace, gfn: Gfn) -> Result<(), SlotError> {
         let mmu = Arc::clone(&self.mmu);
         let mut updates = mmu.updates.lock(|| mmu.host.relax());
-        let (slot, tracked, prepared) = updates.trackable(&mmu.slots, space, gfn)?;
+        let Trackable { slot, tracked, prepared } = updates.trackable(&mmu.slots, space, gfn)?;
         if let Some(prepared) = prepared {
             let published = mmu.slots.publish(&mut updates, prepared);
             self.settle(&mmu, published);

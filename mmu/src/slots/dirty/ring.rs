@@ -121,7 +121,7 @@ mod tests {
         let (ring, mut taking) = Ring::new(0).unwrap();
         let entry = |page| DirtyPages { slot: SlotId(7), page, level: Level::M2 };
         for page in 0..100 {
-            assert_eq!(ring.is_nearly_full(), page >= 2 * RESERVED - RESERVED + 1, "{page}");
+            assert_eq!(ring.is_nearly_full(), page > RESERVED, "{page}");
             ring.push(entry(page));
         }
         assert_eq!(taking.len(), 2 * RESERVED);
