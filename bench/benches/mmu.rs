@@ -7,8 +7,8 @@ use std::process::ExitCode;
 
 use nestling_bench::clock::Operation;
 use nestling_bench::contenders::PAGES;
-use nestling_bench::instructions;
 use nestling_bench::report::{contenders, counts, wall};
+use nestling_bench::{dirty, instructions};
 
 fn main() -> ExitCode {
     let (contenders, fences) = contenders();
@@ -23,11 +23,20 @@ fn main() -> ExitCode {
         return ExitCode::SUCCESS;
     }
 
+    if let [first, case] = arguments.as_slice()
+        && first == dirty::ARGUMENT
+    {
+        return if dirty::counted_process(case) { ExitCode::SUCCESS } else { ExitCode::FAILURE };
+    }
+
     let full = arguments.iter().any(|argument| argument == "--bench");
     let (pages, rounds) = if full { (PAGES, 61) } else { (8192, 3) };
     println!("{} MiB in 4 KiB pages, {rounds} rounds; nestling's lock: {fences}", pages >> 8);
     let mut figures = wall(&contenders, pages, rounds);
     figures.extend(counts(&contenders));
+    if full {
+        figures.extend(dirty::counts());
+    }
     println!();
     for figure in &figures {
         println!("{figure}");

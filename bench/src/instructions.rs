@@ -80,23 +80,31 @@ fn counted<S: Seat>(operation: Operation, seat: &mut S, share: &Share) -> u64 {
 
 /// Counts `operation` of the contender of this name in a process of its own; instructions a page.
 pub fn count(contender: &str, operation: Operation) -> Result<f64, CountError> {
-    let output = std::env::temp_dir().join(format!("nestling-bench-{}-{contender}", std::process::id()));
-    let counts = run(contender, operation, &output).and_then(|()| {
+    let total = run_counted("nestling_bench::instructions::counted", &[ARGUMENT, contender, operation.name()])?;
+    Ok(total as f64 / PAGES as f64)
+}
+
+/// Runs the benchmark with `arguments` in a process of its own; the instructions between the entry and the return of the
+/// function `counted`.
+pub(crate) fn run_counted(counted: &str, arguments: &[&str]) -> Result<u64, CountError> {
+    let name = format!("nestling-bench-{}-{}", std::process::id(), arguments.join("-").replace('/', "-"));
+    let output = std::env::temp_dir().join(name);
+    let total = run(counted, arguments, &output).and_then(|()| {
         let text = std::fs::read_to_string(&output)?;
         let total = text.lines().find_map(|line| line.strip_prefix("totals: ")?.trim().parse::<u64>().ok());
         total.filter(|&total| total > 0).ok_or_else(|| CountError::NoTotal(output.clone()))
     });
     // It may never have been written, which the result says better.
     let _ = std::fs::remove_file(&output);
-    Ok(counts? as f64 / PAGES as f64)
+    total
 }
 
-fn run(contender: &str, operation: Operation, output: &Path) -> Result<(), CountError> {
+fn run(counted: &str, arguments: &[&str], output: &Path) -> Result<(), CountError> {
     let mut command = Command::new("valgrind");
     command.args(["--tool=callgrind", "--collect-atstart=no"]);
-    command.arg("--toggle-collect=nestling_bench::instructions::counted");
+    command.arg(format!("--toggle-collect={counted}"));
     command.arg(format!("--callgrind-out-file={}", output.display()));
-    command.arg(std::env::current_exe()?).args([ARGUMENT, contender, operation.name()]);
+    command.arg(std::env::current_exe()?).args(arguments);
     let done = command.stdin(Stdio::null()).output().map_err(|error| match error.kind() {
         io::ErrorKind::NotFound => CountError::NoValgrind,
         _ => CountError::Io(error),

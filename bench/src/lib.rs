@@ -2,7 +2,8 @@
 //!
 //! Rooms, from the bottom up: [`arena`] is the memory that every contender's tables come from; [`floor`] is the bare
 //! walk; [`contenders`] gives all of them one face; [`plan`] says which page is touched when, by whom; [`clock`]
-//! measures one repetition in wall time; [`instructions`] counts instructions under valgrind; [`figures`] turns
+//! measures one repetition in wall time; [`instructions`] counts instructions under valgrind; [`dirty`] counts
+//! those of dirty logging, splitting, collapsing and aging; [`figures`] turns
 //! samples into the lines that scripts read; [`report`] is the whole run.
 //!
 //! `cargo bench -p nestling-bench` runs all of it (`benches/mmu.rs`); the crate's README says how to read the output.
@@ -12,6 +13,7 @@
 pub mod arena;
 pub mod clock;
 pub mod contenders;
+pub mod dirty;
 pub mod figures;
 pub mod floor;
 pub mod instructions;

@@ -50,6 +50,7 @@ rules! {
     hold_begun_without_its_end,
     hold_forgotten_with_its_debts,
     inside_twice,
+    page_armed_without_a_debt,
     range_given_back_at_once,
     roots_invalidated_on_the_shared_side,
     roots_marked_invalid_without_the_request,

@@ -5,7 +5,7 @@
 //! at a time, so nothing that the compiler could hoist out of a loop may be left out of the figure.
 
 mod floor;
-mod nestling;
+pub(crate) mod nestling;
 mod offset_page_table;
 mod page_table_multiarch;
 

@@ -72,7 +72,7 @@ impl Asymmetry for FullFences {
 
 /// The embedder: tables from the arena, memory in one run, no guest that runs.
 #[derive(Debug)]
-struct Machine<A> {
+pub(crate) struct Machine<A> {
     asymmetry: PhantomData<fn() -> A>,
 }
 
@@ -119,6 +119,22 @@ impl<A: Asymmetry> Host for Machine<A> {
     type Format = Npt;
 }
 
+/// An MMU with one slot over all of the benchmark's memory, and leaves up to `largest`. The caller has claimed the arena.
+pub(crate) fn vm<A: Asymmetry>(largest: Level) -> Arc<Mmu<Machine<A>>> {
+    let config = Config { vcpus: 2, workers: 3, slots: 4, largest, ..Config::default() };
+    let mmu = Mmu::new(Machine { asymmetry: PhantomData }, config).expect("the configuration is right");
+    let ram = SlotConfig {
+        id: SlotId(0),
+        space: AddressSpace::Main,
+        base: Gpa(FIRST),
+        size: PAGES * PAGE,
+        flags: SlotFlags::empty(),
+        backing: Hpa(backing(FIRST)).hfn().0,
+    };
+    mmu.worker().expect("there is memory for a worker").add_slot(ram).expect("the first slot overlaps nothing");
+    mmu
+}
+
 /// See the module head.
 #[derive(Debug)]
 pub struct Nestling<A: Asymmetry> {
@@ -132,18 +148,7 @@ impl<A: Asymmetry> Contender for Nestling<A> {
     type Seat<'c> = NestlingSeat<A>;
 
     fn new(claim: Claim) -> Self {
-        let config = Config { vcpus: 2, workers: 3, slots: 4, largest: Level::K4, ..Config::default() };
-        let mmu = Mmu::new(Machine { asymmetry: PhantomData }, config).expect("the configuration is right");
-        let ram = SlotConfig {
-            id: SlotId(0),
-            space: AddressSpace::Main,
-            base: Gpa(FIRST),
-            size: PAGES * PAGE,
-            flags: SlotFlags::empty(),
-            backing: Hpa(backing(FIRST)).hfn().0,
-        };
-        mmu.worker().expect("there is memory for a worker").add_slot(ram).expect("the first slot overlaps nothing");
-        Self { mmu, _claim: claim }
+        Self { mmu: vm(Level::K4), _claim: claim }
     }
 
     fn seat(&self, number: u16) -> NestlingSeat<A> {

@@ -159,6 +159,7 @@ pub const RULED_OUT: &[RuledOut] = &[
     ruled_out("roots-put-before-they-are-empty", "defunct_roots_put_before_they_are_empty"),
     ruled_out("walk-continued-after-a-yield", "walk_continued_after_a_yield"),
     ruled_out("flush-lost-with-its-hold", "hold_forgotten_with_its_debts"),
+    ruled_out("armed-without-owing", "page_armed_without_a_debt"),
     ruled_out("zapped-without-owing", "entry_frozen_outside_a_hold"),
     ruled_out("thawed-without-a-flush", "entry_thawed_before_its_flush"),
     ruled_out("freed-without-a-flush", "table_freed_before_its_flush"),
