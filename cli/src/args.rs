@@ -66,6 +66,9 @@ pub struct MigrateArgs {
     /// Which guest.
     #[command(flatten)]
     pub which: Which,
+    /// Write what it cost as JSON
+    #[arg(long, value_name = "FILE")]
+    pub report: Option<PathBuf>,
     /// How long the guest may stand still, in milliseconds; while it writes too much for that it is slowed down
     #[arg(long, value_name = "MS", default_value_t = 300)]
     pub downtime: u32,
@@ -80,6 +83,9 @@ pub struct SnapshotArgs {
     /// Where to; an older file is replaced when the new one is complete
     #[arg(value_name = "FILE")]
     pub file: PathBuf,
+    /// Write what it cost as JSON
+    #[arg(long, value_name = "FILE")]
+    pub report: Option<PathBuf>,
     /// Which guest.
     #[command(flatten)]
     pub which: Which,

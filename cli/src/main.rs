@@ -1,8 +1,9 @@
 //! The `nestling` command.
 
 use std::{
+    fs,
     io::{self, Write},
-    path,
+    path::{self, Path},
     process::ExitCode,
     sync::{Arc, Mutex},
     thread,
@@ -12,7 +13,11 @@ use clap::Parser;
 use nestling_cli::{
     args::{Cli, Command, FuzzArgs, MigrateArgs, RunArgs, SnapshotArgs},
     bench,
-    copy::{door::Request, knock, link::Address},
+    copy::{
+        door::{Figures, Request},
+        knock,
+        link::Address,
+    },
     doctor,
     error::Error,
     fuzz,
@@ -53,7 +58,7 @@ fn migrate(args: &MigrateArgs) -> ExitCode {
         let request = Request::Migrate { to, downtime_ms: args.downtime, rounds: args.rounds };
         knock::ask(&args.which, &request, progress, "giving the guest away")
     });
-    done(asked, progress)
+    done(asked, args.report.as_deref(), progress)
 }
 
 fn snapshot(args: &SnapshotArgs) -> ExitCode {
@@ -62,7 +67,7 @@ fn snapshot(args: &SnapshotArgs) -> ExitCode {
     let asked = path::absolute(&args.file)
         .map_err(Error::io("find the current directory"))
         .and_then(|file| knock::ask(&args.which, &Request::Snapshot { file }, progress, "taking a snapshot"));
-    done(asked, progress)
+    done(asked, args.report.as_deref(), progress)
 }
 
 /// The status of a command that has no guest's to give.
@@ -77,8 +82,15 @@ fn ended(result: Result<(), Error>) -> ExitCode {
 }
 
 /// Says what became of a request.
-fn done(asked: Result<String, Error>, progress: Progress) -> ExitCode {
-    match asked {
+fn done(asked: Result<(String, Figures), Error>, report: Option<&Path>, progress: Progress) -> ExitCode {
+    let reported = asked.and_then(|(text, figures)| {
+        let Some(path) = report else { return Ok(text) };
+        let doing = || format!("write the report to {}", path.display());
+        let mut bytes = serde_json::to_vec_pretty(&figures).map_err(|cause| Error::io(doing())(cause.into()))?;
+        bytes.push(b'\n');
+        fs::write(path, bytes).map_err(Error::io(doing())).map(|()| text)
+    });
+    match reported {
         Ok(text) => {
             progress.note(&text);
             ExitCode::SUCCESS

@@ -80,10 +80,17 @@ fn a_guest_and_its_snapshot_both_go_on() {
     guest.wait_for("memory: round 1");
     let twice = nestling().args(["run", "--name", &name, "--vcpus", "1"]).output().expect("started");
     assert_eq!(twice.status.code(), Some(2), "a name that is taken: {twice:?}");
-    let taken = nestling().args(["snapshot", file, "--name", &name]).output().expect("started");
+    let report = path("snapshot.json");
+    let report = report.to_str().expect("text");
+    let taken = nestling().args(["snapshot", file, "--name", &name, "--report", report]).output().expect("started");
     let said = String::from_utf8_lossy(&taken.stderr);
     assert_eq!(taken.status.code(), Some(0), "{said}");
     assert!(said.contains("the guest stood still for"), "{said}");
+    let report = fs::read_to_string(report).expect("written");
+    let figures: serde_json::Value = serde_json::from_str(&report).expect("JSON");
+    for figure in ["total_s", "downtime_s", "pages", "bytes"] {
+        assert!(figures[figure].as_f64().is_some_and(|value| value > 0.0), "{figure} in {report}");
+    }
     guest.expect_good();
 
     Running::start(&["--restore", file]).expect_good();

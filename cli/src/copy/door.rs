@@ -61,16 +61,53 @@ pub enum Request {
     },
 }
 
+/// A copy in figures.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Figures {
+    /// All of it.
+    pub total_s: f64,
+    /// For how long the guest stood still.
+    pub downtime_s: f64,
+    /// The longest time for which a vCPU was kept from its guest before that.
+    pub longest_vcpu_stall_s: f64,
+    /// Rounds before the guest stood still.
+    pub rounds: u32,
+    /// Pages sent, those that were sent again counted again.
+    pub pages: u64,
+    /// Those that held zeros.
+    pub zero_pages: u64,
+    /// Those that held what others hold.
+    pub repeated_pages: u64,
+    /// Bytes written to the file or the link.
+    pub bytes: u64,
+}
+
+impl Figures {
+    fn new(taken: &Taken, total: Duration, downtime: Duration) -> Self {
+        let Taken { copied, tally, bytes } = *taken;
+        Self {
+            total_s: total.as_secs_f64(),
+            downtime_s: downtime.as_secs_f64(),
+            longest_vcpu_stall_s: copied.longest_stall_ns as f64 / 1e9,
+            rounds: copied.rounds,
+            pages: tally.pages,
+            zero_pages: tally.zeros,
+            repeated_pages: tally.same,
+            bytes,
+        }
+    }
+}
+
 /// What is answered.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Reply {
     /// How far it is.
     Progress(String),
     /// Something worth a line.
     Line(String),
-    /// It was done. The last reply.
-    Done(String),
+    /// It was done: in words, and in figures. The last reply.
+    Done(String, Figures),
     /// It was not. The last reply.
     Failed(String),
 }
@@ -208,13 +245,16 @@ fn serve(stream: UnixStream, house: &House) {
     };
     let reply = match request {
         Request::Snapshot { file } => match snapshot(house, &file, &mut visitor) {
-            Ok(taken) => Reply::Done(summary(&taken)),
+            Ok(taken) => {
+                let [total, downtime] = [taken.copied.total_ns, taken.copied.stopped_ns].map(Duration::from_nanos);
+                Reply::Done(summary(&taken), Figures::new(&taken, total, downtime))
+            }
             Err(cause) => Reply::Failed(cause.to_string()),
         },
         Request::Migrate { to, downtime_ms, rounds } => {
             let limits = MigrateLimits { downtime_ms, rounds };
             match migrate(house, &to, limits, &mut visitor) {
-                Ok(moved) => Reply::Done(moved),
+                Ok(moved) => Reply::Done(told(&to, &moved), Figures::new(&moved.taken, moved.total, moved.downtime)),
                 Err(cause) => Reply::Failed(cause),
             }
         }
@@ -241,11 +281,11 @@ fn snapshot(house: &House, file: &Path, visitor: &mut Visitor) -> Result<Taken, 
 }
 
 /// Gives the guest away, and tells how that goes.
-fn migrate(house: &House, to: &str, limits: MigrateLimits, visitor: &mut Visitor) -> Result<String, String> {
+fn migrate(house: &House, to: &str, limits: MigrateLimits, visitor: &mut Visitor) -> Result<Moved, String> {
     let to = Address::parse(to)?;
     let began = Instant::now();
     let mut last = (began, 0);
-    let moved = migrate::give(&house.source, &house.header, &to, limits, &mut |news| {
+    migrate::give(&house.source, &house.header, &to, limits, &mut |news| {
         match news {
             News::Sending(tally) => {
                 let rate = (tally.pages - last.1) as f64 / 256.0 / last.0.elapsed().as_secs_f64().max(0.001);
@@ -261,9 +301,13 @@ fn migrate(house: &House, to: &str, limits: MigrateLimits, visitor: &mut Visitor
         }
         visitor.is_there()
     })
-    .map_err(|cause| format!("{cause}; the guest goes on here"))?;
-    let Moved { taken: Taken { copied, tally, bytes }, downtime, total } = moved;
-    Ok(format!(
+    .map_err(|cause| format!("{cause}; the guest goes on here"))
+}
+
+/// What a migration was like.
+fn told(to: &str, moved: &Moved) -> String {
+    let Moved { taken: Taken { copied, tally, bytes }, downtime, total } = *moved;
+    format!(
         "the guest goes on at {to}: {:.2} s, of which it stood still {:.3} s; {} pages in {} rounds, {} over the link ({} \
          pages hold zeros, {} what others hold); longest stall of a vCPU before that {:.3} s",
         total.as_secs_f64(),
@@ -274,7 +318,7 @@ fn migrate(house: &House, to: &str, limits: MigrateLimits, visitor: &mut Visitor
         tally.zeros,
         tally.same,
         copied.longest_stall_ns as f64 / 1e9,
-    ))
+    )
 }
 
 /// A round, for people.

@@ -7,7 +7,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use super::door::{self, Reply, Request};
+use super::door::{self, Figures, Reply, Request};
 use crate::{args::Which, error::Error, progress::Progress};
 
 /// The guests of this user that run, with the sockets of their commands.
@@ -43,11 +43,11 @@ fn socket(which: &Which) -> Result<PathBuf, Error> {
     }
 }
 
-/// Asks the command that runs a guest for something, and waits until it is done. Returns what was said of it.
+/// Asks the command that runs a guest for something, and waits until it is done. Returns what was said of it, in words and figures.
 ///
 /// # Errors
 /// If no such guest runs, or it was not done.
-pub fn ask(which: &Which, request: &Request, progress: Progress, doing: &str) -> Result<String, Error> {
+pub fn ask(which: &Which, request: &Request, progress: Progress, doing: &str) -> Result<(String, Figures), Error> {
     let path = socket(which)?;
     let mut stream = connect(&path)?;
     let mut line = serde_json::to_vec(request).map_err(|cause| Error::io("make a request")(cause.into()))?;
@@ -59,7 +59,7 @@ pub fn ask(which: &Which, request: &Request, progress: Progress, doing: &str) ->
         match serde_json::from_str(&line) {
             Ok(Reply::Progress(text)) => step.detail(&text),
             Ok(Reply::Line(text)) => step.line(&text),
-            Ok(Reply::Done(text)) => return Ok(text),
+            Ok(Reply::Done(text, figures)) => return Ok((text, figures)),
             Ok(Reply::Failed(why)) => return Err(Error::Refused(why)),
             Err(_) => return Err(Error::Refused("the command that runs the guest speaks another language".into())),
         }

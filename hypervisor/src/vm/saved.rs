@@ -190,3 +190,88 @@ impl SavedMachine {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use alloc::vec;
+
+    use super::*;
+    use crate::devices::board::BoardConfig;
+    use crate::devices::platform::PlatformConfig;
+    use crate::devices::testing::Random;
+
+    fn likeness() -> Likeness {
+        let features = vec![[1, 0, 0, 0xff, 3], [7, 0, 5, 0, 0]];
+        Likeness { kind: GuestKind::Multiboot, memory_bytes: 64 << 20, vcpus: 0, features }
+    }
+
+    fn machine() -> SavedMachine {
+        let board = Some(BoardConfig { ram_bytes: 64 << 20, vcpus: 1 });
+        SavedMachine {
+            version: VERSION,
+            likeness: likeness(),
+            tsc_khz: 2_500_000,
+            ticks: 12_345,
+            saved_at_s: 1_700_000_000,
+            wall_clock_s: 1_600_000_000,
+            ready_ns: Some(7),
+            line: b"nestling-selfch".to_vec(),
+            platform: Platform::new(PlatformConfig { board, ..PlatformConfig::default() }),
+            vcpus: Vec::new(),
+        }
+    }
+
+    #[test]
+    fn a_machine_comes_back_as_it_was() {
+        let bytes = machine().to_bytes().unwrap();
+        let again = SavedMachine::from_bytes(&bytes).unwrap();
+        assert_eq!(again.to_bytes().unwrap(), bytes);
+        assert_eq!(again.fits(&likeness(), 2_500_000), Ok(()));
+        assert_eq!((again.ticks, again.line.as_slice()), (12_345, b"nestling-selfch".as_slice()));
+    }
+
+    #[test]
+    fn what_does_not_fit_is_named() {
+        let there = machine();
+        let with = |change: &dyn Fn(&mut Likeness)| {
+            let mut here = likeness();
+            change(&mut here);
+            there.fits(&here, 2_500_000).expect_err("does not fit")
+        };
+        assert_eq!(with(&|here| here.vcpus = 2), Unfit::Vcpus(0, 2));
+        assert_eq!(with(&|here| here.memory_bytes = 128 << 20), Unfit::Memory(64 << 20, 128 << 20));
+        assert_eq!(with(&|here| here.kind = GuestKind::Linux), Unfit::Kind);
+        assert_eq!(with(&|here| here.features[1][2] = 4), Unfit::Features(7, [0, 5, 0, 0], [0, 4, 0, 0]));
+        assert_eq!(with(&|here| here.features.truncate(1)), Unfit::Garbage);
+        for khz in [2_504_000, 2_496_000] {
+            assert_eq!(there.fits(&likeness(), khz), Ok(()), "two measurements of one rate");
+        }
+        for khz in [2_600_000, 2_400_000, 0] {
+            assert_eq!(there.fits(&likeness(), khz), Err(Unfit::Tsc(2_500_000, khz)));
+        }
+    }
+
+    #[test]
+    fn other_versions_and_other_bytes_are_no_machine() {
+        let refused = |bytes: &[u8]| SavedMachine::from_bytes(bytes).expect_err("refused");
+        let good = machine().to_bytes().unwrap();
+        let mut bytes = good.clone();
+        bytes[0] += 1;
+        assert_eq!(refused(&bytes), Unfit::Version(VERSION + 1));
+        bytes = good.clone();
+        bytes.push(0);
+        assert_eq!(refused(&bytes), Unfit::Garbage, "something left over");
+        for length in (0..good.len()).filter(|length| *length < 600 || length % 997 == 0) {
+            assert_eq!(refused(&good[..length]), Unfit::Garbage, "cut off at {length}");
+        }
+        assert_eq!(refused(&vec![1; MAX_BYTES + 1]), Unfit::TooLarge);
+        let mut random = Random::new(5);
+        for _ in 0..2_000 {
+            let mut bytes = good.clone();
+            bytes[1 + random.below(500) as usize] = random.byte();
+            if let Ok(machine) = SavedMachine::from_bytes(&bytes) {
+                let _ = machine.fits(&likeness(), 2_500_000);
+            }
+        }
+    }
+}
