@@ -398,6 +398,8 @@ impl GuestCpu for Vcpu {
         };
         self.flush = false;
         let event = core::mem::take(&mut self.event);
+        // An event that goes in ends it.
+        let (rip, shadowed) = (self.save().rip, self.vmcb().control.shadow & 1 != 0 && event == 0);
         let watched = self.watch_task_priority;
         let control = &mut self.vmcb_mut().control;
         // While an interrupt is offered, CR8 is written in software: QEMU's emulation (7.2) looks at a pending V_IRQ in such a
@@ -411,7 +413,11 @@ impl GuestCpu for Vcpu {
         unsafe { entry::enter(&mut self.switch) };
         self.settle_events();
         let RawExit { code, info1, info2 } = self.raw_exit();
-        self.settle_nmi(exit::decode(code, info1, info2))
+        let exit = self.settle_nmi(exit::decode(code, info1, info2));
+        if shadowed {
+            self.keep_shadow(rip, exit);
+        }
+        exit
     }
 
     #[inline]
@@ -450,6 +456,10 @@ impl GuestCpu for Vcpu {
 
     fn can_take_nmi(&self) -> bool {
         self.event == 0 && self.nmi == NmiState::Open && self.vmcb().control.shadow & 1 == 0
+    }
+
+    fn in_shadow(&self) -> bool {
+        self.event == 0 && self.vmcb().control.shadow & 1 != 0
     }
 
     fn nmis_masked(&self) -> bool {

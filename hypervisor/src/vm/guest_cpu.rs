@@ -19,8 +19,10 @@ use crate::guest::VcpuInit;
 /// How an exit comes about when an NMI can be taken.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum NmiWindow {
-    /// The CPU sees to it: there will be an [`Exit::NmiWindow`] or an [`Exit::InterruptWindow`].
+    /// The CPU sees to it: there will be an [`Exit::NmiWindow`].
     Watched,
+    /// It can be taken behind the next instruction, and nothing tells when that is: whoever runs the vCPU looks again soon.
+    BehindInstruction,
     /// Another event goes first, and when it is in an NMI can be taken: whoever runs the vCPU has it interrupted as soon
     /// as it enters.
     BehindEvent,
@@ -136,6 +138,10 @@ pub trait GuestCpu: VmcbMsrs + Debug + Send + 'static {
 
     /// Whether an NMI can be taken now.
     fn can_take_nmi(&self) -> bool;
+
+    /// Whether the next instruction is in an interrupt shadow, and nothing else goes first: neither NMIs nor interrupts can be
+    /// taken before it was executed.
+    fn in_shadow(&self) -> bool;
 
     /// Whether the guest is handling an NMI: it takes the next one behind its IRET.
     fn nmis_masked(&self) -> bool;

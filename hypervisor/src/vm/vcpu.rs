@@ -31,6 +31,9 @@ use crate::devices::saved::{BadState, require};
 use crate::guest::VcpuInit;
 use crate::memory::embedder::{self, Machine};
 
+/// How long a guest runs in which something waits for the next instruction.
+const SHADOW_NS: u64 = 10_000;
+
 /// What a local APIC answers when it has nothing after all.
 const SPURIOUS: u8 = 0xff;
 
@@ -76,6 +79,8 @@ pub struct Vcpu<C> {
     nmis: u8,
     /// The guest is to be left as soon as it is entered: behind the event that goes in, there is another.
     leave_at_once: bool,
+    /// It is to be left soon: something waits for the end of an interrupt shadow.
+    leave_soon: bool,
     /// What the CPU's timer was started for, as a TSC value; `u64::MAX`: it is off.
     armed: u64,
     /// The port devices' deadline that it was started with, on vCPU 0.
@@ -112,6 +117,7 @@ impl<C: GuestCpu> Vcpu<C> {
             timer_changed: true,
             nmis: 0,
             leave_at_once: false,
+            leave_soon: false,
             armed: u64::MAX,
             ports_seen: u64::MAX,
             exits: [0; exit::KINDS],
@@ -366,7 +372,11 @@ impl<C: GuestCpu> Vcpu<C> {
             self.cpu.nmi();
             self.activity = Activity::Running;
         } else if self.nmis != 0 {
-            self.leave_at_once |= self.cpu.open_nmi_window() == NmiWindow::BehindEvent;
+            match self.cpu.open_nmi_window() {
+                NmiWindow::Watched => {}
+                NmiWindow::BehindEvent => self.leave_at_once = true,
+                NmiWindow::BehindInstruction => self.look_soon(),
+            }
         }
         let external = self.number == 0 && self.vm.line() && self.lapic.accepts_extint();
         if !external && self.lapic.deliverable().is_none() {
@@ -383,9 +393,20 @@ impl<C: GuestCpu> Vcpu<C> {
             self.cpu.interrupt(vector);
             self.activity = Activity::Running;
         } else if self.activity == Activity::Running {
-            self.cpu.open_interrupt_window();
+            if self.cpu.in_shadow() {
+                // The window that was asked for earlier could open too early.
+                self.cpu.close_interrupt_window();
+                self.look_soon();
+            } else {
+                self.cpu.open_interrupt_window();
+            }
         }
         true
+    }
+
+    /// Has the CPU's timer end the next run after a few instructions.
+    fn look_soon(&mut self) {
+        (self.leave_soon, self.timer_changed) = (true, true);
     }
 
     /// Starts the CPU's timer for what the guest waits for next, if that may have changed.
@@ -404,6 +425,9 @@ impl<C: GuestCpu> Vcpu<C> {
         if self.number == 0 {
             self.ports_seen = self.vm.ports_due();
             due = due.min(self.ports_seen);
+        }
+        if core::mem::take(&mut self.leave_soon) {
+            due = due.min(now.ns + SHADOW_NS);
         }
         let deadline = if due == u64::MAX { u64::MAX } else { self.vm.clock.tsc(due) };
         if deadline == self.armed {

@@ -6,17 +6,17 @@
 //! An IRET that faults has not completed: the fault goes to the guest as if nothing were watched, and the mask stays until
 //! an IRET that does, which will be that of the fault's handler.
 //!
-//! **A shadow** ends behind the next instruction. With interrupts on, which is so behind every STI, the CPU itself tells
-//! when: the same intercept that tells when an interrupt can be taken. With interrupts off (MOV SS) the instruction is
-//! stepped over.
+//! **A shadow** ends behind the next instruction, and nothing tells when: stepping over any instruction would leave the
+//! trap flag where it pushes flags, or where a fault of its does. Whoever runs the vCPU looks again soon. QEMU's emulation
+//! (7.2) stores the shadow at an exit and does not load it at entry; so it is kept here from exit to exit
+//! ([`Vcpu::keep_shadow`]) while its instruction is still to be executed.
 //!
 //! **Stepping** sets the guest's trap flag, and nothing of that may be seen: DR6 is as before, a trap or breakpoint of the
 //! guest's own comes as it would have, and no interrupt, whose frame would have the flag in it, goes in meanwhile. Where a
-//! step ends otherwise than by its trap (the instruction exits, or another CPU has written another instruction there), the
-//! flag is taken back before anybody looks. What remains is PUSHF in the shadow of MOV SS with an NMI waiting, which pushes
-//! the flag.
+//! step ends otherwise than by its trap (the IRET faults, or another CPU has written another instruction there), the flag is
+//! taken back before anybody looks.
 
-use super::{DR6_BS, EXCEPTIONS, Intercepts1, RFLAGS_IF, RFLAGS_TF, Vcpu, event, virtual_interrupt};
+use super::{DR6_BS, EXCEPTIONS, Intercepts1, RFLAGS_TF, Vcpu, event, virtual_interrupt};
 use crate::vm::exit::{Exit, Intercepted, Raised};
 use crate::vm::guest_cpu::{GuestCpu, NmiWindow};
 
@@ -33,28 +33,19 @@ pub(super) enum NmiState {
     Open,
     /// It is handling one; IRET is intercepted.
     Masked,
-    /// One instruction is being executed with the trap flag set.
+    /// The IRET that ends the mask is being executed with the trap flag set.
     Stepping(Step),
 }
 
 /// A step that has begun.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) struct Step {
-    over: Over,
     /// The trap flag was the guest's own.
     stepped: bool,
     /// DR6 before.
     dr6: u64,
     /// An external interrupt that waits meanwhile.
     held: Option<u8>,
-}
-
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-enum Over {
-    /// The IRET that ends the mask.
-    Iret,
-    /// The instruction in an interrupt shadow.
-    Shadow,
 }
 
 impl Vcpu {
@@ -80,15 +71,22 @@ impl Vcpu {
         if self.event != 0 {
             return NmiWindow::BehindEvent;
         }
-        if self.save().rflags & RFLAGS_IF != 0 {
-            self.open_interrupt_window();
-        } else {
-            self.step_over(Over::Shadow);
-        }
-        NmiWindow::Watched
+        NmiWindow::BehindInstruction
     }
 
-    fn step_over(&mut self, over: Over) {
+    /// After an exit from a run that began at `rip` in a shadow: is it still in it? These exits come before the instruction
+    /// is executed. If it has been all the same, and jumped to itself, the next exit of another kind says so, and there will
+    /// be one: an interrupt that waits asks for its window.
+    #[inline]
+    pub(super) fn keep_shadow(&mut self, rip: u64, exit: Exit) {
+        let before = matches!(exit, Exit::Interrupt | Exit::Nmi | Exit::Fault(_));
+        let vmcb = self.vmcb_mut();
+        if before && vmcb.save.rip == rip {
+            vmcb.control.shadow |= 1;
+        }
+    }
+
+    fn step_over(&mut self) {
         self.close_interrupt_window();
         let held = self.latched.take();
         let vmcb = self.vmcb_mut();
@@ -97,11 +95,9 @@ impl Vcpu {
         vmcb.save.rflags |= RFLAGS_TF;
         // So that what is found there afterwards is of this instruction.
         vmcb.save.dr6 &= !(DR6_BREAKPOINTS | DR6_BS);
-        if over == Over::Iret {
-            vmcb.control.intercepts_1 &= !Intercepts1::IRET.bits();
-            vmcb.control.exceptions |= IRET_FAULTS;
-        }
-        self.nmi = NmiState::Stepping(Step { over, stepped, dr6, held });
+        vmcb.control.intercepts_1 &= !Intercepts1::IRET.bits();
+        vmcb.control.exceptions |= IRET_FAULTS;
+        self.nmi = NmiState::Stepping(Step { stepped, dr6, held });
     }
 
     /// Takes back a step that has begun and not ended. Between two runs, when nothing of it has been executed: what was
@@ -110,9 +106,7 @@ impl Vcpu {
         let NmiState::Stepping(step) = self.nmi else { return };
         self.end_step(step, false);
         self.save_mut().dr6 = step.dr6;
-        if step.over == Over::Iret {
-            self.mask_nmis();
-        }
+        self.mask_nmis();
     }
 
     /// After an exit: how far is a step, and what is left of the exit for others?
@@ -122,7 +116,7 @@ impl Vcpu {
             NmiState::Open => exit,
             NmiState::Masked => {
                 if exit == Exit::NmiWindow {
-                    self.step_over(Over::Iret);
+                    self.step_over();
                 }
                 exit
             }
@@ -134,10 +128,8 @@ impl Vcpu {
     fn settle_step(&mut self, step: Step, exit: Exit) -> Exit {
         let found = self.save().dr6 & (DR6_BREAKPOINTS | DR6_BS);
         let trapped = exit == Exit::Exception(Intercepted::Debug) && found & DR6_BS != 0;
-        // These say nothing of the instruction, which is still to be executed. A step over a shadow is begun anew then, if
-        // it is still needed.
-        let before = matches!(exit, Exit::Interrupt | Exit::Nmi | Exit::Fault(_) | Exit::InterruptWindow);
-        if before && step.over == Over::Iret {
+        // These say nothing of the instruction, which is still to be executed.
+        if matches!(exit, Exit::Interrupt | Exit::Nmi | Exit::Fault(_) | Exit::InterruptWindow) {
             return exit;
         }
         self.end_step(step, trapped);
@@ -150,13 +142,8 @@ impl Vcpu {
             }
             return Exit::NmiWindow;
         }
-        if step.over == Over::Iret {
-            self.mask_nmis();
-            if self.give_on_fault() {
-                return Exit::NmiWindow;
-            }
-        }
-        exit
+        self.mask_nmis();
+        if self.give_on_fault() { Exit::NmiWindow } else { exit }
     }
 
     /// Takes back what [`Self::step_over`] did, but for DR6.
@@ -165,8 +152,7 @@ impl Vcpu {
         let vmcb = self.vmcb_mut();
         vmcb.control.exceptions = EXCEPTIONS;
         // Behind an IRET the flags are those that it took from its stack.
-        let popped = trapped && step.over == Over::Iret;
-        if !(step.stepped || popped) {
+        if !(step.stepped || trapped) {
             vmcb.save.rflags &= !RFLAGS_TF;
         }
         if let Some(vector) = step.held {
@@ -291,26 +277,26 @@ mod tests {
     }
 
     #[test]
-    fn shadows_are_waited_for_in_two_ways() {
-        let mut with_interrupts = vcpu();
-        with_interrupts.vmcb_mut().control.shadow = 1;
-        assert!(!with_interrupts.can_take_nmi());
-        assert_eq!(with_interrupts.open_nmi_window(), NmiWindow::Watched);
-        assert!(!flag(&with_interrupts));
-        assert!(with_interrupts.vmcb().control.intercepts_1 & Intercepts1::VINTR.bits() != 0);
-
-        let mut without = vcpu();
-        without.save_mut().rflags &= !RFLAGS_IF;
-        without.vmcb_mut().control.shadow = 1;
-        assert_eq!(without.open_nmi_window(), NmiWindow::Watched);
-        assert!(flag(&without));
-        // A nested fault first: the step is begun anew.
-        assert!(matches!(run(&mut without, NPF, |_| {}), Exit::Fault(_)));
-        assert_eq!((flag(&without), without.nmi), (false, NmiState::Open));
-        let _ = without.open_nmi_window();
-        assert_eq!(run(&mut without, CPUID, |_| {}), Exit::Cpuid, "an exit of the instruction itself");
-        without.advance(2);
-        assert_eq!((flag(&without), without.event, without.can_take_nmi()), (false, 0, true));
+    fn a_shadow_lasts_until_its_instruction_is_executed() {
+        let mut vcpu = vcpu();
+        let rip = vcpu.save().rip;
+        for (exit, at, kept) in [
+            (Exit::Interrupt, rip, 1),
+            (Exit::Nmi, rip, 1),
+            (Exit::Interrupt, rip + 2, 0),
+            (Exit::InterruptWindow, rip, 0),
+            (Exit::Exception(Intercepted::Debug), rip, 0),
+        ] {
+            // As an emulated CPU leaves it.
+            vcpu.vmcb_mut().control.shadow = 0;
+            vcpu.save_mut().rip = at;
+            vcpu.keep_shadow(rip, exit);
+            assert_eq!(vcpu.vmcb().control.shadow, kept, "{exit:?} at {at:#x}");
+            assert_eq!((vcpu.in_shadow(), vcpu.can_take_nmi()), (kept == 1, kept == 0));
+        }
+        vcpu.vmcb_mut().control.shadow = 1;
+        assert_eq!(vcpu.open_nmi_window(), NmiWindow::BehindInstruction);
+        assert!(!flag(&vcpu), "nothing is stepped over");
     }
 
     #[test]
