@@ -125,6 +125,9 @@ pub struct GuestArgs {
     /// Where the storm's random choices begin [default: somewhere else each time]
     #[arg(long, value_name = "N", requires = "storm")]
     pub storm_seed: Option<u64>,
+    /// Check every change of the guest's tables, and what its vCPUs' TLBs may hold, against a specification: slow
+    #[arg(long, conflicts_with = "hypervisor")]
+    pub ghost: bool,
     /// A hypervisor that is built already [default: built from this source tree]
     #[arg(long, value_name = "FILE")]
     pub hypervisor: Option<PathBuf>,

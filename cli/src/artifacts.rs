@@ -34,6 +34,16 @@ pub fn hypervisor(progress: Progress) -> Result<PathBuf, Error> {
     })
 }
 
+/// Builds the hypervisor with the ghost in it, which checks what it does, and returns its file.
+///
+/// # Errors
+/// If the source tree is gone or the build fails.
+pub fn watched_hypervisor(progress: Progress) -> Result<PathBuf, Error> {
+    build(progress, "the hypervisor with the ghost", "nestling-hypervisor", "bare-metal", "ghost", |cargo| {
+        cargo.args(["--features", "bare-metal,ghost"]);
+    })
+}
+
 /// Builds the Multiboot test kernel and returns its file.
 ///
 /// # Errors

@@ -176,7 +176,7 @@ pub fn prepare(args: &FuzzArgs, progress: Progress) -> Result<Prepared, Error> {
     };
     config.validate()?;
     let hypervisor = args.hypervisor.as_deref().map(checked_hypervisor).transpose()?;
-    let guest = GuestPlan { config, mode: Mode::Shell, kernel: None, initrd: None, hypervisor };
+    let guest = GuestPlan { config, mode: Mode::Shell, kernel: None, initrd: None, hypervisor, ghost: false };
     let plan = Plan { guest, acceleration: acceleration(args.accel)?, timeout: None, verbose: args.verbose };
     plan.check_host_memory()?;
     if let Some(path) = &args.report {

@@ -36,6 +36,7 @@ use crate::mutants::{self, Mutant};
 use crate::reclaim::Owed;
 use crate::sync::{AtomicU64, Ordering, load_for_update};
 use crate::tlb::{Debt, Flushed};
+use crate::watch::watched;
 
 /// One entry of a table that the CPU may be walking. Read anywhere inside the lock, changed by the functions below.
 #[derive(Debug)]
@@ -53,6 +54,19 @@ impl Entry {
     #[inline]
     pub(crate) fn glance(&self) -> u64 {
         self.0.load(Ordering::Relaxed)
+    }
+
+    #[inline(always)]
+    fn exchange(&self, level: Level, old: u64, new: u64, made: Ordering, lost: Ordering) -> Result<u64, u64> {
+        watched(core::ptr::from_ref(self).addr(), level, new, || self.0.compare_exchange(old, new, made, lost))
+    }
+
+    #[inline(always)]
+    fn swap(&self, level: Level, new: u64) -> u64 {
+        let swapped = || Ok(self.0.swap(new, Ordering::AcqRel));
+        match watched(core::ptr::from_ref(self).addr(), level, new, swapped) {
+            Ok(old) | Err(old) => old,
+        }
     }
 }
 
@@ -87,7 +101,7 @@ pub(crate) fn weaken<F: Format>(cell: &Entry, level: Level, old: u64, bits: u64,
     let lost = if mutants::is(Mutant::SoftwareBitsLost) { F::MMU_WRITABLE } else { 0 };
     let new = old & !(bits | lost);
     debug_assert!(may_wait::<F>(old, old ^ new, level), "{} {level:?}: {old:#x} -> {new:#x}", F::NAME);
-    cell.0.compare_exchange(old, new, Ordering::AcqRel, Ordering::Acquire)?;
+    cell.exchange(level, old, new, Ordering::AcqRel, Ordering::Acquire)?;
     debt.note();
     Ok(())
 }
@@ -97,7 +111,7 @@ pub(crate) fn weaken<F: Format>(cell: &Entry, level: Level, old: u64, bits: u64,
 pub(crate) fn restrict<F: Format>(cell: &Entry, level: Level, old: u64, _owed: Owed<'_>) -> Result<(), u64> {
     debug_assert!(F::is_mapping(old, level), "{} {level:?}: {old:#x}", F::NAME);
     let new = old & !(F::WRITE | F::MMU_WRITABLE);
-    cell.0.compare_exchange(old, new, Ordering::AcqRel, Ordering::Acquire).map(|_| ())
+    cell.exchange(level, old, new, Ordering::AcqRel, Ordering::Acquire).map(|_| ())
 }
 
 /// Clears the accessed bit of the mapping `old`, or says what `cell` holds now. Owes nothing: the bit may be lost.
@@ -112,7 +126,7 @@ pub(crate) fn age<F: Format>(cell: &Entry, level: Level, old: u64) -> Result<(),
 pub(crate) fn track<F: Format>(cell: &Entry, level: Level, old: u64) -> Result<(), u64> {
     let State::Leaf(leaf) = F::decode(old, level) else { return Err(old) };
     let new = F::access_tracked(level, leaf);
-    cell.0.compare_exchange(old, new, Ordering::AcqRel, Ordering::Acquire).map(|_| ())
+    cell.exchange(level, old, new, Ordering::AcqRel, Ordering::Acquire).map(|_| ())
 }
 
 /// Writes an entry of a table that nothing leads to yet.
@@ -155,7 +169,7 @@ pub(crate) fn change<F: Format>(
 ) -> Result<(), u64> {
     debug_assert!(legal::<F>(old, new, level), "{} {level:?}: {old:#x} -> {new:#x}", F::NAME);
     debug_assert_eq!(books::<F>(old, new, level), book, "{} {level:?}: {old:#x} -> {new:#x}", F::NAME);
-    match cell.0.compare_exchange(old, new, Ordering::AcqRel, Ordering::Acquire) {
+    match cell.exchange(level, old, new, Ordering::AcqRel, Ordering::Acquire) {
         Ok(_) => {
             match book {
                 Books::LeafAdded => seat.leaf(level, 1),
@@ -179,7 +193,7 @@ pub(crate) fn change<F: Format>(
 #[inline]
 pub(crate) fn fill<F: Format>(cell: &Entry, level: Level, leaf: u64, seat: &SeatCounters) -> Result<(), u64> {
     debug_assert!(matches!(F::decode(leaf, level), State::Leaf(_)), "{} {level:?}: {leaf:#x}", F::NAME);
-    cell.0.compare_exchange(F::ABSENT, leaf, Ordering::AcqRel, Ordering::Acquire)?;
+    cell.exchange(level, F::ABSENT, leaf, Ordering::AcqRel, Ordering::Acquire)?;
     seat.leaf(level, 1);
     Ok(())
 }
@@ -219,7 +233,7 @@ pub(crate) fn seize<F: Format>(
 ) -> u64 {
     let mut leaves = 0u64;
     for (index, cell) in entries.iter().enumerate() {
-        let old = cell.0.swap(F::DEAD, Ordering::AcqRel);
+        let old = cell.swap(level, F::DEAD);
         if old == F::ABSENT {
             continue;
         }
@@ -251,12 +265,11 @@ pub(crate) enum Thaw {
 
 /// Ends the ownership of a frozen entry. `_flushed` is the proof that what freezing it owed was paid.
 pub(crate) fn thaw<F: Format>(cell: &Entry, becomes: Thaw, _flushed: &Flushed, seat: &SeatCounters) {
-    let new = match becomes {
-        Thaw::Absent => F::ABSENT,
-        Thaw::Leaf(_, leaf) => leaf,
-    };
     // Only one thing can have happened to it: another zap unlinked its table and made it dead, and so it stays.
-    let thawed = cell.0.compare_exchange(F::FROZEN, new, Ordering::AcqRel, Ordering::Relaxed);
+    let thawed = match becomes {
+        Thaw::Absent => cell.0.compare_exchange(F::FROZEN, F::ABSENT, Ordering::AcqRel, Ordering::Relaxed),
+        Thaw::Leaf(level, leaf) => cell.exchange(level, F::FROZEN, leaf, Ordering::AcqRel, Ordering::Relaxed),
+    };
     debug_assert!(thawed.is_ok() || thawed == Err(F::DEAD), "a frozen entry was changed: {thawed:x?}");
     if let (Ok(_), Thaw::Leaf(level, leaf)) = (thawed, becomes) {
         debug_assert!(matches!(F::decode(leaf, level), State::Leaf(_)), "{} {level:?}: {leaf:#x}", F::NAME);

@@ -39,6 +39,7 @@ mod table;
 mod tdp;
 mod tlb;
 pub mod vcpu;
+pub mod watch;
 pub mod worker;
 
 pub use addr::{Gfn, GfnRange, Gpa, Hfn, Hpa, Level};

@@ -80,6 +80,7 @@ impl GuestPlan {
     fn bundle(&self, kernel: &[u8], initrd: Option<&[u8]>, progress: Progress) -> Result<Loaded, Error> {
         let hypervisor = match &self.hypervisor {
             Some(path) => path.clone(),
+            None if self.ghost => artifacts::watched_hypervisor(progress)?,
             None => artifacts::hypervisor(progress)?,
         };
         let bundle = Bundle { config: self.config.clone(), kernel, initrd }.to_bytes()?;

@@ -44,6 +44,8 @@ pub struct GuestPlan {
     pub initrd: Option<Vec<u8>>,
     /// The hypervisor that was given.
     pub hypervisor: Option<PathBuf>,
+    /// One that is built here has the ghost in it.
+    pub ghost: bool,
 }
 
 /// A file that was named and read.
@@ -98,7 +100,7 @@ impl GuestPlan {
         }
         let initrd = args.initrd.as_deref().map(|path| read("--initrd", path)).transpose()?;
         let hypervisor = args.hypervisor.as_deref().map(checked_hypervisor).transpose()?;
-        Ok(Self { config, mode, kernel: image.or(kernel), initrd, hypervisor })
+        Ok(Self { config, mode, kernel: image.or(kernel), initrd, hypervisor, ghost: args.ghost })
     }
 
     /// The guest of a copy, which goes on. What was fired at it and what it measured is not passed on.
@@ -118,7 +120,7 @@ impl GuestPlan {
         };
         config.validate()?;
         let hypervisor = args.hypervisor.as_deref().map(checked_hypervisor).transpose()?;
-        Ok(Self { config, mode, kernel: None, initrd: None, hypervisor })
+        Ok(Self { config, mode, kernel: None, initrd: None, hypervisor, ghost: args.ghost })
     }
 
     /// The least memory of a machine for this guest, in bytes: the guest's, what maps it, the hypervisor's own, and the

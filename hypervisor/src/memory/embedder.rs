@@ -17,6 +17,7 @@ use super::frames;
 use super::guest::GuestRam;
 use crate::cpu::apic::{self, Command};
 use crate::cpu::{MAX_CPUS, barrier, instructions, local, vector};
+use crate::ghost;
 
 /// The CPU that runs a vCPU. CPU 0 runs none: see [`crate::vm`].
 #[must_use]
@@ -86,6 +87,7 @@ unsafe impl TableFrames for Machine {
     }
 
     fn free_table(&self, frame: Hfn) {
+        ghost::table_freed(frame);
         TABLES.fetch_sub(1, Ordering::Relaxed);
         frames::free(frame.hpa().0, 0);
     }

@@ -27,6 +27,7 @@ use super::guest::{
     page, take_block,
 };
 use super::kept::{Kept, Packed};
+use crate::ghost;
 
 /// Frames that a relocation leaves free.
 const RESERVE: u64 = (16 << 20) / FRAME;
@@ -62,7 +63,7 @@ impl GuestRam {
             // SAFETY: both frames are this function's alone: nobody knows of the new one, and the old one was seized.
             unsafe { page(new.block).copy_from_slice(page(old)) };
             cell.store(new.use_up() | PRESENT, Ordering::Release);
-            give_block(old, 0);
+            give_away(old, 0);
         });
         drop(taken);
         result
@@ -87,7 +88,7 @@ impl GuestRam {
                 }
             };
             cell.store(word, Ordering::Release);
-            give_block(old, 0);
+            give_away(old, 0);
             Ok(())
         });
         drop(taken);
@@ -124,6 +125,10 @@ impl GuestRam {
                 }
                 // The table's words stay busy: who came by the old word of the chunk looks at the chunk again.
                 chunk.store(new.use_up() | PRESENT, Ordering::Release);
+                words
+                    .into_iter()
+                    .filter(|word| word & PRESENT != 0)
+                    .for_each(|word| ghost::gave_away(address(word), 1));
                 words.into_iter().for_each(|word| give_back(word, 0));
             }
             _ => {
@@ -132,7 +137,7 @@ impl GuestRam {
                 // SAFETY: both blocks are this function's alone: nobody knows of the new one, the old one was seized.
                 unsafe { copy(address(word), new.block, PAGES_2M) };
                 chunk.store(new.use_up() | PRESENT, Ordering::Release);
-                give_block(address(word), ORDER_2M);
+                give_away(address(word), ORDER_2M);
             }
         }
         drop(taken);
@@ -183,6 +188,12 @@ impl GuestRam {
         bank.chunk(index).store(BROKEN, Ordering::Release);
         Ok(())
     }
+}
+
+/// The guest had the block until now.
+fn give_away(block: u64, order: u32) {
+    ghost::gave_away(block, 1 << order);
+    give_block(block, order);
 }
 
 /// Makes a word busy, whoever else may be bringing its page back; returns what it was.

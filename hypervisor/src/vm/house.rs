@@ -45,6 +45,7 @@ use crate::control::{self, log};
 use crate::cpu::{apic, clock, instructions, local, rtc};
 use crate::devices::board::BoardConfig;
 use crate::devices::platform::{Platform, PlatformConfig};
+use crate::ghost;
 use crate::guest::layout::RamLayout;
 use crate::guest::{LinuxConfig, MultibootConfig, VcpuInit, load_linux, load_multiboot};
 use crate::memory::embedder::{self, Machine};
@@ -189,6 +190,7 @@ fn memory(config: &RunConfig) -> Result<Arc<Mmu<Machine>>, String> {
         mmio_entries: __cpuid(0x8000_0008).eax & 0xff < 52,
         ..Config::default()
     };
+    ghost::begin();
     let mmu = Mmu::new(Machine::new(ram), config).map_err(text)?;
     let mut worker = mmu.worker().map_err(text)?;
     let banks = ranges.iter().enumerate();
@@ -440,6 +442,7 @@ impl Vm<'_> {
 
     /// Counts, takes down, counts again, tells.
     fn finish(self, shared: Arc<Shared>, left: &Left) -> Finished {
+        ghost::end();
         let ended = shared.clock.now().ns;
         // What the guest printed last may still be in its UART.
         shared.try_with_ports(|platform, now| platform.poll(now));

@@ -23,6 +23,7 @@ use super::exit::Exit;
 use super::shared::Shared;
 use crate::control::log;
 use crate::cpu::{apic, clock, instructions, local};
+use crate::ghost;
 use crate::memory::embedder::Machine;
 use crate::memory::frames::FRAME;
 use crate::memory::relocate::Skipped;
@@ -232,13 +233,20 @@ impl Engine<'_> {
 
     fn delete_slot(&mut self) -> bool {
         let Some(slot) = self.any_slot() else { return false };
-        let result = self.worker.delete_slot(slot.id).and_then(|()| self.put_back(|worker| worker.add_slot(slot)));
+        let deleted = self.worker.delete_slot(slot.id);
+        if deleted.is_ok() {
+            told_gone(&slot);
+        }
+        let result = deleted.and_then(|()| self.put_back(|worker| worker.add_slot(slot)));
         self.tell(result)
     }
 
     fn move_slot(&mut self) -> bool {
         let Some(slot) = self.any_slot() else { return false };
         let away = self.worker.move_slot(slot.id, Gpa(ELSEWHERE));
+        if away.is_ok() {
+            told_gone(&slot);
+        }
         let result = away.and_then(|()| self.put_back(|worker| worker.move_slot(slot.id, slot.base)));
         self.tell(result)
     }
@@ -320,6 +328,13 @@ impl Random {
         word = (word ^ word >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
         word = (word ^ word >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
         ((u128::from(word ^ word >> 31) * u128::from(end)) >> 64) as u64
+    }
+}
+
+/// The slot's old place has no memory any more.
+fn told_gone(slot: &SlotConfig) {
+    if let Some(range) = GfnRange::new(slot.base.gfn(), slot.size / FRAME) {
+        ghost::gone(range);
     }
 }
 

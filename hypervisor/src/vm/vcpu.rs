@@ -28,6 +28,7 @@ use crate::cpu::extended::{self, XCR0_RESET};
 use crate::cpu::{apic, clock, instructions, local};
 use crate::devices::lapic::{Lapic, LapicConfig};
 use crate::devices::saved::{BadState, require};
+use crate::ghost;
 use crate::guest::VcpuInit;
 use crate::memory::embedder::{self, Machine};
 
@@ -268,7 +269,9 @@ impl<C: GuestCpu> Vcpu<C> {
         }
         self.cpu.set_root(self.root);
         // One ASID serves all roots of the guest: whichever flush it is, it is this one.
-        if inside.take_flush().is_some() {
+        let flushes = inside.take_flush().is_some();
+        ghost::entering(self.number, self.root, flushes);
+        if flushes {
             self.cpu.flush();
         }
         if core::mem::take(&mut self.leave_at_once) {
@@ -277,6 +280,7 @@ impl<C: GuestCpu> Vcpu<C> {
         }
         self.stall.entering(&vm.storm);
         let exit = local::this().away(|| self.cpu.run());
+        ghost::left(self.number);
         drop(inside);
         reach.back();
         self.stall.left(&vm.storm, exit);
