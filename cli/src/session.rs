@@ -456,7 +456,7 @@ mod tests {
             command_line: String::new(),
             ready_marker: String::new(),
         };
-        let guest = GuestPlan { config, mode: Mode::Check, kernel: None, initrd: None, hypervisor: None };
+        let guest = GuestPlan { config, mode: Mode::Check, kernel: None, initrd: None, hypervisor: None, ghost: false };
         Plan { guest, acceleration: Acceleration::Tcg, timeout, verbose: false }
     }
 

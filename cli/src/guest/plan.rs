@@ -31,6 +31,11 @@ pub enum Seat {
     Pipe,
 }
 
+/// How long a guest that checks itself may be silent: with the ghost everything takes its time.
+fn silence_ms(args: &GuestArgs) -> u64 {
+    SILENCE.as_millis() as u64 * if args.ghost { 10 } else { 1 }
+}
+
 /// A guest that may be put together.
 #[derive(Clone, Debug)]
 pub struct GuestPlan {
@@ -73,7 +78,7 @@ impl GuestPlan {
             vcpus: args.vcpus,
             memory_bytes: args.memory,
             huge_pages: args.huge_pages.into(),
-            silence_timeout_ms: (mode == Mode::Check).then_some(SILENCE.as_millis() as u64),
+            silence_timeout_ms: (mode == Mode::Check).then_some(silence_ms(args)),
             command_line: match &args.multiboot {
                 Some(path) => multiboot_command_line(path, &args.append),
                 None => command_line(args, mode, seat),
@@ -111,7 +116,7 @@ impl GuestPlan {
         let mode = args.mode.unwrap_or(if header.check { Mode::Check } else { Mode::Shell });
         let config = RunConfig {
             huge_pages: args.huge_pages.into(),
-            silence_timeout_ms: (mode == Mode::Check).then_some(SILENCE.as_millis() as u64),
+            silence_timeout_ms: (mode == Mode::Check).then_some(silence_ms(args)),
             origin: Origin::Window,
             storm: storm(args),
             series: None,
