@@ -392,6 +392,7 @@ impl Vm<'_> {
     /// Serves the ports until every vCPU has left.
     fn keep_house(&self, vm: &Arc<Shared>, running: &Arc<AtomicUsize>, copier: &Copier) {
         let mut looks = 0;
+        let mut wanted = None;
         let timer = &local::this().timer_fired;
         let mut typed: Vec<u8> = Vec::new();
         while running.load(Ordering::Acquire) > 0 {
@@ -406,9 +407,16 @@ impl Vm<'_> {
             });
             match control::next_command() {
                 Some(ToHypervisor::Stop) => vm.end(End::Exit(GuestExit::Stopped)),
-                Some(ToHypervisor::Snapshot) => copier.start(vm, running, Purpose::Snapshot),
-                Some(ToHypervisor::Migrate(limits)) => copier.start(vm, running, Purpose::Migrate(limits)),
+                Some(ToHypervisor::Snapshot) => wanted = Some(Purpose::Snapshot),
+                Some(ToHypervisor::Migrate(limits)) => wanted = Some(Purpose::Migrate(limits)),
                 None => {}
+            }
+            // One after the other, whatever the command says.
+            if !vm.stopping()
+                && !vm.copying.load(Ordering::SeqCst)
+                && let Some(purpose) = wanted.take()
+            {
+                copier.start(vm, running, purpose);
             }
             control::pump();
             self.watch_time(vm);
@@ -514,7 +522,7 @@ struct Copier {
 }
 
 impl Copier {
-    /// Begins a copy. One goes on at a time: the command begins another one after the last message of this one.
+    /// Begins a copy. None goes on.
     fn start(&self, vm: &Arc<Shared>, running: &Arc<AtomicUsize>, purpose: Purpose) {
         if self.cpu > self.cpus {
             return log::warning!("no CPU is left that could copy the guest: {} are needed", self.cpu + 1);

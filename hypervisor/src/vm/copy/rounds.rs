@@ -21,6 +21,7 @@ use nestling_control::message::MigrateLimits;
 use nestling_control::window::{FromHypervisor, Round, SLOT_PAGES};
 
 use super::send::{Copy, Stop, because};
+use crate::control::log;
 use crate::cpu::instructions;
 use crate::memory::embedder::Machine;
 use crate::vm::shared::Shared;
@@ -34,7 +35,7 @@ const STATE_NS: u64 = 20_000_000;
 const THROTTLE_STEP: u8 = 20;
 const MOST_THROTTLE: u8 = 80;
 
-/// The dirty logs of all slots. Stopped when dropped.
+/// The dirty logs of all slots. Dropped, they are stopped, and what was split for them is made whole again.
 pub(super) struct Logs {
     vm: Arc<Shared>,
     worker: Worker<Machine>,
@@ -76,6 +77,12 @@ impl Drop for Logs {
             let _ = self.worker.stop_log(id);
         }
         self.vm.note_writes(false);
+        if self.vm.stopping() {
+            return;
+        }
+        let collapsed = self.slots.iter().filter_map(|&(id, _)| self.worker.collapse(id).ok());
+        let leaves: u64 = collapsed.map(|collapsed| collapsed.leaves_2m + collapsed.leaves_1g).sum();
+        log::info!("{leaves} huge pages are whole again");
     }
 }
 

@@ -61,7 +61,7 @@ pub(super) fn because(error: impl Display) -> Stop {
 pub(in crate::vm) fn send(vm: &Arc<Shared>, fixed: &Fixed, window: &Window, purpose: Purpose) {
     let sender = Sender::new(Way::ToCommand);
     let began = instructions::rdtsc();
-    let mut copy = Copy { vm, window, sender, pages: 0, rounds: 0, longest_stall: 0, began, held_at: None };
+    let mut copy = Copy { vm, window, sender, pages: 0, rounds: 0, longest_stall: 0, began, logs: None, held_at: None };
     let last = match copy.run(fixed, purpose) {
         Ok(last) => last,
         Err(Stop::Ended) => FromHypervisor::Kept("the guest has ended".to_string()),
@@ -72,6 +72,7 @@ pub(in crate::vm) fn send(vm: &Arc<Shared>, fixed: &Fixed, window: &Window, purp
     } else {
         copy.release();
     }
+    drop(copy.logs.take());
     // The command empties the ring until it has this, also when it has given up.
     copy.wait_for_room(false).and_then(|()| copy.put(&last)).unwrap_or_default();
 }
@@ -87,6 +88,7 @@ pub(super) struct Copy<'a> {
     /// In ticks of the TSC, until the guest was held.
     longest_stall: u64,
     began: u64,
+    logs: Option<Logs>,
     /// The TSC, and the ticks of the VM's time, when the guest was stopped.
     held_at: Option<(u64, u64)>,
 }
@@ -104,13 +106,10 @@ impl Copy<'_> {
             self.send_memory()?;
         } else {
             let mut logs = Logs::start(self.vm).map_err(Stop::Because)?;
-            self.vm.storm.measure(true);
-            let sent = self.send_rounds(&mut logs, limits);
-            self.longest_stall = self.vm.storm.longest_stall();
-            self.vm.storm.measure(false);
+            let sent = self.send_behind(&mut logs, limits);
+            // They are stopped when the guest goes on: it does not wait for that.
+            self.logs = Some(logs);
             sent?;
-            self.hold()?;
-            self.send_dirty(&mut logs, 0)?;
         }
         self.send_state(fixed)?;
         match purpose {
@@ -125,6 +124,17 @@ impl Copy<'_> {
                 self.wait_for_the_other_side()
             }
         }
+    }
+
+    /// Sends memory while the guest runs, and then, while it is held, what it has written since.
+    fn send_behind(&mut self, logs: &mut Logs, limits: MigrateLimits) -> Result<(), Stop> {
+        self.vm.storm.measure(true);
+        let sent = self.send_rounds(logs, limits);
+        self.longest_stall = self.vm.storm.longest_stall();
+        self.vm.storm.measure(false);
+        sent?;
+        self.hold()?;
+        self.send_dirty(logs, 0)
     }
 
     fn copied(&self) -> Copied {
