@@ -6,6 +6,8 @@
 //! - [`ghost`] is what must be true, kept beside the library in plain maps: which host frame stands behind a guest
 //!   frame, who may write, what was taken away and when. Every guest access and every table is held against it.
 //! - [`program`] makes both do things: random sequences in one thread, storms in many.
+//! - [`shadow`] does the same to shadow paging: CPUs that walk shadow tables, guests that edit their own page tables, and an
+//!   oracle that knows every value each entry ever had.
 //! - [`model`] runs the library's own source under a model checker, in tiny scenarios and in every order.
 //!
 //! [`scene`] has what tests begin with. Set `NESTLING_DEEP=n` for runs that are much longer than those of every day.
@@ -22,3 +24,4 @@ pub mod program;
 pub mod rng;
 pub mod rules;
 pub mod scene;
+pub mod shadow;

@@ -77,6 +77,16 @@ counters! {
     flushes_by_range = FlushByRange,
     /// Kicks sent to vCPUs in guest mode.
     kicks = Kick,
+    /// Page faults of the guest's own, which shadow paging found.
+    faults_injected = Injected,
+    /// Leaves that shadow paging made beside the one that was asked for.
+    shadow_prefetched = Prefetched,
+    /// Times that a guest's page table became writable, its shadow page out of step.
+    shadow_unsynced = Unsynced,
+    /// Shadow pages zapped because the guest writes to them as if they were no tables.
+    shadow_flooded = Flooded,
+    /// Shadow pages zapped to make room for others.
+    shadow_recycled = Recycled,
     /// Roots made.
     roots_made = RootMade,
     /// Roots that vCPUs dropped because they were obsolete (KVM: obsolete_roots_freed).

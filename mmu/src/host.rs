@@ -11,6 +11,7 @@ use core::ptr::NonNull;
 
 use crate::addr::{Gfn, GfnRange, Hfn};
 use crate::format::{Format, MemoryType};
+use crate::guest::Width;
 use crate::slots::Slot;
 use crate::sync::AtomicU64;
 
@@ -126,6 +127,19 @@ pub enum ByRange {
     Done,
     /// On none; the embedder can not, or finds the range too long to be worth it.
     Unsupported,
+}
+
+/// Guest memory by host frame, for what reads the guest's own page tables: shadow paging.
+///
+/// The library asks only while it knows that the frame is the guest's: since [`Backing::resolve`] gave it, no invalidation
+/// of it has returned.
+pub trait GuestMemory {
+    /// The entry at `offset` bytes into the frame, which is a multiple of its width, read in one piece. Called inside the
+    /// MMU lock: must not wait.
+    fn load(&self, hfn: Hfn, offset: u32, width: Width) -> u64;
+
+    /// Replaces `old` by `new` in one step if the entry still is `old`; whether it did. As [`GuestMemory::load`].
+    fn compare_exchange(&self, hfn: Hfn, offset: u32, width: Width, old: u64, new: u64) -> bool;
 }
 
 /// Time, yielding and the two halves of the asymmetric fence.

@@ -1,7 +1,8 @@
 //! A small spin lock for lists that are touched rarely and briefly (roots, pending frees, memslot updates).
 //!
-//! It is a leaf in the lock order but for the memslot update lock, which is outside everything: nothing is locked
-//! while one of the others is held, and nothing is called that may wait.
+//! It is a leaf in the lock order but for the memslot update lock, which is outside everything, and for the locks of
+//! shadow pages, which have an order of their own (`shadow::order`): nothing is locked while one of the others is held,
+//! and nothing is called that may wait.
 
 #![expect(unsafe_code, reason = "a lock is the place where shared becomes exclusive")]
 
@@ -32,6 +33,13 @@ impl<T> LeafLock<T> {
             relax();
         }
         LeafGuard { lock: self }
+    }
+
+    /// The lock, if nobody holds it.
+    pub(crate) fn try_lock(&self) -> Option<LeafGuard<'_, T>> {
+        let taken = self.held.compare_exchange(false, true, Ordering::Acquire, Ordering::Relaxed);
+        // Made only then: to drop one is to release the lock.
+        taken.is_ok().then(|| LeafGuard { lock: self })
     }
 
     pub(crate) fn get_mut(&mut self) -> &mut T {

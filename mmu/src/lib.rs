@@ -6,7 +6,7 @@
 //!
 //! Rooms, from the bottom up: [`addr`] and [`format`] know numbers and bits; `entry` is the one place where an entry
 //! changes; `lock`, `tlb` and `reclaim` are the protocol of who may look, who must forget, and when a table is freed;
-//! [`slots`], `root` and `notify` say what may be mapped; [`guest`] reads the guest's own tables; `tdp` maps and unmaps it; [`vcpu`] and [`worker`] are what
+//! [`slots`], `root` and `notify` say what may be mapped; [`guest`] reads the guest's own tables, [`shadow`] makes tables of those; `tdp` maps and unmaps it; [`vcpu`] and [`worker`] are what
 //! an embedder calls.
 //!
 //! `examples/hosted.rs` is a whole embedder.
@@ -30,9 +30,11 @@ mod mmu;
 #[doc(hidden)]
 pub mod mutants;
 mod notify;
+mod once;
 mod rcu;
 mod reclaim;
 mod root;
+pub mod shadow;
 pub mod slots;
 pub mod sync;
 mod table;

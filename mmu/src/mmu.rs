@@ -10,8 +10,10 @@ use crate::host::{Host, VcpuId};
 use crate::leaf_lock::LeafLock;
 use crate::lock::MmuLock;
 use crate::notify::Notify;
+use crate::once::OnceBox;
 use crate::reclaim::Reclaim;
 use crate::root::{Role, Roots};
+use crate::shadow::Shadow;
 use crate::slots::{Slots, Updates};
 use crate::tlb::Tlb;
 use crate::vcpu::Vcpu;
@@ -116,6 +118,7 @@ pub struct Mmu<H: Host> {
     pub(crate) roots: Roots,
     pub(crate) notify: Notify,
     pub(crate) reclaim: Reclaim,
+    pub(crate) shadow: OnceBox<Shadow>,
 }
 
 impl<H: Host> fmt::Debug for Mmu<H> {
@@ -144,6 +147,7 @@ impl<H: Host> Mmu<H> {
             roots: Roots::new(),
             notify: Notify::new(),
             reclaim: Reclaim::new(),
+            shadow: OnceBox::new(),
             config,
             role,
         }))
@@ -194,6 +198,9 @@ impl<H: Host> Drop for Mmu<H> {
     fn drop(&mut self) {
         for table in self.reclaim.drain() {
             self.host.free_table(table);
+        }
+        if let Some(shadow) = self.shadow.get() {
+            shadow.take_frames(|frame| self.host.free_table(frame));
         }
         for (frame, level) in self.roots.take() {
             crate::table::free_tree(self, frame, level);

@@ -81,6 +81,20 @@ pub enum Mutant {
     DirtyBitClearedWhereProtectionTracks,
     /// Splitting or protecting a leaf loses its software bits.
     SoftwareBitsLost,
+    /// A shadow page is reused for its frame, whatever its role is (CVE-2026-53359).
+    ShadowRoleNotCompared,
+    /// A fault uses a root that the quota zapped after it was looked at (CVE-2026-64561).
+    ShadowFaultNotFresh,
+    /// A page is linked before it was brought in step (KVM, 65855ed8b034).
+    ShadowLinkedOutOfStep,
+    /// A guest's table becomes writable first, and is marked out of step then.
+    ShadowUnsyncAfterWritable,
+    /// A guest's entry is not read again when the shadow entry is made of it.
+    ShadowEntryNotReadAgain,
+    /// A shadow page counts as in step before the guest's table is out of all TLBs as writable.
+    ShadowPageWithoutFlush,
+    /// The leaves of a slot that is deleted stay in shadow pages (KVM, fcd1ec9cb59c).
+    ShadowSlotNotZapped,
 }
 
 #[cfg(any(feature = "loom", feature = "shuttle"))]

@@ -349,7 +349,7 @@ impl Reclaim {
 
     /// Frees `tables` when every reader that may be walking them has left; the caller is not inside the lock, and has
     /// flushed the TLBs since it unlinked them, which `_flushed` is the proof of.
-    fn defer<H: Host>(&self, mmu: &Mmu<H>, tables: &[Hfn], _flushed: &Flushed, counters: &SeatCounters) {
+    pub(crate) fn defer<H: Host>(&self, mmu: &Mmu<H>, tables: &[Hfn], _flushed: &Flushed, counters: &SeatCounters) {
         mmu.host.heavy_fence();
         if self.remember(mmu, tables).is_err() {
             // No memory to remember them: wait instead, which a caller outside the lock can always do.

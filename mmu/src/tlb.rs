@@ -45,7 +45,7 @@ use crate::addr::GfnRange;
 use crate::events::{Counter, Event, SeatCounters};
 use crate::host::{ByRange, Host, VcpuId};
 use crate::mutants::{self, Mutant};
-use crate::sync::{AtomicU32, AtomicU64, Ordering, Padded, announced, peek};
+use crate::sync::{AtomicU32, AtomicU64, Ordering, Padded, announced, load_for_update, peek};
 
 /// How often a flusher looks at a vCPU that does not leave, before it kicks it again: milliseconds. A kick goes through
 /// the embedder's interrupt controller and emulators, and one that got lost there must not stop the whole VM.
@@ -62,6 +62,17 @@ struct VcpuTlb {
     requests: AtomicU32,
     /// The generation of the last flush before entry.
     flushed: AtomicU64,
+}
+
+/// When something was taken away: covered once a flush has ended that began later.
+///
+/// For who takes things away without a flush of its own, and leaves that to whoever will need to know.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub(crate) struct Moment(u64);
+
+impl Moment {
+    /// Nothing was taken away yet.
+    pub(crate) const NEVER: Self = Self(0);
 }
 
 /// Drop the roots that are obsolete, and only those.
@@ -116,6 +127,8 @@ pub enum Flush {
 #[derive(Debug)]
 pub(crate) struct Tlb {
     generation: Padded<AtomicU64>,
+    /// The latest generation whose flush has ended; all earlier ones have, in what they wait for.
+    ended: Padded<AtomicU64>,
     vcpus: Box<[Padded<VcpuTlb>]>,
 }
 
@@ -177,7 +190,19 @@ impl Drop for Debt {
 impl Tlb {
     pub(crate) fn new(vcpus: usize) -> Self {
         // Vcpus start one generation behind: the first entry flushes, whatever ran on the CPU before.
-        Self { generation: Padded(AtomicU64::new(1)), vcpus: (0..vcpus).map(|_| Padded::default()).collect() }
+        let (generation, ended) = (Padded(AtomicU64::new(1)), Padded(AtomicU64::new(0)));
+        Self { generation, ended, vcpus: (0..vcpus).map(|_| Padded::default()).collect() }
+    }
+
+    /// Now, for what the caller has just taken away by a read-modify-write of an entry: any flush that begins after this
+    /// look covers it.
+    pub(crate) fn moment(&self) -> Moment {
+        Moment(load_for_update(&self.generation) + 1)
+    }
+
+    /// Whether no TLB holds any more what was taken away at `moment` or before.
+    pub(crate) fn covers(&self, moment: Moment) -> bool {
+        self.ended.load(Ordering::Acquire) >= moment.0
     }
 
     /// As [`Tlb::flush`], and no vCPU runs another guest instruction before it has dropped its obsolete roots.
@@ -219,6 +244,8 @@ impl Tlb {
                 }
             }
         }
+        // A flush of generation N waits until each vCPU has flushed for N or is outside, so all before N are over as well.
+        self.ended.fetch_max(generation, Ordering::AcqRel);
         if H::TRACE {
             host.trace(Event::Flush { generation });
         }

@@ -17,6 +17,7 @@ use crate::lock::{Exclusive, Shared, Ticket};
 use crate::mutants::{self, Mutant};
 use crate::reclaim::Batch;
 use crate::root::{AllRoots, Role, Spaces};
+use crate::shadow::{self, zap::ShadowDebts};
 use crate::slots::{
     AddressSpace, Change, Prepared, Published, Slot, SlotConfig, SlotError, SlotFlags, SlotId, Updates,
 };
@@ -44,6 +45,7 @@ pub struct Worker<H: Host> {
     mmu: Arc<Mmu<H>>,
     ticket: Ticket,
     batch: Batch,
+    shadow: ShadowDebts,
 }
 
 impl<H: Host> fmt::Debug for Worker<H> {
@@ -54,10 +56,10 @@ impl<H: Host> fmt::Debug for Worker<H> {
 
 impl<H: Host> Worker<H> {
     pub(crate) fn new(mmu: &Arc<Mmu<H>>) -> Result<Self, OutOfMemory> {
-        let batch = Batch::new()?;
+        let (batch, shadow) = (Batch::new()?, ShadowDebts::new()?);
         let first = usize::from(mmu.config.vcpus);
         let ticket = mmu.lock.claim(first..first + usize::from(mmu.config.workers)).ok_or(OutOfMemory)?;
-        Ok(Self { mmu: Arc::clone(mmu), ticket, batch })
+        Ok(Self { mmu: Arc::clone(mmu), ticket, batch, shadow })
     }
 
     /// The MMU that it works on.
@@ -111,7 +113,15 @@ impl<H: Host> Worker<H> {
         // A root that became obsolete before its turn was missed. Whoever made it so holds the exclusive lock until no
         // vCPU runs on it any more: to enter is to wait for that.
         drop(Shared::enter(&self.mmu, &mut self.ticket));
-        gone.zapped
+        let mut zapped = gone.zapped;
+        zapped.leaves += self.zap_shadow(range);
+        zapped
+    }
+
+    /// The same for what shadow paging has mapped of `range`, and made of tables there.
+    fn zap_shadow(&mut self, range: GfnRange) -> u64 {
+        let Some(shadow) = self.mmu.shadow.get() else { return 0 };
+        shadow::zap::zap_range(&self.mmu, shadow, &mut self.ticket, &mut self.shadow, range)
     }
 
     /// Removes everything, at a front cost that does not depend on how much is mapped: all roots become obsolete at
@@ -133,6 +143,9 @@ impl<H: Host> Worker<H> {
         if mutants::is(Mutant::RequestAfterUnlock) {
             mmu.tlb.flush_and_free_obsolete_roots(&mmu.host, self.ticket.counters());
         }
+        if let Some(shadow) = mmu.shadow.get() {
+            shadow::zap::zap_obsolete(mmu, shadow, &mut self.ticket, &mut self.shadow);
+        }
         gone.zapped
     }
 
@@ -149,6 +162,7 @@ impl<H: Host> Worker<H> {
         } else {
             zap_range(&self.mmu, &mut self.ticket, &mut self.batch, &mut all, range)
         };
+        self.zap_shadow(range);
         Invalidation { worker: self, gone }
     }
 
@@ -223,6 +237,9 @@ impl<H: Host> Worker<H> {
         let spaces = Spaces::One(begun.slot().space());
         let mut all = Exclusive::enter(&mmu, &mut self.ticket).all_roots(spaces);
         let gone = zap_range(&mmu, &mut self.ticket, &mut self.batch, &mut all, begun.slot().range());
+        if !mutants::is(Mutant::ShadowSlotNotZapped) {
+            self.zap_shadow(begun.slot().range());
+        }
         let prepared = updates.finish(&mmu.slots, begun, &gone);
         self.publish_between_invalidations(&mmu, &mut updates, prepared);
         Ok(())

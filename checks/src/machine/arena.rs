@@ -12,8 +12,8 @@ use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 use nestling::Hfn;
 use nestling::sync::AtomicU64;
 
-/// Number of the arena's first frame.
-pub const FIRST: u64 = 0x10_0000;
+/// Number of the arena's first frame: below 4 GiB, where the root of a PAE table has to be.
+pub const FIRST: u64 = 0xf_0000;
 /// The host frame to which the entries of a freed table lead.
 pub const POISON: Hfn = Hfn(0x3_dead_beef);
 /// A present entry with all rights in both formats, for a table as well as for a 4 KiB leaf.
@@ -117,7 +117,7 @@ impl Arena {
         Some(Frame { life: self.lives.get(index)?, page: self.pages.get(index)? })
     }
 
-    pub(super) fn alloc(&self) -> Option<Hfn> {
+    pub(crate) fn alloc(&self) -> Option<Hfn> {
         let mut free = self.free.lock().expect("no check panics inside");
         free.requests += 1;
         match &mut free.refuse {
@@ -145,7 +145,7 @@ impl Arena {
         Some(hfn)
     }
 
-    pub(super) fn free(&self, hfn: Hfn) {
+    pub(crate) fn free(&self, hfn: Hfn) {
         let Some(frame) = self.frame(hfn) else { return self.report(Misuse::NotATable(hfn)) };
         let life = frame.life.load(Ordering::Relaxed);
         let ends =
@@ -159,7 +159,7 @@ impl Arena {
     }
 
     /// The entries of a table; reports a frame that is not given out.
-    pub(super) fn entries(&self, hfn: Hfn) -> &[AtomicU64; 512] {
+    pub(crate) fn entries(&self, hfn: Hfn) -> &[AtomicU64; 512] {
         let Some(frame) = self.frame(hfn) else {
             self.report(Misuse::NotATable(hfn));
             return &self.sink.0;

@@ -10,6 +10,7 @@
 //! - the frozen and the MMIO encodings never let the CPU translate.
 
 mod ept;
+pub(crate) mod long_mode;
 mod npt;
 
 pub use ept::Ept;

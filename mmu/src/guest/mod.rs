@@ -15,12 +15,14 @@
 //!
 //! Canonical addresses and segments are the caller's business: their violations are no page faults.
 
+mod entry;
 mod mode;
 mod walk;
 
 #[cfg(test)]
 mod tests;
 
+pub(crate) use entry::Judged;
 pub use mode::{Controls, CpuFeatures, Mode};
 pub use walk::{FaultCode, Marked, PageFault, Privilege, Refused, Request, Step, Tables, Translation, Width, walk};
 

@@ -5,12 +5,12 @@ use super::mode::{Format, LARGE, Mode, NO_EXECUTE};
 use crate::addr::Gpa;
 use crate::host::Access;
 
-const PRESENT: u64 = 1 << 0;
-const WRITABLE: u64 = 1 << 1;
-const USER: u64 = 1 << 2;
-const ACCESSED: u64 = 1 << 5;
-const DIRTY: u64 = 1 << 6;
-const FRAME: u64 = 0x000f_ffff_ffff_f000;
+pub(super) const PRESENT: u64 = 1 << 0;
+pub(super) const WRITABLE: u64 = 1 << 1;
+pub(super) const USER: u64 = 1 << 2;
+pub(super) const ACCESSED: u64 = 1 << 5;
+pub(super) const DIRTY: u64 = 1 << 6;
+pub(super) const FRAME: u64 = 0x000f_ffff_ffff_f000;
 
 /// How often a walk starts over because entries change under it. A guest that changes them faster than they are read
 /// loses its time and nobody else's.

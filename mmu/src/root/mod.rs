@@ -343,6 +343,9 @@ impl<'a, H: Host> Exclusive<'a, H> {
             defunct.push((generation, root));
         }
         drop(lists);
+        if let Some(shadow) = self.mmu.shadow.get() {
+            shadow.begin_epoch();
+        }
         let flushed = if mutants::is(Mutant::RequestAfterUnlock) {
             Flushed::of_a_mutant(Mutant::RequestAfterUnlock)
         } else {

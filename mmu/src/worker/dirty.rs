@@ -72,6 +72,8 @@ impl<H: Host> Worker<H> {
             let mut arm = Arm::new(logged(&slot, log), Pages::All, &mut debt);
             sweep(&mmu, &mut self.ticket, slot.space(), slot.range(), &mut arm);
             arm.end(&mmu, &self.ticket);
+            let range = slot.range();
+            self.arm_shadow((range.start.0..range.end.0).map(Gfn));
             debt.pay(&mmu, self.ticket.counters());
         }
         Ok(())
@@ -280,7 +282,19 @@ impl<H: Host> Worker<H> {
             let mut arm = Arm::new(logged(slot, log), Pages::Taken { first, words: taken }, debt);
             sweep(&self.mmu, &mut self.ticket, slot.space(), frames(slot, first, taken.len()), &mut arm);
             arm.end(&self.mmu, &self.ticket);
+            let start = frames(slot, first, taken.len()).start;
+            let bits = taken.iter().zip(0u64..).flat_map(|(word, number)| {
+                (0..WORD).filter(move |bit| word >> bit & 1 != 0).map(move |bit| number * WORD + bit)
+            });
+            self.arm_shadow(bits.map(|page| Gfn(start.0 + page)));
         }
         pages
+    }
+
+    /// Arms pages where shadow paging maps them: there it is always the write right that tells.
+    fn arm_shadow(&mut self, gfns: impl Iterator<Item = Gfn>) {
+        if let Some(shadow) = self.mmu.shadow.get() {
+            crate::shadow::zap::write_protect(&self.mmu, shadow, &mut self.ticket, &mut self.shadow, gfns);
+        }
     }
 }

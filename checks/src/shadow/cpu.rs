@@ -1,0 +1,274 @@
+//! A CPU that walks shadow tables.
+//!
+//! It keeps every translation and every upper entry that it ever saw until it is told to flush, and prefers the stalest
+//! that it may use. Between two accesses it leaves guest mode, so that flushers elsewhere wait for one access at most.
+
+use std::collections::HashMap;
+use std::sync::atomic::Ordering;
+
+use nestling::guest::{Controls, Privilege, Request, Width};
+use nestling::shadow::vcpu::{InShadow, ShadowFormat, ShadowOutcome, ShadowVcpu};
+use nestling::{Access, FaultError, Hfn};
+
+use super::machine::ShadowMachine;
+use super::oracle::{Paging, Question};
+use crate::rng::Rng;
+
+/// How an access ended.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Done {
+    /// It reached memory.
+    Memory,
+    /// The guest got a page fault.
+    Fault,
+    /// It was for a device, for ROM, or for the embedder to execute.
+    Elsewhere,
+    /// The library reported an error.
+    Failed(FaultError),
+    /// It was tried too often.
+    Stuck,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Cached {
+    page: u64,
+    hfn: Hfn,
+    user: bool,
+    write: bool,
+    execute: bool,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Upper {
+    level: u32,
+    prefix: u64,
+    frame: Hfn,
+    life: u32,
+}
+
+/// See the module head.
+#[derive(Debug)]
+pub struct ShadowCpu {
+    /// The library's part.
+    pub vcpu: ShadowVcpu<ShadowMachine>,
+    paging: Paging,
+    rng: Rng,
+    /// Oldest first.
+    tlb: Vec<Cached>,
+    uppers: Vec<Upper>,
+    /// When the guest last asked this CPU to forget everything, and single pages.
+    flushed: u64,
+    pages: HashMap<u64, u64>,
+    /// Whether nobody else runs, so that the guest's tables are what they are.
+    pub alone: bool,
+}
+
+/// Tries of one access.
+const PATIENCE: usize = 400;
+/// Times that it may be told that something is changing: whoever changes it has to get to run.
+const RETRIES: usize = 1_000_000;
+
+impl ShadowCpu {
+    /// A CPU that runs with paging on from the start.
+    pub fn new(vcpu: ShadowVcpu<ShadowMachine>, paging: Paging, seed: u64) -> Self {
+        let mut cpu = Self {
+            vcpu,
+            paging,
+            rng: Rng::new(seed),
+            tlb: Vec::new(),
+            uppers: Vec::new(),
+            flushed: 0,
+            pages: HashMap::new(),
+            alone: false,
+        };
+        cpu.vcpu.load_cr3(paging.cr3, false);
+        cpu.vcpu.set_controls(paging.controls);
+        cpu
+    }
+
+    /// Its registers.
+    pub const fn paging(&self) -> Paging {
+        self.paging
+    }
+
+    fn now(&self) -> u64 {
+        self.vcpu.mmu().host().record().tick()
+    }
+
+    /// The guest loads CR3.
+    pub fn load_cr3(&mut self, cr3: u64) {
+        self.flushed = self.now();
+        self.pages.clear();
+        self.paging.cr3 = cr3;
+        self.vcpu.load_cr3(cr3, false);
+    }
+
+    /// The guest writes control registers.
+    pub fn set_controls(&mut self, controls: Controls) {
+        self.flushed = self.now();
+        self.pages.clear();
+        self.paging.controls = controls;
+        self.vcpu.set_controls(controls);
+    }
+
+    /// The guest executes INVLPG.
+    pub fn invlpg(&mut self, linear: u64) {
+        let now = self.now();
+        self.pages.insert(linear >> 12, now);
+        self.vcpu.invlpg(linear);
+    }
+
+    /// One access; where it reaches memory, `store` is written there: offset, width, value.
+    pub fn access(&mut self, question: Question, store: Option<(u32, Width, u64)>) -> Done {
+        let request =
+            Request { linear: question.linear, access: question.access, privilege: question.privilege, pkru: 0 };
+        let (mut tries, mut retries) = (0, 0);
+        while tries < PATIENCE && retries < RETRIES {
+            let alone_fails = self.alone && !self.succeeds(question);
+            match self.turn(question, store) {
+                Ok(true) => return Done::Memory,
+                Ok(false) => {}
+                Err(error) => return Done::Failed(error),
+            }
+            match self.vcpu.fault(&request) {
+                Ok(ShadowOutcome::Fixed | ShadowOutcome::Spurious) => tries += 1,
+                Ok(ShadowOutcome::Retry) => {
+                    retries += 1;
+                    std::thread::yield_now();
+                }
+                Ok(ShadowOutcome::Inject(fault)) => {
+                    if self.alone && !alone_fails {
+                        let text =
+                            format!("{question:?} under {:x?} got {fault:?}, and the tables allow it", self.paging);
+                        self.violate(text);
+                    }
+                    // A CPU forgets what it faulted on.
+                    self.tlb.retain(|cached| cached.page != question.linear >> 12);
+                    return Done::Fault;
+                }
+                Ok(_) => return Done::Elsewhere,
+                Err(error) => return Done::Failed(error),
+            }
+        }
+        Done::Stuck
+    }
+
+    fn succeeds(&self, question: Question) -> bool {
+        self.paging.succeeds_now(&mut self.vcpu.mmu().host().record(), question)
+    }
+
+    fn violate(&self, text: String) {
+        self.vcpu.mmu().host().record().violate(text);
+    }
+
+    /// One turn in guest mode; whether the access reached memory.
+    fn turn(&mut self, question: Question, store: Option<(u32, Width, u64)>) -> Result<bool, FaultError> {
+        let Self { vcpu, tlb, uppers, rng, paging, flushed, pages, .. } = self;
+        let id = vcpu.id();
+        let mmu = std::sync::Arc::clone(vcpu.mmu());
+        let machine = mmu.host();
+        let mut inside = vcpu.enter()?;
+        if inside.take_flush() {
+            tlb.clear();
+            uppers.clear();
+        }
+        let Some(hfn) = translate(machine, &inside, tlb, uppers, rng, *paging, question) else { return Ok(false) };
+        let page = question.linear >> 12;
+        let from = pages.get(&page).map_or(*flushed, |tick| (*tick).max(*flushed));
+        {
+            let mut record = machine.record();
+            if !paging.may(&record, from, question, hfn) {
+                let owner = record.owner(hfn);
+                let way = paging.describe(&record, from, question.linear);
+                record.violate(format!(
+                    "{id:?} reaches {hfn:?} ({owner:?}) by {question:x?} under {paging:x?}, flushed at {from}{way}"
+                ));
+            }
+        }
+        if let Some((offset, width, value)) = store {
+            machine.store(hfn, offset, width, value);
+        }
+        Ok(true)
+    }
+}
+
+fn permits(paging: Paging, cached: &Cached, question: Question) -> bool {
+    let smep = paging.controls.cr4 >> 20 & 1 != 0;
+    let smap = paging.controls.cr4 >> 21 & 1 != 0;
+    let right = match question.access {
+        Access::Read => true,
+        Access::Write => cached.write,
+        Access::Execute => cached.execute,
+    };
+    let level = match question.privilege {
+        Privilege::User => cached.user,
+        _ if question.access == Access::Execute => !(cached.user && smep),
+        privilege => !cached.user || !smap || privilege == Privilege::Supervisor { ac: true },
+    };
+    right && level
+}
+
+fn translate(
+    machine: &ShadowMachine,
+    inside: &InShadow<'_, ShadowMachine>,
+    tlb: &mut Vec<Cached>,
+    uppers: &mut Vec<Upper>,
+    rng: &mut Rng,
+    paging: Paging,
+    question: Question,
+) -> Option<Hfn> {
+    let page = question.linear >> 12;
+    if !rng.once_in(4) {
+        if let Some(cached) = tlb.iter().find(|cached| cached.page == page && permits(paging, cached, question)) {
+            return Some(cached.hfn);
+        }
+        if rng.once_in(2) && tlb.iter().any(|cached| cached.page == page) {
+            tlb.retain(|cached| cached.page != page);
+            return None;
+        }
+    }
+    let levels = match inside.format() {
+        ShadowFormat::Pae => 3,
+        ShadowFormat::Long4 => 4,
+        ShadowFormat::Long5 => 5,
+    };
+    let prefix = |level: u32| question.linear >> (12 + 9 * level);
+    let known = uppers.iter().filter(|upper| upper.prefix == prefix(upper.level)).min_by_key(|upper| upper.level);
+    let root = inside.root().hfn();
+    let (mut level, mut frame, mut life) = match known {
+        Some(upper) if !rng.once_in(3) => (upper.level, upper.frame, upper.life),
+        _ => (levels, root, machine.arena.life(root)?),
+    };
+    loop {
+        let shift = 12 + 9 * (level - 1);
+        let entries = if levels == 3 && level == 3 { 4 } else { 512 };
+        let index = (question.linear >> shift) as usize & (entries - 1);
+        let freed = || {
+            machine.record().violate(format!("a page walk met the table {frame:?}, which has been freed"));
+        };
+        let Some(cell) = machine.arena.entry(frame, life, index) else {
+            freed();
+            return None;
+        };
+        let raw = cell.load(Ordering::Acquire);
+        if machine.arena.life(frame) != Some(life) {
+            freed();
+            return None;
+        }
+        if raw & 1 == 0 {
+            return None;
+        }
+        let next = Hfn((raw & 0xf_ffff_ffff_f000) >> 12);
+        if level == 1 {
+            let cached = Cached { page, hfn: next, user: raw & 4 != 0, write: raw & 2 != 0, execute: raw >> 63 == 0 };
+            if !permits(paging, &cached, question) {
+                return None;
+            }
+            tlb.push(cached);
+            return Some(next);
+        }
+        level -= 1;
+        (frame, life) = (next, machine.arena.life(next)?);
+        uppers.push(Upper { level, prefix: prefix(level), frame, life });
+    }
+}

@@ -1,0 +1,366 @@
+//! Guests that edit the page tables they run on.
+//!
+//! Each format has a few tables a level, whose first two entries change at random: to nothing, to tables of the next level
+//! (or of any, so that a frame is read in several ways), to large pages, to pages of data and to pages that are tables.
+//! A part of the address space never changes: it maps all frames, writable for the supervisor, once by small pages and
+//! once by a large one. Through it, and through whatever else happens to lead to a table, the guest writes entries. It
+//! flushes when it feels like it.
+
+use std::sync::Arc;
+use std::thread;
+
+use nestling::guest::{Controls, CpuFeatures, Privilege, Width};
+use nestling::shadow::ShadowConfig;
+use nestling::{Access, AddressSpace, Config, Gfn, GfnRange, Gpa, Mmu, SlotConfig, SlotFlags, SlotId, VcpuId, Worker};
+
+use super::cpu::{Done, ShadowCpu};
+use super::machine::{FRAMES, SECOND, ShadowMachine};
+use super::oracle::{Paging, Question};
+use crate::rng::Rng;
+
+/// How the guest's tables are laid out.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Layout {
+    /// Long mode, four levels.
+    Long4,
+    /// Long mode, five levels.
+    Long5,
+    /// PAE.
+    Pae,
+    /// Entries of four bytes.
+    Legacy,
+}
+
+impl Layout {
+    /// All.
+    pub const ALL: [Self; 4] = [Self::Long4, Self::Long5, Self::Pae, Self::Legacy];
+
+    fn controls(self) -> Controls {
+        let cr0 = 1 << 31 | 1 << 16 | 1;
+        match self {
+            Self::Long4 => Controls { cr0, cr4: 1 << 5, efer: 1 << 10 | 1 << 11 },
+            Self::Long5 => Controls { cr0, cr4: 1 << 5 | 1 << 12, efer: 1 << 10 | 1 << 11 },
+            Self::Pae => Controls { cr0, cr4: 1 << 5, efer: 1 << 11 },
+            Self::Legacy => Controls { cr0, cr4: 1 << 4, efer: 0 },
+        }
+    }
+}
+
+/// Tables of each level that change.
+const TABLES: u64 = 3;
+/// The part that never changes: its tables, from level 1 up.
+const FIXED: u64 = 40;
+const P: u64 = 1;
+const ALL: u64 = P | 2 | 4 | 1 << 5 | 1 << 6;
+
+/// The tables of a guest.
+#[derive(Clone, Copy, Debug)]
+struct Map {
+    layout: Layout,
+    levels: u64,
+    bits: u64,
+    width: Width,
+}
+
+impl Map {
+    fn new(layout: Layout) -> Self {
+        let (levels, bits, width) = Paging { controls: layout.controls(), cr3: 0 }.shape();
+        Self { layout, levels: u64::from(levels), bits: u64::from(bits), width }
+    }
+
+    fn table(self, level: u64, number: u64) -> Gfn {
+        Gfn(1 + (level - 1) * TABLES + number)
+    }
+
+    const fn size(self) -> u64 {
+        if matches!(self.width, Width::Four) { 4 } else { 8 }
+    }
+
+    /// The entry of the top table that leads to the part that never changes, and the bits above it in an address.
+    const fn fixed_index(self) -> u64 {
+        match self.layout {
+            Layout::Long4 | Layout::Long5 => 255,
+            Layout::Pae => 3,
+            Layout::Legacy => 1023,
+        }
+    }
+
+    const fn shift(self, level: u64) -> u64 {
+        12 + self.bits * (level - 1)
+    }
+
+    /// Where the guest finds a frame: by a small page, or in the large one.
+    const fn frame(self, gfn: u64, large: bool) -> u64 {
+        self.fixed_index() << self.shift(self.levels) | (large as u64) << self.shift(2) | gfn << 12
+    }
+
+    fn link(self, level: u64, gfn: Gfn, flags: u64) -> u64 {
+        let pointer = self.layout == Layout::Pae && level == 3;
+        gfn.0 << 12 | if pointer { P } else { flags }
+    }
+
+    fn prepare(self, machine: &ShadowMachine) {
+        let put = |gfn: Gfn, index: u64, value| machine.prepare(gfn, (index * self.size()) as u32, self.width, value);
+        for gfn in 0..SECOND {
+            put(Gfn(FIXED), gfn, gfn << 12 | ALL & !4);
+        }
+        for level in 2..=self.levels {
+            let (index, below) = if level == self.levels { (self.fixed_index(), level - 2) } else { (0, level - 2) };
+            let tops = (0..TABLES).map(|number| self.table(self.levels, number));
+            let tables: Vec<Gfn> = if level == self.levels { tops.collect() } else { vec![Gfn(FIXED + level - 1)] };
+            for table in tables {
+                put(table, index, self.link(level, Gfn(FIXED + below), ALL));
+            }
+        }
+        // The large page beside: entry 1 of the level-2 table; in the short format that is the top table itself.
+        let directories: Vec<Gfn> = match self.layout {
+            Layout::Legacy => Vec::new(),
+            _ => vec![Gfn(FIXED + 1)],
+        };
+        directories.iter().for_each(|table| put(*table, 1, ALL | 1 << 7));
+    }
+
+    const fn has_large(self) -> bool {
+        !matches!(self.layout, Layout::Legacy)
+    }
+
+    fn cr3(self, number: u64) -> u64 {
+        self.table(self.levels, number).0 << 12
+    }
+
+    /// A random entry for a table of `level`.
+    fn entry(self, rng: &mut Rng, level: u64) -> u64 {
+        let mut flags = P;
+        for (bit, often) in [(2, 4), (4, 4), (1 << 5, 5), (1 << 6, 3)] {
+            if !rng.once_in(often) {
+                flags |= bit;
+            }
+        }
+        if self.width == Width::Eight && rng.once_in(5) && !(self.layout == Layout::Pae && level == 3) {
+            flags |= 1 << 63;
+        }
+        match rng.below(8) {
+            0 | 1 => 0,
+            2 if level == 2 => flags | 1 << 7,
+            3 if level > 1 => {
+                let other = 1 + rng.below(self.levels);
+                self.link(level, self.table(other, rng.below(TABLES)), flags)
+            }
+            _ if level > 1 => self.link(level, self.table(level - 1, rng.below(TABLES)), flags),
+            3 => self.link(level, Gfn(1 + rng.below(self.levels * TABLES)), flags),
+            4 => self.link(level, Gfn(SECOND + rng.below(8)), flags),
+            _ => self.link(level, Gfn(20 + rng.below(8)), flags),
+        }
+    }
+
+    /// A random address in the part that changes.
+    fn address(self, rng: &mut Rng) -> u64 {
+        (1..=self.levels).map(|level| rng.below(2) << self.shift(level)).sum()
+    }
+}
+
+/// A machine with a guest's tables in it, ready for vCPUs.
+pub fn scene(layout: Layout, vcpus: u16, pages: u32, rough: u64) -> Arc<Mmu<ShadowMachine>> {
+    let machine = ShadowMachine::new(pages as usize * 2 + 64, rough);
+    Map::new(layout).prepare(&machine);
+    let config = Config { vcpus, workers: 2, slots: 4, ..Config::default() };
+    let mmu = Mmu::new(machine, config).expect("the configuration is right");
+    let cpu = CpuFeatures { physical_bits: 40, gigantic_pages: true };
+    mmu.enable_shadow(ShadowConfig { pages, cpu }).expect("there is memory");
+    let mut worker = mmu.worker().expect("a worker is free");
+    worker.add_slot(slot(0)).expect("the slot fits");
+    mmu.host().set_second(true);
+    worker.add_slot(slot(1)).expect("the slot fits");
+    mmu
+}
+
+fn slot(number: u32) -> SlotConfig {
+    let (base, pages) = if number == 0 { (0, SECOND) } else { (SECOND, FRAMES - SECOND) };
+    SlotConfig {
+        id: SlotId(number),
+        space: AddressSpace::Main,
+        base: Gpa(base << 12),
+        size: pages << 12,
+        flags: SlotFlags::empty(),
+        backing: 0,
+    }
+}
+
+/// One guest CPU and its random program.
+#[derive(Debug)]
+pub struct Guest {
+    /// The CPU.
+    pub cpu: ShadowCpu,
+    map: Map,
+    rng: Rng,
+    /// Accesses that reached memory.
+    pub reached: u64,
+}
+
+impl Guest {
+    /// The guest of a vCPU.
+    pub fn new(mmu: &Arc<Mmu<ShadowMachine>>, layout: Layout, id: u16, seed: u64) -> Self {
+        let vcpu = mmu.shadow_vcpu(VcpuId(id)).expect("there is memory").expect("each vCPU is made once");
+        let map = Map::new(layout);
+        let paging = Paging { controls: layout.controls(), cr3: map.cr3(0) };
+        Self { cpu: ShadowCpu::new(vcpu, paging, seed ^ 0x5eed), map, rng: Rng::new(seed), reached: 0 }
+    }
+
+    /// One step of the program.
+    pub fn step(&mut self) {
+        let (map, rng) = (self.map, &mut self.rng);
+        match rng.below(32) {
+            0..16 => {
+                let linear = map.address(rng);
+                let access = [Access::Read, Access::Read, Access::Write, Access::Execute][rng.below(4) as usize];
+                let privilege = match rng.below(3) {
+                    0 => Privilege::Supervisor { ac: rng.once_in(2) },
+                    _ => Privilege::User,
+                };
+                // A write may hit a table, as an entry.
+                let store = (access == Access::Write).then(|| {
+                    let level = 1 + rng.below(map.levels);
+                    ((rng.below(2) * map.size()) as u32, map.width, map.entry(rng, level))
+                });
+                self.access(Question { linear, access, privilege }, store);
+            }
+            16..26 => {
+                let level = 1 + rng.below(map.levels);
+                let (table, index, value) = (map.table(level, rng.below(TABLES)), rng.below(2), map.entry(rng, level));
+                let linear = map.frame(table.0, map.has_large() && rng.once_in(4));
+                let question =
+                    Question { linear, access: Access::Write, privilege: Privilege::Supervisor { ac: true } };
+                let store = Some(((index * map.size()) as u32, map.width, value));
+                let done = self.access(question, store);
+                if !matches!(done, Done::Memory) {
+                    let text = format!("the fixed part at {linear:#x} is not writable: {done:?}");
+                    self.cpu.vcpu.mmu().host().record().violate(text);
+                }
+            }
+            26..29 => {
+                let linear = map.address(rng);
+                self.cpu.invlpg(linear);
+            }
+            29 => {
+                let cr3 = map.cr3(rng.below(TABLES));
+                self.cpu.load_cr3(cr3);
+            }
+            30 => {
+                let mut controls = self.cpu.paging().controls;
+                match rng.below(3) {
+                    0 | 1 => controls.cr0 ^= 1 << 16,
+                    _ => controls.cr4 ^= 1 << (20 + rng.below(2)),
+                }
+                self.cpu.set_controls(controls);
+            }
+            _ => {
+                let paging = self.cpu.paging();
+                self.cpu.set_controls(paging.controls);
+            }
+        }
+    }
+
+    fn access(&mut self, question: Question, store: Option<(u32, Width, u64)>) -> Done {
+        let done = self.cpu.access(question, store);
+        match done {
+            Done::Memory => self.reached += 1,
+            Done::Fault | Done::Elsewhere => {}
+            Done::Failed(_) | Done::Stuck => {
+                let text = format!("{question:x?} ended as {done:?}");
+                self.cpu.vcpu.mmu().host().record().violate(text);
+            }
+        }
+        done
+    }
+}
+
+/// One operation of the host.
+pub fn host_step(worker: &mut Worker<ShadowMachine>, rng: &mut Rng, second: &mut bool) {
+    let mmu = Arc::clone(worker.mmu());
+    let gfn = Gfn(rng.below(FRAMES));
+    match rng.below(8) {
+        0 => drop(worker.zap(GfnRange { start: gfn, end: Gfn(gfn.0 + 1 + rng.below(8)) })),
+        1 => drop(worker.zap_all()),
+        2 if *second => {
+            worker.delete_slot(SlotId(1)).expect("the slot is there");
+            mmu.host().set_second(false);
+            *second = false;
+        }
+        2 | 3 if !*second => {
+            mmu.host().set_second(true);
+            worker.add_slot(slot(1)).expect("the slot fits");
+            *second = true;
+        }
+        4 => drop(worker.zap(GfnRange { start: Gfn(0), end: Gfn(1 << 30) })),
+        _ => {
+            let invalidation = worker.invalidate(GfnRange { start: gfn, end: Gfn(gfn.0 + 1) });
+            mmu.host().move_frame(gfn);
+            drop(invalidation);
+        }
+    }
+}
+
+fn end(mmu: Arc<Mmu<ShadowMachine>>) -> Vec<String> {
+    let arena = Arc::clone(&mmu.host().arena);
+    let mut found = std::mem::take(&mut mmu.host().record().violations);
+    drop(mmu);
+    found.extend(arena.take_misuse().iter().map(|misuse| format!("table frames: {misuse:?}")));
+    if arena.live() != 0 {
+        found.push(format!("{} tables are left behind", arena.live()));
+    }
+    found
+}
+
+/// One thread, several vCPUs by turns. What was found, and how many accesses reached memory.
+pub fn single(layout: Layout, seed: u64, steps: u64, pages: u32) -> (Vec<String>, u64) {
+    let mmu = scene(layout, 3, pages, 0);
+    let mut rng = Rng::new(seed);
+    let mut guests: Vec<Guest> = (0..3).map(|id| Guest::new(&mmu, layout, id, rng.next())).collect();
+    guests.iter_mut().for_each(|guest| guest.cpu.alone = true);
+    let mut worker = mmu.worker().expect("a worker is free");
+    let mut second = true;
+    for _ in 0..steps {
+        if rng.once_in(24) {
+            host_step(&mut worker, &mut rng, &mut second);
+        } else {
+            let number = rng.below(3) as usize;
+            guests[number].step();
+        }
+        if !mmu.host().record().violations.is_empty() {
+            break;
+        }
+    }
+    let reached = guests.iter().map(|guest| guest.reached).sum();
+    drop((guests, worker));
+    (end(mmu), reached)
+}
+
+/// Several threads, each with a vCPU, and one for the host.
+pub fn storm(layout: Layout, seed: u64, steps: u64, pages: u32) -> (Vec<String>, u64) {
+    let mmu = scene(layout, 3, pages, 7);
+    let reached = thread::scope(|scope| {
+        let guests: Vec<_> = (0..3u16)
+            .map(|id| {
+                let mut guest = Guest::new(&mmu, layout, id, seed ^ u64::from(id) << 32);
+                scope.spawn(move || {
+                    (0..steps).for_each(|_| guest.step());
+                    guest.reached
+                })
+            })
+            .collect();
+        let host = {
+            let mmu = Arc::clone(&mmu);
+            scope.spawn(move || {
+                let mut worker = mmu.worker().expect("a worker is free");
+                let (mut rng, mut second) = (Rng::new(seed ^ 0xff), true);
+                for _ in 0..steps / 16 {
+                    host_step(&mut worker, &mut rng, &mut second);
+                    thread::yield_now();
+                }
+            })
+        };
+        host.join().expect("the host does not panic");
+        guests.into_iter().map(|guest| guest.join().expect("a guest does not panic")).sum()
+    });
+    (end(mmu), reached)
+}

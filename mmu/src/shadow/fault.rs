@@ -1,0 +1,410 @@
+//! The walk of a fault: down from the root along what the guest's walk found, pages made and linked where they are
+//! missing, a leaf at the end.
+//!
+//! # Protocol
+//! The caller has walked the guest's tables and asked the backing outside the lock, and proves that the answers hold
+//! ([`Fresh`]). What the guest's entries said is only a guess at what is wanted:
+//! - A link is followed without a lock if what is behind it is the page that is wanted, by `(gfn, role)`.
+//! - A link is made under the locks of both pages, when the guest's entry, read again there, still wants that page. All
+//!   that is below must have been in step at some time *after* the guest's entry was first read: a CPU reads upper entries
+//!   before lower ones, and never has an old lower entry under an upper one that is newer (KVM, 65855ed8b034). For a page
+//!   of leaves that is seen to under the locks. A page found with others below it is linked after everything was brought
+//!   in step; what is written from then on is newer than the entry above.
+//! - A leaf is made under the page's lock of the guest's entry read again there, and under the bucket lock of its frame,
+//!   where it is decided whether it may be writable (module head of `shadow`).
+//!
+//! The page that is wanted is found by its bucket or made there; two faults that want the same page meet in its lock.
+//!
+//! Whatever is not as expected ends the walk: the guest tries again, or the caller does what is needed outside the lock
+//! ([`Step`]) and comes back with a proof that is new. Each of these ends makes progress: room once made stays, a
+//! crowd or a page zapped is gone, a list that was full is empty.
+
+use super::GFN_LIMIT;
+use super::bucket::Written;
+use super::hold::Fresh;
+use super::memory::{Backed, note_write};
+use super::order::{Order, PageGuard};
+use super::page::{Blank, Handle, Page, Place, STALE, UNSYNC};
+use super::rmap::Room;
+use super::role::{Identity, Meaning, Role, Source};
+use super::sync::{all_in_step, compare_all, in_step, judge, open, unlink, unmap};
+use super::table::Inside;
+use crate::addr::{ENTRIES, Gfn, Level};
+
+use crate::events::Counter;
+use crate::format::long_mode::{self, ABSENT, ShadowLeaf};
+use crate::guest::{Judged, Mode, Rights};
+use crate::host::{Access, GuestMemory, Host};
+use crate::mutants::{self, Mutant};
+use crate::sync::{Ordering, load_for_update};
+use crate::vcpu::FaultError;
+
+/// Leaves that are made together, of neighbours (KVM's PTE_PREFETCH_NUM).
+const PREFETCH: usize = if cfg!(feature = "loom") { 1 } else { 8 };
+/// Times that a table may be opened, without a fault through its page in between, before the page is taken for a table
+/// that is none any more (KVM: write flooding).
+const FLOOD: u32 = 3;
+/// Tables on the way of one walk, and the page itself.
+pub(super) const TOLD: usize = 6;
+
+/// What a fault wants mapped.
+#[derive(Debug)]
+pub(super) struct Want {
+    pub(super) linear: u64,
+    pub(super) access: Access,
+    /// The guest's entries on the way, by level − 1.
+    pub(super) entries: [u64; 5],
+    /// The root's role and what it makes of the guest's tables.
+    pub(super) role: Role,
+    pub(super) mode: Mode,
+    /// The frame that the guest's tables lead to.
+    pub(super) target: Backed,
+    /// A write by the supervisor where the tables let nobody write, without CR0.WP.
+    pub(super) over_protection: bool,
+    /// What stands behind the tables on the way.
+    pub(super) tables: [Option<Backed>; TOLD],
+}
+
+/// How a walk ended.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Step {
+    /// The leaf was made or changed.
+    Fixed,
+    /// It was there.
+    Spurious,
+    /// Something has changed: the guest tries again.
+    Retry,
+    /// No page is at hand.
+    Blanks,
+    /// The bucket of the frame has no room.
+    Bucket(Gfn),
+    /// The page's list of parents has no room.
+    Parents(u32),
+    /// The page is in step and is written like a page that is no table.
+    Flooded(Handle),
+    /// Too many pages are out of step.
+    ListFull,
+    /// The frame is mapped from too many places.
+    Crowded(Gfn),
+    /// It can not be mapped.
+    Failed(FaultError),
+}
+
+/// Pages at hand.
+pub(super) type Blanks = alloc::vec::Vec<Blank>;
+
+impl Want {
+    fn judged(&self, role: Role) -> Judged {
+        match role.source() {
+            Source::Identity => Judged::Nothing,
+            Source::Guest(_) => self.mode.judge(role.level(), self.entries[usize::from(role.level()) - 1]),
+        }
+    }
+
+    fn table(&self, gfn: Gfn) -> Option<Backed> {
+        self.tables.iter().flatten().find(|table| table.gfn == gfn).copied()
+    }
+}
+
+/// Maps what is wanted under `root`.
+pub(super) fn map<H: Host + GuestMemory>(
+    inside: Inside<'_, H>,
+    order: &mut Order<'_>,
+    fresh: Fresh<'_>,
+    root: Handle,
+    want: &Want,
+    blanks: &mut Blanks,
+) -> Step {
+    let mut at = root;
+    loop {
+        let page = inside.page(at.index);
+        let role = page.role();
+        page.touch();
+        // Nothing here is locked: should the page have died and be another by now, it is not one of this fault's.
+        if !role.reads_like(want.role) {
+            return Step::Retry;
+        }
+        if role.level() == 1 {
+            return leaf(inside, order, fresh, at, want);
+        }
+        let entry = role.index(want.linear);
+        let Meaning::Child(child) = role.meaning(page.gfn(), entry, want.judged(role)) else { return Step::Retry };
+        at = match follow(inside, page, entry, child) {
+            Some(below) => below,
+            None => match link(inside, order, fresh, at, entry, child, want, blanks) {
+                Ok(below) => below,
+                Err(step) => return step,
+            },
+        };
+    }
+}
+
+/// The page that `entry` leads to, if it is the one that is wanted.
+///
+/// What the page says that it leads to and what the entry says are read one after the other; that they belong together
+/// is known by the frame, which no other page can have before the lock is left.
+fn follow<H: Host>(inside: Inside<'_, H>, page: &Page, entry: usize, child: Identity) -> Option<Handle> {
+    let frame = long_mode::next_table(load_for_update(&inside.entries(page)?[entry]))?;
+    let index = page.target(entry);
+    let below = inside.page(index);
+    let life = below.life();
+    (is_wanted(below, child) && below.frame(inside.shared) == Some(frame) && life & 1 == 1)
+        .then_some(Handle { index, life })
+}
+
+fn is_wanted(page: &Page, wanted: Identity) -> bool {
+    page.identity() == wanted || mutants::is(Mutant::ShadowRoleNotCompared) && page.gfn() == wanted.gfn
+}
+
+/// Whether a page was found or made.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Origin {
+    /// It may have pages below.
+    Found,
+    /// Nothing is in it yet.
+    Made,
+}
+
+/// The page of this identity.
+pub(super) fn find_or_make<H: Host>(
+    inside: Inside<'_, H>,
+    order: &mut Order<'_>,
+    _fresh: Fresh<'_>,
+    wanted: Identity,
+    table: Option<Backed>,
+    blanks: &mut Blanks,
+) -> Result<(Handle, Origin), Step> {
+    if wanted.gfn >= GFN_LIMIT {
+        return Err(Step::Retry);
+    }
+    let mut bucket = order.bucket(inside, wanted.gfn);
+    if let Some(index) = bucket.find(inside, wanted) {
+        return Ok((Handle { index, life: inside.page(index).life() }, Origin::Found));
+    }
+    if !bucket.has_room_for_page() {
+        return Err(Step::Bucket(wanted.gfn));
+    }
+    let guest = match (wanted.role.source(), table) {
+        (Source::Identity, _) => None,
+        (Source::Guest(_), Some(table)) => Some(table.hfn()),
+        // What the table is backed by was not asked: another walk will.
+        (Source::Guest(_), None) => return Err(Step::Retry),
+    };
+    let Blank { index, frame } = blanks.pop().ok_or(Step::Blanks)?;
+    let life = inside.page(index).begin(wanted, inside.shadow.epoch(), guest, frame);
+    bucket.add_page(index);
+    Ok((Handle { index, life }, Origin::Made))
+}
+
+/// Brings a page that nothing leads to yet in step: it is to be linked, or loaded as a root.
+pub(super) fn settle<H: Host + GuestMemory>(inside: Inside<'_, H>, order: &mut Order<'_>, handle: Handle) {
+    let page = inside.page(handle.index);
+    if page.has(STALE) && !page.has(UNSYNC) {
+        in_step(inside, order, &[handle]);
+    }
+}
+
+/// Links the page that is wanted below `entry` of the page `at`.
+#[expect(clippy::too_many_arguments, reason = "what a walk carries along")]
+fn link<H: Host + GuestMemory>(
+    inside: Inside<'_, H>,
+    order: &mut Order<'_>,
+    fresh: Fresh<'_>,
+    at: Handle,
+    entry: usize,
+    child: Identity,
+    want: &Want,
+    blanks: &mut Blanks,
+) -> Result<Handle, Step> {
+    let (below, origin) = find_or_make(inside, order, fresh, child, want.table(child.gfn), blanks)?;
+    settle(inside, order, below);
+    let late = mutants::is(Mutant::ShadowLinkedOutOfStep);
+    if origin == Origin::Found && child.role.level() > 1 && !late {
+        // Pages further down may be out of step, and which they are is not known here.
+        all_in_step(inside, order);
+    }
+    let mut guard = order.alive(inside, at).ok_or(Step::Retry)?;
+    let (page, place) = (guard.page, Place::new(at.index, entry));
+    // The guest's entry first, then the page below: see the module head.
+    if page.role().meaning(page.gfn(), entry, judge(inside, page, &want.mode, entry)) != Meaning::Child(child) {
+        return Err(Step::Retry);
+    }
+    if let Some(there) = follow(inside, page, entry, child) {
+        return Ok(there);
+    }
+    unlink(inside, &mut guard, entry);
+    let mut under = guard.future_child(inside, below).ok_or(Step::Retry)?;
+    if !is_wanted(under.page, child) {
+        return Err(Step::Retry);
+    }
+    if child.role.level() == 1 && under.page.has(STALE) && !late {
+        // It may be written at any time, and is on the list: what counts is that its entries are not older than the
+        // one above. If it is being protected by somebody who has not finished, that is not for sure yet.
+        if !under.page.has(UNSYNC) {
+            return Err(Step::Retry);
+        }
+        compare_all(inside, &mut under);
+    }
+    if under.links.parents.len() == under.links.parents.capacity() {
+        return Err(Step::Parents(below.index));
+    }
+    let (Some(entries), Some(frame)) = (inside.entries(page), under.page.frame(inside.shared)) else {
+        return Err(Step::Retry);
+    };
+    under.links.parents.push(place);
+    page.aim(entry, below.index);
+    // Absent, and nobody makes links but under the page's lock.
+    entries[entry].store(long_mode::table(frame, page.role().top()), Ordering::Release);
+    Ok(below)
+}
+
+/// Makes the leaf in the page `at`.
+fn leaf<H: Host + GuestMemory>(
+    inside: Inside<'_, H>,
+    order: &mut Order<'_>,
+    fresh: Fresh<'_>,
+    at: Handle,
+    want: &Want,
+) -> Step {
+    let Some(mut guard) = order.alive(inside, at) else { return Step::Retry };
+    let (page, role) = (guard.page, guard.page.role());
+    let entry = role.index(want.linear);
+    let now = if mutants::is(Mutant::ShadowEntryNotReadAgain) {
+        want.judged(role)
+    } else {
+        judge(inside, page, &want.mode, entry)
+    };
+    let Meaning::Leaf { gfn, mut rights, key } = role.meaning(page.gfn(), entry, now) else { return Step::Retry };
+    if want.over_protection && !rights.write && role.ignores_write_protection() {
+        // Writable for the supervisor and closed to the user, who may read it: a user's access faults and gets the leaf
+        // that the tables say. Under SMEP the supervisor must not execute what has become its own.
+        rights = Rights { user: false, write: true, execute: rights.execute && !(rights.user && role.has_smep()) };
+    }
+    let allowed = match want.access {
+        Access::Read => true,
+        Access::Write => rights.write,
+        Access::Execute => rights.execute,
+    };
+    if gfn != want.target.gfn || !allowed {
+        return Step::Retry;
+    }
+    let Some(entries) = inside.entries(page) else { return Step::Retry };
+    if load_for_update(&entries[entry]) != ABSENT && page.target(entry) != gfn.0 as u32 {
+        unmap(inside, &mut guard, entry);
+    }
+    let step = fill(inside, &mut guard, entry, want, gfn, rights, key);
+    if step == Step::Fixed {
+        prefetch(inside, &mut guard, fresh, entry, want);
+    }
+    step
+}
+
+/// Makes or changes the leaf of `entry`, which is absent or maps `gfn`.
+fn fill<H: Host>(
+    inside: Inside<'_, H>,
+    guard: &mut PageGuard<'_, '_>,
+    entry: usize,
+    want: &Want,
+    gfn: Gfn,
+    rights: Rights,
+    key: u8,
+) -> Step {
+    let (page, place) = (guard.page, Place::new(guard.index, entry));
+    let Some(entries) = inside.entries(page) else { return Step::Retry };
+    let cell = &entries[entry];
+    let mut bucket = guard.bucket(inside, gfn);
+    let mut write = rights.write && want.target.writable && (want.access == Access::Write || !want.target.logged);
+    let late = mutants::is(Mutant::ShadowUnsyncAfterWritable);
+    if write && let Written::InStep(index) = bucket.may_write(inside, gfn) {
+        let table = inside.page(index);
+        if want.access != Access::Write {
+            write = false;
+        } else if table.writes() >= FLOOD && table.loads() == 0 {
+            return Step::Flooded(Handle { index, life: table.life() });
+        } else if !late && !open(inside, &bucket, gfn) {
+            return Step::ListFull;
+        }
+    }
+    let new = long_mode::leaf(ShadowLeaf {
+        hfn: want.target.hfn(),
+        user: rights.user,
+        write,
+        execute: rights.execute,
+        host_writable: want.target.writable,
+        key,
+        memory: want.target.memory,
+    });
+    let mut old = load_for_update(cell);
+    loop {
+        if old == ABSENT {
+            match bucket.room(gfn) {
+                Room::Enough => {}
+                Room::None => return Step::Bucket(gfn),
+                Room::Crowded => return Step::Crowded(gfn),
+            }
+            page.aim(entry, gfn.0 as u32);
+        } else if long_mode::decode_leaf(old).is_none_or(|leaf| leaf.hfn != want.target.hfn()) {
+            return Step::Failed(FaultError::BackingChanged);
+        } else if old == new {
+            return Step::Spurious;
+        }
+        match cell.compare_exchange(old, new, Ordering::AcqRel, Ordering::Acquire) {
+            Ok(_) => break,
+            Err(now) => old = now,
+        }
+    }
+    if old == ABSENT {
+        bucket.mapped(gfn, place);
+        inside.counters().leaf(Level::K4, 1);
+    } else if long_mode::is_writable(old) && !write {
+        bucket.note_protected(inside);
+    }
+    if write {
+        note_write(inside, want.target.logged, gfn);
+    }
+    if late && write {
+        open(inside, &bucket, gfn);
+    }
+    Step::Fixed
+}
+
+/// Makes leaves for neighbours that the guest has used before and that stand in the same piece of memory. Best effort:
+/// whatever is in the way stays, and nothing is opened for writing for their sake.
+fn prefetch<H: Host + GuestMemory>(
+    inside: Inside<'_, H>,
+    guard: &mut PageGuard<'_, '_>,
+    _fresh: Fresh<'_>,
+    entry: usize,
+    want: &Want,
+) {
+    let (page, index) = (guard.page, guard.index);
+    let Some(entries) = inside.entries(page) else { return };
+    let first = entry & !(PREFETCH - 1);
+    for other in (first..(first + PREFETCH).min(ENTRIES)).filter(|other| *other != entry) {
+        let cell = &entries[other];
+        if load_for_update(cell) != ABSENT {
+            continue;
+        }
+        let meaning = page.role().meaning(page.gfn(), other, judge(inside, page, &want.mode, other));
+        let Meaning::Leaf { gfn, rights, key } = meaning else { continue };
+        let Some(hfn) = want.target.neighbour(inside.mmu, gfn) else { continue };
+        let mut bucket = guard.bucket(inside, gfn);
+        if bucket.room(gfn) != Room::Enough {
+            continue;
+        }
+        // A page whose writes are logged is given for writing when it is written, and not before.
+        let write = rights.write
+            && want.target.writable
+            && !want.target.logged
+            && bucket.may_write(inside, gfn) == Written::Free;
+        let Rights { user, execute, .. } = rights;
+        let (host_writable, memory) = (want.target.writable, want.target.memory);
+        let new = long_mode::leaf(ShadowLeaf { hfn, user, write, execute, host_writable, key, memory });
+        page.aim(other, gfn.0 as u32);
+        // Nobody makes leaves here but under the page's lock, which this holds.
+        cell.store(long_mode::aged(new), Ordering::Release);
+        bucket.mapped(gfn, Place::new(index, other));
+        inside.counters().leaf(Level::K4, 1);
+        inside.counters().add(Counter::Prefetched, 1);
+    }
+}

@@ -1,0 +1,214 @@
+//! Guest frames and what stands behind them, for walks of the guest's tables and for leaves.
+//!
+//! The slot and the backing are asked outside the MMU lock, which may wait; what they say is [`Backed`]. Memory is
+//! touched, and entries are made, inside the lock, and only if [`Backed::still_holds`]: no slot has changed and no
+//! invalidation has begun or ended since the answer, and none can begin before the lock is left.
+
+use super::order::Order;
+use super::sync::marks_are_writes;
+use super::table::Inside;
+use super::{GFN_LIMIT, Shadow};
+use crate::Mmu;
+use crate::addr::{Gfn, GfnRange, Gpa, Hfn, PAGE_SHIFT};
+use crate::format::MemoryType;
+use crate::guest::{Marked, Tables, Width};
+use crate::host::{Access, GuestMemory, Host};
+use crate::lock::{Shared, Ticket};
+use crate::notify::Snapshot;
+use crate::slots::{AddressSpace, SlotFlags, SlotState};
+use crate::vcpu::FaultError;
+
+/// Guest tables whose frames a vCPU remembers: those of one walk, and the last level of some more.
+const REMEMBERED: usize = 8;
+
+/// What stands behind a guest frame, as it was said outside the lock.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Backed {
+    pub(super) gfn: Gfn,
+    pub(super) writable: bool,
+    pub(super) memory: MemoryType,
+    /// Writes are logged.
+    pub(super) logged: bool,
+    /// Frames around it that are backed in one piece.
+    run: GfnRange,
+    first: Hfn,
+    generation: u64,
+    snapshot: Snapshot,
+}
+
+impl Backed {
+    /// Whether it is true still, and stays so until the lock is left.
+    pub(super) fn still_holds<H: Host>(&self, mmu: &Mmu<H>, _inside: &Shared<'_, H>) -> bool {
+        mmu.slots.generation() == self.generation
+            && !mmu.notify.must_retry(self.snapshot, GfnRange { start: self.gfn, end: Gfn(self.gfn.0 + 1) })
+    }
+
+    /// The host frame of `gfn`, if it is of the same piece and nothing at all is being invalidated. As
+    /// [`Backed::still_holds`], for other frames than the one that was asked for.
+    pub(super) fn neighbour<H: Host>(&self, mmu: &Mmu<H>, gfn: Gfn) -> Option<Hfn> {
+        (self.run.contains(gfn) && !mmu.notify.is_overtaken(self.snapshot)).then(|| self.at(gfn))
+    }
+
+    pub(super) fn hfn(&self) -> Hfn {
+        self.at(self.gfn)
+    }
+
+    fn at(&self, gfn: Gfn) -> Hfn {
+        Hfn(self.first.0 + (gfn.0 - self.run.start.0))
+    }
+}
+
+/// Why nothing stands behind a frame.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Unbacked {
+    /// It is changing: try again.
+    Changing,
+    /// It has no memory.
+    NoMemory,
+    /// The embedder said so.
+    Error(FaultError),
+}
+
+/// Asks what stands behind `gfn`. Outside the lock.
+pub(super) fn back<H: Host>(mmu: &Mmu<H>, ticket: &mut Ticket, gfn: Gfn, access: Access) -> Result<Backed, Unbacked> {
+    let Some(snapshot) = mmu.notify.snapshot(gfn) else { return Err(Unbacked::Changing) };
+    let (slot, generation) = {
+        let inside = Shared::enter(mmu, ticket);
+        let set = mmu.slots.read(&inside);
+        let slot = set.find(AddressSpace::Main, gfn).filter(|_| gfn < GFN_LIMIT).map(|slot| slot.slot());
+        (slot, set.generation())
+    };
+    let slot = slot.ok_or(Unbacked::NoMemory)?;
+    if slot.state() == SlotState::Changing {
+        return Err(Unbacked::Changing);
+    }
+    let error = match mmu.host.resolve(&slot, gfn, access) {
+        Ok(extent) if extent.gfns.contains(gfn) => {
+            let writable = extent.writable && !slot.flags().contains(SlotFlags::READ_ONLY);
+            let (start, end) = (extent.gfns.start.max(slot.range().start), extent.gfns.end.min(slot.range().end));
+            let run = GfnRange { start, end: end.min(GFN_LIMIT) };
+            let first = Hfn(extent.hfn.0 + (start.0 - extent.gfns.start.0));
+            return Ok(Backed {
+                gfn,
+                writable,
+                memory: extent.memory,
+                logged: slot.is_logged(),
+                run,
+                first,
+                generation,
+                snapshot,
+            });
+        }
+        Ok(_) => FaultError::BadExtent,
+        Err(error) => FaultError::Backing(error),
+    };
+    // That may be news of yesterday, as for any fault.
+    let overtaken = mmu.slots.generation() != generation || mmu.notify.is_overtaken(snapshot);
+    Err(if overtaken { Unbacked::Changing } else { Unbacked::Error(error) })
+}
+
+/// The frames of guest tables that a vCPU has read last.
+#[derive(Debug)]
+pub(super) struct Remembered {
+    frames: [Option<Backed>; REMEMBERED],
+    next: usize,
+}
+
+impl Remembered {
+    pub(super) const fn new() -> Self {
+        Self { frames: [None; REMEMBERED], next: 0 }
+    }
+
+    pub(super) fn find(&self, gfn: Gfn) -> Option<Backed> {
+        self.frames.iter().flatten().find(|backed| backed.gfn == gfn).copied()
+    }
+
+    fn keep(&mut self, backed: Backed) {
+        self.frames[self.next] = Some(backed);
+        self.next = (self.next + 1) % REMEMBERED;
+    }
+
+    fn forget(&mut self, gfn: Gfn) {
+        for place in &mut self.frames {
+            place.take_if(|backed| backed.gfn == gfn);
+        }
+    }
+}
+
+/// The guest's memory as its CPU's page walker sees it. Outside the lock; enters it for each entry.
+pub(super) struct GuestTables<'v, H: Host> {
+    pub(super) mmu: &'v Mmu<H>,
+    pub(super) shadow: &'v Shadow,
+    pub(super) ticket: &'v mut Ticket,
+    pub(super) remembered: &'v mut Remembered,
+    /// Why the last entry could not be read.
+    pub(super) trouble: Option<Unbacked>,
+}
+
+impl<H: Host + GuestMemory> GuestTables<'_, H> {
+    /// Runs `with` on what stands behind `gfn`, inside the lock.
+    fn touch<R>(&mut self, gfn: Gfn, with: impl Fn(Inside<'_, H>, &Backed) -> R) -> Option<R> {
+        // Twice: what is remembered may be old, and a new answer overtaken; then the guest tries again.
+        for _ in 0..2 {
+            let backed = match self.remembered.find(gfn) {
+                Some(backed) => backed,
+                None => match back(self.mmu, self.ticket, gfn, Access::Read) {
+                    Ok(backed) => {
+                        self.remembered.keep(backed);
+                        backed
+                    }
+                    Err(trouble) => {
+                        self.trouble = Some(trouble);
+                        return None;
+                    }
+                },
+            };
+            let inside = Shared::enter(self.mmu, self.ticket);
+            if backed.still_holds(self.mmu, &inside) {
+                return Some(with(Inside { shared: &inside, mmu: self.mmu, shadow: self.shadow }, &backed));
+            }
+            drop(inside);
+            self.remembered.forget(gfn);
+        }
+        self.trouble = Some(Unbacked::Changing);
+        None
+    }
+}
+
+/// A frame was written, or can be from now on without our notice. Inside the lock and after the fact: `slots::dirty` says
+/// why. (The slots are still those that said whether it is logged.)
+pub(super) fn note_write<H: Host>(inside: Inside<'_, H>, logged: bool, gfn: Gfn) {
+    if logged {
+        let range = GfnRange { start: gfn, end: Gfn(gfn.0 + 1) };
+        inside.mmu.slots.read(inside.shared).mark_dirty(AddressSpace::Main, range);
+    }
+}
+
+const fn offset(at: Gpa) -> u32 {
+    (at.0 & ((1 << PAGE_SHIFT) - 1)) as u32
+}
+
+impl<H: Host + GuestMemory> Tables for GuestTables<'_, H> {
+    fn read(&mut self, at: Gpa, width: Width) -> Option<u64> {
+        self.touch(at.gfn(), |inside, backed| inside.mmu.host.load(backed.hfn(), offset(at), width))
+    }
+
+    fn mark(&mut self, at: Gpa, width: Width, old: u64, new: u64) -> Marked {
+        let marked = self.touch(at.gfn(), |inside, backed| {
+            if !backed.writable {
+                return Marked::ReadOnly;
+            }
+            if width == Width::Eight {
+                marks_are_writes(inside, &mut Order::of_this_hold(), backed.gfn);
+            }
+            match inside.mmu.host.compare_exchange(backed.hfn(), offset(at), width, old, new) {
+                true => {
+                    note_write(inside, backed.logged, backed.gfn);
+                    Marked::Done
+                }
+                false => Marked::Changed,
+            }
+        });
+        marked.unwrap_or(Marked::Changed)
+    }
+}

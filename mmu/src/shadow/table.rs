@@ -1,0 +1,60 @@
+//! Shadow tables as their users see them: borrowed from the guard.
+
+#![expect(unsafe_code, reason = "the frame number of a shadow page is followed to its table here")]
+
+use super::Shadow;
+use super::page::{Page, Place};
+use crate::Mmu;
+use crate::addr::ENTRIES;
+use crate::events::SeatCounters;
+use crate::host::Host;
+use crate::lock::Shared;
+use crate::sync::AtomicU64;
+
+/// Inside the MMU lock, with everything that work on shadow pages needs.
+pub(super) struct Inside<'g, H: Host> {
+    pub(super) shared: &'g Shared<'g, H>,
+    pub(super) mmu: &'g Mmu<H>,
+    pub(super) shadow: &'g Shadow,
+}
+
+impl<H: Host> Clone for Inside<'_, H> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<H: Host> Copy for Inside<'_, H> {}
+
+impl<'g, H: Host> Inside<'g, H> {
+    #[inline]
+    pub(super) fn page(self, index: u32) -> &'g Page {
+        self.shadow.arena.page(index)
+    }
+
+    pub(super) fn counters(self) -> &'g SeatCounters {
+        self.shared.counters()
+    }
+
+    pub(super) fn relax(self) -> impl Fn() {
+        move || self.mmu.host.relax()
+    }
+
+    /// The entries of a page's table; `None` if it has none (any more).
+    #[inline]
+    pub(super) fn entries(self, page: &Page) -> Option<&'g [AtomicU64; ENTRIES]> {
+        let frame = page.frame(self.shared)?;
+        let entries = self.mmu.host.table(frame).cast::<[AtomicU64; ENTRIES]>();
+        // SAFETY: a page's frame is a table frame that was allocated for it, and goes back after a grace period that
+        // begins when it has been taken out of the page (`page`): it was read under the guard of `'g`, which such a
+        // grace period waits for. `TableFrames` promises a valid, aligned pointer to 512 entries for it, which everyone
+        // accesses as atomics only.
+        Some(unsafe { entries.as_ref() })
+    }
+
+    /// The entry at a place that is in a reverse map or in a list of parents, whose lock the caller holds.
+    #[inline]
+    pub(super) fn entry(self, place: Place) -> Option<&'g AtomicU64> {
+        Some(&self.entries(self.page(place.page()))?[place.entry()])
+    }
+}

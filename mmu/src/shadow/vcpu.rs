@@ -1,0 +1,530 @@
+//! What an embedder calls for a vCPU whose guest runs on shadow tables.
+//!
+//! # What the embedder intercepts, and what it says here
+//! | the guest | the embedder |
+//! |---|---|
+//! | page fault | [`ShadowVcpu::fault`]; by the outcome it injects, emulates, or runs the guest again |
+//! | CR3 load | [`ShadowVcpu::load_cr3`] |
+//! | CR0, CR4, EFER write that changes paging | [`ShadowVcpu::set_controls`]; one that only flushes: [`ShadowVcpu::flush`] |
+//! | INVLPG, INVPCID of one address of the present PCID | [`ShadowVcpu::invlpg`] |
+//! | INVPCID otherwise | [`ShadowVcpu::flush`] |
+//!
+//! The guest reads its own values of these registers; the real ones are the embedder's, who follows [`InShadow::format`]
+//! and keeps CR0.WP, EFER.NXE and CR0.PG set.
+//!
+//! # Turns
+//! As of [`crate::Vcpu`]: [`ShadowVcpu::enter`] gives the root to load and says whether the TLB must be flushed first. What
+//! the guest asked to forget is forgotten there, at the latest, before it runs again.
+
+use alloc::sync::Arc;
+use alloc::vec::Vec;
+use core::fmt;
+
+use super::Shadow;
+use super::fault::{self, Blanks, Step, TOLD, Want};
+use super::hold::{Debts, Fresh, hold};
+use super::invlpg::invlpg;
+use super::memory::{GuestTables, Remembered, Unbacked, back};
+use super::page::Handle;
+use super::quota;
+use super::role::{Identity, Source};
+use super::sync::all_in_step;
+use super::zap::zap_page;
+use crate::addr::{Gpa, Hfn, Hpa};
+use crate::events::Counter;
+use crate::format::long_mode::Top;
+use crate::guest::{Controls, Mode, PageFault, Refused, Request, Translation, walk};
+use crate::host::{Access, GuestMemory, Host, VcpuId};
+use crate::lock::Ticket;
+use crate::vcpu::FaultError;
+use crate::{Mmu, OutOfMemory};
+
+/// Previous roots kept.
+const PREVIOUS: usize = 3;
+/// Times that a fault comes back to the lock with what it lacked there, before the guest is let to try again.
+const ATTEMPTS: usize = 32;
+
+/// First frame that a PAE root can not be in: the CPU's CR3 has 32 bits there.
+const PAE_LIMIT: u64 = 1 << 20;
+
+/// How a fault ended.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum ShadowOutcome {
+    /// A mapping was made or changed; the guest tries its access again.
+    Fixed,
+    /// The mapping was there already; the guest tries again.
+    Spurious,
+    /// Something was changing; the guest tries again.
+    Retry,
+    /// The guest's own fault: to be injected, with CR2.
+    Inject(PageFault),
+    /// No memory there: the access is a device's.
+    Mmio {
+        /// Where.
+        gpa: Gpa,
+    },
+    /// A write to read-only memory: not carried out.
+    ReadOnly {
+        /// Where.
+        gpa: Gpa,
+    },
+    /// The guest's tables are where there is no memory.
+    NoTable {
+        /// Where the entry should be.
+        at: Gpa,
+    },
+    /// The guest may, but no entry can say so (without CR0.WP, where SMAP or protection keys look closer): the embedder
+    /// executes the instruction.
+    Emulate {
+        /// Where.
+        gpa: Gpa,
+    },
+}
+
+/// Which format the real CPU must walk.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum ShadowFormat {
+    /// PAE: CR4.PAE set, EFER.LMA clear. The root lies below 4 GiB.
+    Pae,
+    /// Long mode of four levels.
+    Long4,
+    /// Long mode of five levels: CR4.LA57 set.
+    Long5,
+}
+
+/// A root, as a vCPU keeps it.
+#[derive(Clone, Copy, Debug)]
+struct Root {
+    identity: Identity,
+    handle: Handle,
+    /// Its table, for as long as that life lasts.
+    frame: Hfn,
+}
+
+/// One vCPU's part of shadow paging.
+pub struct ShadowVcpu<H: Host + GuestMemory> {
+    mmu: Arc<Mmu<H>>,
+    ticket: Ticket,
+    id: VcpuId,
+    controls: Controls,
+    cr3: u64,
+    mode: Mode,
+    root: Option<Root>,
+    /// Most recent first.
+    previous: [Option<Root>; PREVIOUS],
+    blanks: Blanks,
+    debts: Debts,
+    remembered: Remembered,
+    flushed: u64,
+    flush_owed: bool,
+    /// The guest has asked to forget: pages are brought in step before it runs.
+    sync_owed: bool,
+}
+
+impl<H: Host + GuestMemory> fmt::Debug for ShadowVcpu<H> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ShadowVcpu").field("id", &self.id).field("cr3", &self.cr3).finish_non_exhaustive()
+    }
+}
+
+/// The vCPU may run guest code. Drop it as soon as the guest has stopped.
+#[must_use = "the vCPU counts as in guest mode until this is dropped"]
+#[derive(Debug)]
+pub struct InShadow<'a, H: Host + GuestMemory> {
+    vcpu: &'a mut ShadowVcpu<H>,
+    root: Hpa,
+    format: ShadowFormat,
+}
+
+impl<H: Host + GuestMemory> InShadow<'_, H> {
+    /// What to load into the real CR3.
+    #[inline]
+    pub fn root(&self) -> Hpa {
+        self.root
+    }
+
+    /// What the real CR4 and EFER must say.
+    #[inline]
+    pub fn format(&self) -> ShadowFormat {
+        self.format
+    }
+
+    /// Whether all of the guest's translations in this CPU's TLB must be flushed before the guest runs, global ones too;
+    /// takes the obligation over, as [`crate::InGuest::take_flush`].
+    #[inline]
+    #[must_use = "the guest must not run before the flush"]
+    pub fn take_flush(&mut self) -> bool {
+        core::mem::take(&mut self.vcpu.flush_owed)
+    }
+}
+
+impl<H: Host + GuestMemory> Drop for InShadow<'_, H> {
+    #[inline]
+    fn drop(&mut self) {
+        self.vcpu.mmu.tlb.leave(self.vcpu.id);
+    }
+}
+
+impl<H: Host + GuestMemory> Mmu<H> {
+    /// The vCPU of this number, on shadow tables; `None` if it exists already, the number is not below
+    /// [`crate::Config::vcpus`], or shadow paging is not enabled. It starts without paging, as after a reset.
+    pub fn shadow_vcpu(self: &Arc<Self>, id: VcpuId) -> Result<Option<ShadowVcpu<H>>, OutOfMemory> {
+        let Some(shadow) = self.shadow.get().filter(|_| id.0 < self.config.vcpus) else { return Ok(None) };
+        let mut blanks = Vec::new();
+        blanks.try_reserve_exact(quota::ROOM)?;
+        let debts = Debts::new()?;
+        let seat = usize::from(id.0);
+        let Some(ticket) = self.lock.claim(seat..seat + 1) else { return Ok(None) };
+        let controls = Controls { cr0: 0, cr4: 0, efer: 0 };
+        let mode = Mode::new(controls, shadow.cpu);
+        Ok(Some(ShadowVcpu {
+            mmu: Arc::clone(self),
+            ticket,
+            id,
+            controls,
+            cr3: 0,
+            mode,
+            root: None,
+            previous: [None; PREVIOUS],
+            blanks,
+            debts,
+            remembered: Remembered::new(),
+            flushed: 0,
+            // This number may have been another vCPU's.
+            flush_owed: true,
+            sync_owed: true,
+        }))
+    }
+}
+
+impl<H: Host + GuestMemory> ShadowVcpu<H> {
+    /// The vCPU's number.
+    pub fn id(&self) -> VcpuId {
+        self.id
+    }
+
+    /// The MMU that it belongs to.
+    pub fn mmu(&self) -> &Arc<Mmu<H>> {
+        &self.mmu
+    }
+
+    /// The guest has written CR0, CR4 or EFER: how its addresses are translated from now on.
+    ///
+    /// Roots of other controls stay at hand: toggling CR0.WP goes back and forth between two.
+    pub fn set_controls(&mut self, controls: Controls) {
+        if controls != self.controls {
+            self.controls = controls;
+            self.mode = Mode::new(controls, self.shadow().cpu);
+            self.turn();
+        }
+        self.flush();
+    }
+
+    /// The guest has loaded CR3. `keeps` says that the load was one that keeps translations (bit 63, with CR4.PCIDE).
+    ///
+    /// Even then pages are brought in step, unless it is the same value again: what was invalidated meanwhile for all
+    /// PCIDs must not come back with this root. And the TLB is flushed: all roots share one address-space number.
+    pub fn load_cr3(&mut self, cr3: u64, keeps: bool) {
+        let same = cr3 == self.cr3;
+        self.cr3 = cr3;
+        self.turn();
+        if !(keeps && same) {
+            self.flush();
+        }
+    }
+
+    /// The guest has asked to forget all translations.
+    pub fn flush(&mut self) {
+        self.flush_owed = true;
+        self.sync_owed = true;
+    }
+
+    /// The guest has asked to forget the translation of one address.
+    pub fn invlpg(&mut self, linear: u64) {
+        self.flush_owed = true;
+        let Self { mmu, ticket, debts, root: Some(root), .. } = self else { return };
+        let Some(shadow) = mmu.shadow.get() else { return };
+        // Translations for all address spaces go by INVLPG (they are global): the others are brought in step when they
+        // are loaded, for each load does that.
+        hold(mmu, shadow, ticket, debts, |inside, order, _| invlpg(inside, order, root.handle, linear));
+    }
+
+    fn shadow(&self) -> &Shadow {
+        self.mmu.shadow.get().expect("a shadow vCPU is made when shadow paging is enabled")
+    }
+
+    fn identity(&self) -> Identity {
+        Identity::root(self.controls, self.cr3, self.shadow().cpu)
+    }
+
+    /// Turns to the root of the present registers if it is at hand; otherwise there is none, and one must be loaded.
+    fn turn(&mut self) {
+        let wanted = self.identity();
+        if self.root.is_some_and(|root| root.identity == wanted) {
+            return;
+        }
+        let place = self.previous.iter().position(|root| root.is_some_and(|root| root.identity == wanted));
+        let found = place.and_then(|place| self.previous[place].take());
+        if let Some(old) = core::mem::replace(&mut self.root, found) {
+            let hole = place.unwrap_or(PREVIOUS - 1);
+            if let Some(oldest) = self.previous[hole].take() {
+                self.put(oldest);
+            }
+            self.previous[..=hole].rotate_right(1);
+            self.previous[0] = Some(old);
+        }
+        self.flush_owed = true;
+    }
+
+    /// Gives a root up. The page may be dead, or another page by now: the count is of whoever keeps the place.
+    fn put(&self, root: Root) {
+        self.shadow().arena.page(root.handle.index).count_unload();
+    }
+
+    /// Gets the vCPU ready to run guest code, as [`crate::Vcpu::enter`].
+    pub fn enter(&mut self) -> Result<InShadow<'_, H>, FaultError> {
+        loop {
+            if self.root.is_none() {
+                self.load_root()?;
+            }
+            if core::mem::take(&mut self.sync_owed) {
+                let mmu = Arc::clone(&self.mmu);
+                let shadow = mmu.shadow.get().ok_or(FaultError::NoRoot)?;
+                hold(&mmu, shadow, &mut self.ticket, &mut self.debts, |inside, order, _| all_in_step(inside, order));
+            }
+            if self.mmu.tlb.enter(self.id, &mut self.flushed) {
+                self.ticket.counters().add(Counter::Flush, 1);
+                self.flush_owed = true;
+            }
+            let alive = |root: Root| self.shadow().arena.page(root.handle.index).is(root.handle);
+            // A root may have ended without a request yet: whoever ended it has not come to its flush. To run on it would
+            // be safe, and of no use.
+            if !self.mmu.tlb.has_requests(self.id) && self.root.is_some_and(alive) {
+                break;
+            }
+            self.mmu.tlb.leave(self.id);
+            self.serve_requests();
+        }
+        let root = self.root.ok_or(FaultError::NoRoot)?;
+        let format = match (root.identity.role.top(), root.identity.role.level()) {
+            (Top::Pointers, _) => ShadowFormat::Pae,
+            (Top::Usual, 5) => ShadowFormat::Long5,
+            (Top::Usual, _) => ShadowFormat::Long4,
+        };
+        // Should the page end from here on: its table is freed after a flush, which waits for this vCPU.
+        Ok(InShadow { vcpu: self, root: root.frame.hpa(), format })
+    }
+
+    #[cold]
+    fn serve_requests(&mut self) {
+        // Whatever the request: each root is judged by itself.
+        self.mmu.tlb.take_requests(self.id);
+        let counters = self.ticket.counters();
+        let Some(shadow) = self.mmu.shadow.get() else { return };
+        for place in core::iter::once(&mut self.root).chain(&mut self.previous) {
+            let obsolete = |root: &mut Root| {
+                let page = shadow.arena.page(root.handle.index);
+                !page.is(root.handle) || page.epoch() != shadow.epoch()
+            };
+            match place.take_if(obsolete) {
+                Some(root) => {
+                    counters.add(Counter::RootFreed, 1);
+                    shadow.arena.page(root.handle.index).count_unload();
+                    self.flush_owed = true;
+                }
+                None => counters.add(Counter::RootKept, u64::from(place.is_some())),
+            }
+        }
+    }
+
+    /// Finds or makes the root of the present registers.
+    #[cold]
+    fn load_root(&mut self) -> Result<(), FaultError> {
+        let mut wanted = self.identity();
+        let mmu = Arc::clone(&self.mmu);
+        let shadow = mmu.shadow.get().ok_or(FaultError::NoRoot)?;
+        loop {
+            quota::top_up(&mmu, shadow, &mut self.ticket, &mut self.debts, &mut self.blanks)?;
+            let table = match wanted.role.source() {
+                Source::Identity => None,
+                Source::Guest(_) => match back(&mmu, &mut self.ticket, wanted.gfn, Access::Read) {
+                    Ok(table) => Some(table),
+                    Err(Unbacked::Error(error)) => return Err(error),
+                    // CR3 names no memory (KVM: the dummy root): each access faults, and the guest's walk says why.
+                    Err(Unbacked::NoMemory) => {
+                        wanted = wanted.without_memory();
+                        None
+                    }
+                    Err(Unbacked::Changing) => {
+                        mmu.host.yield_now();
+                        continue;
+                    }
+                },
+            };
+            let blanks = &mut self.blanks;
+            let step = hold(&mmu, shadow, &mut self.ticket, &mut self.debts, |inside, order, debts| {
+                let fresh = Fresh::check(debts, inside, None, [table]).ok_or(Step::Retry)?;
+                let (handle, _) = fault::find_or_make(inside, order, fresh, wanted, table, blanks)?;
+                fault::settle(inside, order, handle);
+                let guard = order.alive(inside, handle).ok_or(Step::Retry)?;
+                let frame = guard.page.frame(inside.shared).ok_or(Step::Retry)?;
+                guard.page.count_load();
+                Ok(Root { identity: wanted, handle, frame })
+            });
+            match step {
+                Ok(root) => {
+                    if root.frame.0 >= PAE_LIMIT && wanted.role.top() == Top::Pointers {
+                        self.put(root);
+                        return Err(FaultError::OutOfTables);
+                    }
+                    self.root = Some(root);
+                    self.ticket.counters().add(Counter::RootMade, 1);
+                    // What is out of step is not to be used under a root that did not have it.
+                    self.flush();
+                    return Ok(());
+                }
+                Err(step) => self.serve(&mmu, shadow, step)?,
+            }
+        }
+    }
+
+    /// Does what a walk lacked, outside the lock or in a hold of its own.
+    fn serve(&mut self, mmu: &Arc<Mmu<H>>, shadow: &Shadow, step: Step) -> Result<(), FaultError> {
+        let (ticket, debts) = (&mut self.ticket, &mut self.debts);
+        let relax = || mmu.host.relax();
+        match step {
+            Step::Fixed | Step::Spurious => {}
+            Step::Retry => mmu.host.relax(),
+            Step::Blanks => quota::top_up(mmu, shadow, ticket, debts, &mut self.blanks)?,
+            Step::Bucket(gfn) => shadow.buckets.of(gfn).lock(relax).reserve(gfn)?,
+            Step::Parents(index) => {
+                let mut links = shadow.arena.page(index).links().lock(relax);
+                links.parents.try_reserve(1).map_err(OutOfMemory::from)?;
+            }
+            Step::Flooded(handle) => hold(mmu, shadow, ticket, debts, |inside, order, debts| {
+                inside.counters().add(Counter::Flooded, 1);
+                zap_page(inside, order, debts, handle);
+            }),
+            Step::ListFull => hold(mmu, shadow, ticket, debts, |inside, order, _| all_in_step(inside, order)),
+            Step::Crowded(gfn) => hold(mmu, shadow, ticket, debts, |inside, order, _| {
+                order.bucket(inside, gfn).unmap_all(inside, gfn);
+            }),
+            Step::Failed(error) => return Err(error),
+        }
+        Ok(())
+    }
+
+    /// Translates one address as the guest's CPU would, by the guest's own tables, and marks them: for an embedder that
+    /// executes an instruction.
+    pub fn walk(&mut self, request: &Request) -> Result<Translation, Refused> {
+        let Self { mmu, ticket, remembered, mode, cr3, .. } = self;
+        let shadow = mmu.shadow.get().ok_or(Refused::Changing)?;
+        walk(mode, *cr3, request, &mut GuestTables { mmu, shadow, ticket, remembered, trouble: None })
+    }
+
+    /// Handles a page fault that the guest's access has met in the shadow tables.
+    pub fn fault(&mut self, request: &Request) -> Result<ShadowOutcome, FaultError> {
+        let result = self.handle(request);
+        let counter = match result {
+            Ok(ShadowOutcome::Fixed) => Counter::Fixed,
+            Ok(ShadowOutcome::Spurious) => Counter::Spurious,
+            Ok(ShadowOutcome::Retry | ShadowOutcome::Emulate { .. }) => Counter::Retried,
+            Ok(ShadowOutcome::Mmio { .. }) => Counter::Mmio,
+            Ok(ShadowOutcome::ReadOnly { .. }) => Counter::ReadOnly,
+            Ok(ShadowOutcome::Inject(_) | ShadowOutcome::NoTable { .. }) => Counter::Injected,
+            Err(_) => Counter::Failed,
+        };
+        self.ticket.counters().add(counter, 1);
+        result
+    }
+
+    fn handle(&mut self, request: &Request) -> Result<ShadowOutcome, FaultError> {
+        let mmu = Arc::clone(&self.mmu);
+        let shadow = mmu.shadow.get().ok_or(FaultError::NoRoot)?;
+        let root = self.root.ok_or(FaultError::NoRoot)?;
+        let mut tables = GuestTables {
+            mmu: &mmu,
+            shadow,
+            ticket: &mut self.ticket,
+            remembered: &mut self.remembered,
+            trouble: None,
+        };
+        let walked = walk(&self.mode, self.cr3, request, &mut tables);
+        let trouble = tables.trouble.take();
+        let found = match (walked, trouble) {
+            (Ok(found), _) => found,
+            (Err(Refused::Fault(fault)), _) => return Ok(ShadowOutcome::Inject(fault)),
+            (Err(Refused::NoMemory { .. }), Some(Unbacked::Error(error))) => return Err(error),
+            (Err(Refused::NoMemory { at }), Some(Unbacked::NoMemory) | None) => {
+                return Ok(ShadowOutcome::NoTable { at });
+            }
+            (Err(Refused::NoMemory { .. }), Some(Unbacked::Changing)) | (Err(Refused::Changing), _) => {
+                return Ok(ShadowOutcome::Retry);
+            }
+        };
+        let gfn = found.gpa.gfn();
+        let target = match back(&mmu, &mut self.ticket, gfn, request.access) {
+            Ok(target) => target,
+            Err(Unbacked::NoMemory) => return Ok(ShadowOutcome::Mmio { gpa: found.gpa }),
+            Err(Unbacked::Changing) => return Ok(ShadowOutcome::Retry),
+            Err(Unbacked::Error(error)) => return Err(error),
+        };
+        if request.access == Access::Write && !target.writable {
+            return Ok(ShadowOutcome::ReadOnly { gpa: found.gpa });
+        }
+        let over_protection = request.access == Access::Write && !found.rights.write;
+        if over_protection && found.rights.user && root.identity.role.has_smap_or_keys() {
+            return Ok(ShadowOutcome::Emulate { gpa: found.gpa });
+        }
+        let mut told = [None; TOLD];
+        let mut entries = [0; 5];
+        for (place, (level, step)) in told.iter_mut().zip(found.steps()) {
+            *place = self.remembered.find(step.at.gfn());
+            entries[usize::from(level) - 1] = step.entry;
+        }
+        let want = Want {
+            linear: request.linear,
+            access: request.access,
+            entries,
+            role: root.identity.role,
+            mode: self.mode,
+            target,
+            over_protection,
+            tables: told,
+        };
+        if root.identity != self.identity() {
+            // The tables of a root without memory have got some.
+            self.root = None;
+            self.put(root);
+            return Ok(ShadowOutcome::Retry);
+        }
+        for _ in 0..ATTEMPTS {
+            quota::top_up(&mmu, shadow, &mut self.ticket, &mut self.debts, &mut self.blanks)?;
+            let blanks = &mut self.blanks;
+            let step = hold(&mmu, shadow, &mut self.ticket, &mut self.debts, |inside, order, debts| {
+                let told = want.tables.into_iter().chain([Some(want.target)]);
+                match Fresh::check(debts, inside, Some(root.handle), told) {
+                    Some(fresh) => fault::map(inside, order, fresh, root.handle, &want, blanks),
+                    None => Step::Retry,
+                }
+            });
+            match step {
+                Step::Fixed => return Ok(ShadowOutcome::Fixed),
+                Step::Spurious => return Ok(ShadowOutcome::Spurious),
+                Step::Retry => return Ok(ShadowOutcome::Retry),
+                step => self.serve(&mmu, shadow, step)?,
+            }
+        }
+        Ok(ShadowOutcome::Retry)
+    }
+}
+
+impl<H: Host + GuestMemory> Drop for ShadowVcpu<H> {
+    fn drop(&mut self) {
+        let Some(shadow) = self.mmu.shadow.get() else { return };
+        quota::give_back(&self.mmu, shadow, &mut self.blanks, self.ticket.counters());
+        for root in core::iter::once(self.root).chain(self.previous).flatten() {
+            self.put(root);
+        }
+    }
+}

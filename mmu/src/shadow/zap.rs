@@ -1,0 +1,210 @@
+//! Taking shadow pages and mappings away.
+//!
+//! # A page
+//! Its life ends under its lock: from here on nobody links to it, maps by it, or finds it. Still under the lock its
+//! entries go, each link under the lock of the page below, each leaf under the bucket lock of its frame. The list of its
+//! parents is taken, the lock let go (parents are locked before their children, never after), and each parent that still
+//! leads to it is made to forget it. Then it leaves its bucket: only then the guest's table may be written freely, for
+//! no entry is left that was made of it. Its frame is owed a flush and a grace period, its place is free at once.
+//!
+//! A CPU that walks a parent's entry in between finds a table without entries, and faults.
+//!
+//! # Frames
+//! Memory that is taken from the guest: all leaves of its frames go, through their reverse maps, and all shadow pages
+//! that stand for one of its frames as a table, for what they were made of is going. Pages of old epochs are not
+//! different. The flush is not left to others here: it is done before the lock is left.
+
+use super::Shadow;
+use super::hold::{Debts, hold};
+use super::order::Order;
+use super::page::{Handle, Page, Place};
+use super::role::Source;
+use super::sync::{unlink, unmap};
+use super::table::Inside;
+use crate::Mmu;
+use crate::OutOfMemory;
+use crate::addr::{Gfn, GfnRange};
+use crate::format::long_mode::{self, ABSENT, Top};
+use crate::host::Host;
+use crate::lock::Ticket;
+use crate::mutants::{self, Mutant};
+use crate::sync::{Ordering, load_for_update};
+
+/// Frames that are write-protected in one hold.
+const PROTECTED: usize = 64;
+
+/// What a worker keeps for its work on shadow pages.
+#[derive(Debug)]
+pub(crate) struct ShadowDebts(Debts);
+
+impl ShadowDebts {
+    pub(crate) fn new() -> Result<Self, OutOfMemory> {
+        Ok(Self(Debts::new()?))
+    }
+}
+
+/// Ends a page's life and takes it apart. Whether it was this that did.
+pub(super) fn zap_page<H: Host>(
+    inside: Inside<'_, H>,
+    order: &mut Order<'_>,
+    debts: &mut Debts,
+    handle: Handle,
+) -> bool {
+    let Some(mut guard) = order.alive(inside, handle) else { return false };
+    let (page, role) = (guard.page, guard.page.role());
+    page.end();
+    for entry in 0..role.entries() {
+        let empty = inside.entries(page).is_none_or(|entries| load_for_update(&entries[entry]) == ABSENT);
+        match role.level() {
+            _ if empty => {}
+            1 => unmap(inside, &mut guard, entry),
+            _ => unlink(inside, &mut guard, entry),
+        }
+    }
+    let parents = core::mem::take(&mut guard.links.parents);
+    drop(guard);
+    for parent in &parents {
+        forget(inside, order, *parent, handle, page);
+    }
+    // The list's memory is the page's next life's.
+    let mut guard = order.page(inside, handle.index);
+    guard.links.parents = parents;
+    guard.links.parents.clear();
+    drop(guard);
+    order.bucket(inside, page.gfn()).remove_page(handle.index);
+    let may_be_root = role.level() >= 4 || role.top() == Top::Pointers;
+    debts.unlinked(page.take_frame(), may_be_root);
+    inside.shadow.arena.put(handle.index, inside.relax());
+    true
+}
+
+/// Removes the link at `parent` if it leads to `page`, which is dead.
+fn forget<H: Host>(inside: Inside<'_, H>, order: &mut Order<'_>, parent: Place, handle: Handle, page: &Page) {
+    let guard = order.page(inside, parent.page());
+    let Some(entries) = inside.entries(guard.page) else { return };
+    let cell = &entries[parent.entry()];
+    let leads_here = guard.page.role().level() > 1
+        && guard.page.target(parent.entry()) == handle.index
+        && long_mode::next_table(load_for_update(cell)) == page.frame(inside.shared);
+    if leads_here {
+        cell.store(ABSENT, Ordering::Release);
+    }
+}
+
+/// Takes the frames of `range` from the guest. When it returns, no vCPU reaches what they were mapped to, and no shadow
+/// page reads one of them as a table. How many leaves were removed.
+pub(crate) fn zap_range<H: Host>(
+    mmu: &Mmu<H>,
+    shadow: &Shadow,
+    ticket: &mut Ticket,
+    debts: &mut ShadowDebts,
+    range: GfnRange,
+) -> u64 {
+    let range = GfnRange { start: range.start, end: range.end.min(super::GFN_LIMIT) };
+    let mut leaves = 0;
+    if range.is_empty() {
+        return 0;
+    }
+    // A few frames are looked up; for many, all buckets are gone through, of which there are fewer than pages.
+    if range.pages() <= 64 {
+        for gfn in (range.start.0..range.end.0).map(Gfn) {
+            zap_pages_of(mmu, shadow, ticket, debts, GfnRange { start: gfn, end: Gfn(gfn.0 + 1) });
+            hold(mmu, shadow, ticket, &mut debts.0, |inside, order, _| {
+                leaves += order.bucket(inside, gfn).unmap_all(inside, gfn);
+            });
+        }
+    } else {
+        for number in 0..shadow.buckets.all().count() {
+            zap_pages_of_bucket(mmu, shadow, ticket, debts, number, range);
+            let mut chunk = 0;
+            while hold(mmu, shadow, ticket, &mut debts.0, |inside, order, _| {
+                let first = inside.shadow.buckets.any_of(number);
+                let mut bucket = order.bucket(inside, first);
+                leaves += bucket.unmap_chunk(inside, number, chunk, range)?;
+                Some(())
+            })
+            .is_some()
+            {
+                chunk += 1;
+            }
+        }
+    }
+    // Always: leaves that went earlier, without a flush, may have led there.
+    hold(mmu, shadow, ticket, &mut debts.0, |_, _, debts| debts.owe_flush());
+    leaves
+}
+
+fn zap_pages_of<H: Host>(mmu: &Mmu<H>, shadow: &Shadow, ticket: &mut Ticket, debts: &mut ShadowDebts, range: GfnRange) {
+    let number = shadow.buckets.number(range.start);
+    zap_pages_of_bucket(mmu, shadow, ticket, debts, number, range);
+}
+
+/// Zaps the pages of a bucket that stand for tables in `range`.
+fn zap_pages_of_bucket<H: Host>(
+    mmu: &Mmu<H>,
+    shadow: &Shadow,
+    ticket: &mut Ticket,
+    debts: &mut ShadowDebts,
+    number: usize,
+    range: GfnRange,
+) {
+    let of_guest = |page: &Page| page.role().source() != Source::Identity && page.life() & 1 == 1;
+    // As many as there are now, the oldest first: those that faults make meanwhile are theirs. One that is dying reads
+    // nothing any more. One a hold, for a page is a lot of work already.
+    let count = hold(mmu, shadow, ticket, &mut debts.0, |inside, order, _| {
+        let bucket = order.bucket(inside, inside.shadow.buckets.any_of(number));
+        bucket.pages_in(inside, range).filter(|index| of_guest(inside.page(*index))).count()
+    });
+    for _ in 0..count {
+        hold(mmu, shadow, ticket, &mut debts.0, |inside, order, debts| {
+            let bucket = order.bucket(inside, inside.shadow.buckets.any_of(number));
+            let index = bucket.pages_in(inside, range).find(|index| of_guest(inside.page(*index)));
+            drop(bucket);
+            if let Some(index) = index {
+                zap_page(inside, order, debts, Handle { index, life: inside.page(index).life() });
+            }
+        });
+    }
+}
+
+/// Zaps the pages of epochs before this one, which are reached by nobody since it began.
+pub(crate) fn zap_obsolete<H: Host>(mmu: &Mmu<H>, shadow: &Shadow, ticket: &mut Ticket, debts: &mut ShadowDebts) {
+    let epoch = shadow.epoch();
+    let obsolete = |page: &Page| page.life() & 1 == 1 && page.epoch() != epoch;
+    let mut old = shadow.arena.pages().filter(|(_, page)| obsolete(page)).peekable();
+    while old.peek().is_some() && !mutants::is(Mutant::ObsoleteRootsNotEmptied) {
+        hold(mmu, shadow, ticket, &mut debts.0, |inside, order, debts| {
+            for (index, page) in old.by_ref() {
+                let handle = Handle { index, life: page.life() };
+                if obsolete(page) {
+                    zap_page(inside, order, debts, handle);
+                }
+                if debts.are_many() || inside.shared.should_yield() {
+                    break;
+                }
+            }
+        });
+        mmu.host.yield_now();
+    }
+}
+
+/// Takes the right to write from all leaves of `gfns`. The flush is the caller's.
+pub(crate) fn write_protect<H: Host>(
+    mmu: &Mmu<H>,
+    shadow: &Shadow,
+    ticket: &mut Ticket,
+    debts: &mut ShadowDebts,
+    gfns: impl Iterator<Item = Gfn>,
+) {
+    let mut gfns = gfns.take_while(|gfn| *gfn < super::GFN_LIMIT).peekable();
+    while gfns.peek().is_some() {
+        hold(mmu, shadow, ticket, &mut debts.0, |inside, order, _| {
+            for gfn in gfns.by_ref().take(PROTECTED) {
+                order.bucket(inside, gfn).write_protect(inside, gfn);
+                if inside.shared.should_yield() {
+                    break;
+                }
+            }
+        });
+    }
+}
