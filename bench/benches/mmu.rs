@@ -8,7 +8,7 @@ use std::process::ExitCode;
 use nestling_bench::clock::Operation;
 use nestling_bench::contenders::PAGES;
 use nestling_bench::report::{contenders, counts, wall};
-use nestling_bench::{dirty, instructions};
+use nestling_bench::{dirty, instructions, shadow};
 
 fn main() -> ExitCode {
     let (contenders, fences) = contenders();
@@ -37,6 +37,7 @@ fn main() -> ExitCode {
     if full {
         figures.extend(dirty::counts());
     }
+    figures.extend(shadow::figures(rounds.min(15)));
     println!();
     for figure in &figures {
         println!("{figure}");

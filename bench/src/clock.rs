@@ -71,7 +71,7 @@ pub fn cpus() -> Vec<usize> {
 }
 
 /// Moves the calling thread to `cpu`, one of [`cpus`], for good.
-fn pin(cpu: usize) {
+pub(crate) fn pin(cpu: usize) {
     let mut set = CpuSet::new();
     set.set(cpu);
     sched_setaffinity(None, &set).expect("the CPU is one of those that the process may use");
@@ -79,13 +79,18 @@ fn pin(cpu: usize) {
 
 /// Where threads meet. It spins, so that they go on at the same moment.
 #[derive(Debug)]
-struct Meeting {
+pub(crate) struct Meeting {
     threads: u32,
     arrived: AtomicU32,
 }
 
 impl Meeting {
-    fn wait(&self) {
+    /// Of so many threads.
+    pub(crate) const fn new(threads: u32) -> Self {
+        Self { threads, arrived: AtomicU32::new(0) }
+    }
+
+    pub(crate) fn wait(&self) {
         let place = self.arrived.fetch_add(1, Ordering::AcqRel);
         let complete = (place / self.threads + 1) * self.threads;
         let mut spins = 0u32;
@@ -105,7 +110,7 @@ impl Meeting {
 pub fn repetition<C: Contender>(plan: &Plan, cpus: &[usize]) -> [Duration; 3] {
     assert!(cpus.len() >= plan.shares.len(), "each thread has a CPU of its own");
     let table = C::new(Claim::take());
-    let meeting = Meeting { threads: plan.shares.len() as u32, arrived: AtomicU32::new(0) };
+    let meeting = Meeting::new(plan.shares.len() as u32);
     let phases = |mut seat: C::Seat<'_>, share: &Share, cpu: usize| {
         pin(cpu);
         Operation::ALL.map(|operation| {

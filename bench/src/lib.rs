@@ -4,7 +4,8 @@
 //! walk; [`contenders`] gives all of them one face; [`plan`] says which page is touched when, by whom; [`clock`]
 //! measures one repetition in wall time; [`instructions`] counts instructions under valgrind; [`dirty`] counts
 //! those of dirty logging, splitting, collapsing and aging; [`figures`] turns
-//! samples into the lines that scripts read; [`report`] is the whole run.
+//! samples into the lines that scripts read; [`report`] is the whole run; [`shadow`] is faults in shadow tables, which have
+//! no peers.
 //!
 //! `cargo bench -p nestling-bench` runs all of it (`benches/mmu.rs`); the crate's README says how to read the output.
 
@@ -20,3 +21,4 @@ pub mod instructions;
 mod pipeline;
 pub mod plan;
 pub mod report;
+pub mod shadow;

@@ -11,7 +11,7 @@ pub use shuttle::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicU64, Ord
 /// Atomics that no protocol rests on (counters): always the processor's, so that a model checker does not spend its
 /// time on their interleavings.
 pub(crate) mod plain {
-    pub(crate) use core::sync::atomic::AtomicU64;
+    pub(crate) use core::sync::atomic::{AtomicBool, AtomicU64};
 }
 
 /// After a sequentially consistent read-modify-write that announces something, and before the sequentially consistent

@@ -45,6 +45,7 @@ use crate::addr::GfnRange;
 use crate::events::{Counter, Event, SeatCounters};
 use crate::host::{ByRange, Host, VcpuId};
 use crate::mutants::{self, Mutant};
+use crate::sync::plain;
 use crate::sync::{AtomicU32, AtomicU64, Ordering, Padded, announced, load_for_update, peek};
 
 /// How often a flusher looks at a vCPU that does not leave, before it kicks it again: milliseconds. A kick goes through
@@ -129,6 +130,8 @@ pub(crate) struct Tlb {
     generation: Padded<AtomicU64>,
     /// The latest generation whose flush has ended; all earlier ones have, in what they wait for.
     ended: Padded<AtomicU64>,
+    /// Whether anybody will ask for it: until then flushes do not write a line more.
+    asked: plain::AtomicBool,
     vcpus: Box<[Padded<VcpuTlb>]>,
 }
 
@@ -191,7 +194,13 @@ impl Tlb {
     pub(crate) fn new(vcpus: usize) -> Self {
         // Vcpus start one generation behind: the first entry flushes, whatever ran on the CPU before.
         let (generation, ended) = (Padded(AtomicU64::new(1)), Padded(AtomicU64::new(0)));
-        Self { generation, ended, vcpus: (0..vcpus).map(|_| Padded::default()).collect() }
+        let asked = plain::AtomicBool::new(false);
+        Self { generation, ended, asked, vcpus: (0..vcpus).map(|_| Padded::default()).collect() }
+    }
+
+    /// [`Tlb::covers`] is going to be asked. A flush that has begun before may be missed by it.
+    pub(crate) fn will_be_asked(&self) {
+        self.asked.store(true, Ordering::Relaxed);
     }
 
     /// Now, for what the caller has just taken away by a read-modify-write of an entry: any flush that begins after this
@@ -244,8 +253,10 @@ impl Tlb {
                 }
             }
         }
-        // A flush of generation N waits until each vCPU has flushed for N or is outside, so all before N are over as well.
-        self.ended.fetch_max(generation, Ordering::AcqRel);
+        if self.asked.load(Ordering::Relaxed) {
+            // A flush of generation N waits until each vCPU has flushed for N or is outside: all before N are over too.
+            self.ended.fetch_max(generation, Ordering::AcqRel);
+        }
         if H::TRACE {
             host.trace(Event::Flush { generation });
         }

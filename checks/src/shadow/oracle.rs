@@ -206,7 +206,8 @@ impl Walk<'_> {
             return large && level == 2 && entry & 1 << 21 != 0;
         }
         if pointer {
-            return entry & (0x1e6 | NX) != 0;
+            // The low bits count when CR3 is loaded, and these guests do not go by that.
+            return entry & NX != 0;
         }
         // Below the size of a large page only the bits of a small entry and PAT mean something.
         large && level > 1 && entry & ((1 << (12 + 9 * (level - 1))) - (1 << 13)) != 0 || level > 3 && entry & PS != 0

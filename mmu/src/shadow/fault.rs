@@ -90,6 +90,12 @@ pub(super) enum Step {
     Failed(FaultError),
 }
 
+/// The frames that are mapped together with `gfn`, if the guest's tables have them in order.
+pub(super) fn together(gfn: Gfn) -> impl Iterator<Item = Gfn> {
+    let first = gfn.0 & !(PREFETCH as u64 - 1);
+    (first..first + PREFETCH as u64).map(Gfn)
+}
+
 /// Pages at hand.
 pub(super) type Blanks = alloc::vec::Vec<Blank>;
 

@@ -4,8 +4,6 @@
 //! touched, and entries are made, inside the lock, and only if [`Backed::still_holds`]: no slot has changed and no
 //! invalidation has begun or ended since the answer, and none can begin before the lock is left.
 
-use super::order::Order;
-use super::sync::marks_are_writes;
 use super::table::Inside;
 use super::{GFN_LIMIT, Shadow};
 use crate::Mmu;
@@ -194,12 +192,11 @@ impl<H: Host + GuestMemory> Tables for GuestTables<'_, H> {
     }
 
     fn mark(&mut self, at: Gpa, width: Width, old: u64, new: u64) -> Marked {
+        // What was made of the entry stays right when it gets a mark: without it nothing was made. So its page need not be
+        // marked out of step, as by a write of the guest's.
         let marked = self.touch(at.gfn(), |inside, backed| {
             if !backed.writable {
                 return Marked::ReadOnly;
-            }
-            if width == Width::Eight {
-                marks_are_writes(inside, &mut Order::of_this_hold(), backed.gfn);
             }
             match inside.mmu.host.compare_exchange(backed.hfn(), offset(at), width, old, new) {
                 true => {

@@ -161,6 +161,7 @@ impl<H: Host> Mmu<H> {
     /// Gets the MMU ready for shadow paging. What is asked for first counts; until this is called nothing of it exists.
     pub fn enable_shadow(&self, config: ShadowConfig) -> Result<(), OutOfMemory> {
         if self.shadow.get().is_none() {
+            self.tlb.will_be_asked();
             self.shadow.set(Box::new(Shadow::new(config)));
         }
         Ok(())

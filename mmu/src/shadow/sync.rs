@@ -31,7 +31,7 @@ use super::role::{Meaning, Source};
 use super::table::Inside;
 use crate::addr::Gfn;
 use crate::events::Counter;
-use crate::format::long_mode::{self, ABSENT, ShadowLeaf, Top};
+use crate::format::long_mode::{self, ABSENT, ShadowLeaf};
 use crate::guest::{Judged, Mode};
 use crate::host::{GuestMemory, Host};
 use crate::leaf_lock::LeafLock;
@@ -98,23 +98,6 @@ pub(super) fn open<H: Host>(inside: Inside<'_, H>, bucket: &Bucket, gfn: Gfn) ->
         }
         false
     })
-}
-
-/// An accessed or dirty mark is about to be set in table `gfn`, on behalf of a guest's CPU.
-///
-/// What was made of an entry stays right when the entry gets a mark: without it nothing was made. Except in the top
-/// table of PAE, where the bit is reserved: should the frame be one, and be read as another table as well, the mark is a
-/// write as any other.
-pub(super) fn marks_are_writes<H: Host + GuestMemory>(inside: Inside<'_, H>, order: &mut Order<'_>, gfn: Gfn) {
-    loop {
-        let bucket = order.bucket(inside, gfn);
-        let pointers = |index: u32| inside.page(index).role().top() == Top::Pointers;
-        if !bucket.pages(inside, gfn).any(pointers) || open(inside, &bucket, gfn) {
-            return;
-        }
-        drop(bucket);
-        all_in_step(inside, order);
-    }
 }
 
 /// Brings all pages on the list in step.

@@ -396,7 +396,10 @@ impl<H: Host + GuestMemory> ShadowVcpu<H> {
             Step::Fixed | Step::Spurious => {}
             Step::Retry => mmu.host.relax(),
             Step::Blanks => quota::top_up(mmu, shadow, ticket, debts, &mut self.blanks)?,
-            Step::Bucket(gfn) => shadow.buckets.of(gfn).lock(relax).reserve(gfn)?,
+            // For its neighbours as well, which are to be mapped with it.
+            Step::Bucket(gfn) => {
+                fault::together(gfn).try_for_each(|gfn| shadow.buckets.of(gfn).lock(relax).reserve(gfn))?
+            }
             Step::Parents(index) => {
                 let mut links = shadow.arena.page(index).links().lock(relax);
                 links.parents.try_reserve(1).map_err(OutOfMemory::from)?;

@@ -1,0 +1,278 @@
+//! What single faults in shadow tables do, step by step.
+
+use std::sync::Arc;
+
+use nestling::guest::{Controls, CpuFeatures, Privilege, Request, Width};
+use nestling::shadow::ShadowConfig;
+use nestling::shadow::vcpu::ShadowOutcome;
+use nestling::slots::dirty::{LogConfig, LogStart, Tracking};
+use nestling::{Access, AddressSpace, Config, Gfn, GfnRange, Gpa, Mmu, SlotConfig, SlotFlags, SlotId, VcpuId, Worker};
+use nestling_checks::shadow::cpu::{Done, ShadowCpu};
+use nestling_checks::shadow::machine::ShadowMachine;
+use nestling_checks::shadow::oracle::{Paging, Question};
+
+const LONG: Controls = Controls { cr0: 1 << 31 | 1 << 16 | 1, cr4: 1 << 5, efer: 1 << 10 | 1 << 11 };
+const KERNEL: Privilege = Privilege::Supervisor { ac: false };
+/// P, W, U, A, D.
+const ALL: u64 = 0x67;
+const READ_ONLY: u64 = ALL & !2;
+const LARGE: u64 = 1 << 7;
+/// Tables of level 4 to 1 of the first root; a second root of its own leads to the same level 3.
+const TABLES: [u64; 4] = [1, 2, 3, 4];
+const OTHER_ROOT: u64 = 5;
+const DATA: u64 = 20;
+
+/// A machine whose guest maps address `n << 12` to frame n, for n below 64, writable for all.
+fn machine(pages: u32) -> (Arc<Mmu<ShadowMachine>>, Worker<ShadowMachine>) {
+    let machine = ShadowMachine::new(1024, 0);
+    let config = Config { vcpus: 2, workers: 2, slots: 4, ..Config::default() };
+    let put = |table: u64, entry: u32, value| machine.prepare(Gfn(table), entry * 8, Width::Eight, value);
+    put(OTHER_ROOT, 0, TABLES[1] << 12 | ALL);
+    for level in 0..3 {
+        put(TABLES[level], 0, TABLES[level + 1] << 12 | ALL);
+    }
+    (0..64).for_each(|page| put(TABLES[3], page, u64::from(page) << 12 | ALL));
+    let mmu = Mmu::new(machine, config).expect("the configuration is right");
+    let cpu = CpuFeatures { physical_bits: 40, gigantic_pages: true };
+    mmu.enable_shadow(ShadowConfig { pages, cpu }).expect("there is memory");
+    let mut worker = mmu.worker().expect("a worker is free");
+    let slot = SlotConfig {
+        id: SlotId(0),
+        space: AddressSpace::Main,
+        base: Gpa(0),
+        size: 64 << 12,
+        flags: SlotFlags::empty(),
+        backing: 0,
+    };
+    worker.add_slot(slot).expect("the slot fits");
+    (mmu, worker)
+}
+
+fn cpu(mmu: &Arc<Mmu<ShadowMachine>>, id: u16, controls: Controls) -> ShadowCpu {
+    let vcpu = mmu.shadow_vcpu(VcpuId(id)).expect("there is memory").expect("each vCPU is made once");
+    let mut cpu = ShadowCpu::new(vcpu, Paging { controls, cr3: TABLES[0] << 12 }, 1);
+    cpu.alone = true;
+    cpu
+}
+
+fn ask(page: u64, access: Access, privilege: Privilege) -> Question {
+    Question { linear: page << 12, access, privilege }
+}
+
+/// The guest writes an entry of its own tables, at the address at which it has the table.
+fn write_entry(cpu: &mut ShadowCpu, table: u64, entry: u64, value: u64) {
+    let store = Some((entry as u32 * 8, Width::Eight, value));
+    assert_eq!(cpu.access(ask(table, Access::Write, KERNEL), store), Done::Memory);
+}
+
+#[track_caller]
+fn end(mmu: Arc<Mmu<ShadowMachine>>, worker: Worker<ShadowMachine>, cpus: Vec<ShadowCpu>) {
+    let arena = Arc::clone(&mmu.host().arena);
+    assert_eq!(mmu.host().record().violations, Vec::<String>::new());
+    drop((worker, cpus, mmu));
+    assert_eq!((arena.live(), arena.take_misuse()), (0, Vec::new()));
+}
+
+#[test]
+fn a_fault_maps_a_page_and_the_neighbours_that_the_guest_has_used() {
+    let (mmu, mut worker) = machine(64);
+    let mut cpu = cpu(&mmu, 0, LONG);
+    assert_eq!(cpu.access(ask(DATA, Access::Read, Privilege::User), None), Done::Memory);
+    let counters = mmu.counters();
+    assert_eq!((counters.leaves_4k, counters.shadow_prefetched, counters.faults_fixed), (8, 7, 1));
+    // The worker takes one away: the others stay.
+    assert_eq!(worker.zap(GfnRange::new(Gfn(DATA + 1), 1).unwrap()).leaves, 1);
+    assert_eq!(mmu.counters().leaves_4k, 7);
+    end(mmu, worker, vec![cpu]);
+}
+
+#[test]
+fn the_supervisor_writes_to_read_only_pages_without_write_protection_and_the_user_does_not() {
+    let (mmu, worker) = machine(64);
+    let no_wp = Controls { cr0: LONG.cr0 & !(1 << 16), cr4: LONG.cr4 | 1 << 20, ..LONG };
+    let mut cpu = cpu(&mmu, 0, no_wp);
+    mmu.host().prepare(Gfn(TABLES[3]), DATA as u32 * 8, Width::Eight, DATA << 12 | READ_ONLY);
+    for _ in 0..3 {
+        assert_eq!(cpu.access(ask(DATA, Access::Write, KERNEL), None), Done::Memory);
+        // Under SMEP the page stays closed to the supervisor's fetches, and open to the user's.
+        assert_eq!(cpu.access(ask(DATA, Access::Execute, KERNEL), None), Done::Fault);
+        assert_eq!(cpu.access(ask(DATA, Access::Execute, Privilege::User), None), Done::Memory);
+        assert_eq!(cpu.access(ask(DATA, Access::Read, Privilege::User), None), Done::Memory);
+        assert_eq!(cpu.access(ask(DATA, Access::Write, Privilege::User), None), Done::Fault);
+    }
+    cpu.set_controls(LONG);
+    assert_eq!(cpu.access(ask(DATA, Access::Write, KERNEL), None), Done::Fault, "the bit is set again");
+    end(mmu, worker, vec![cpu]);
+}
+
+#[test]
+fn where_no_entry_can_say_what_the_supervisor_may_the_embedder_executes() {
+    let (mmu, worker) = machine(64);
+    let controls = Controls { cr0: LONG.cr0 & !(1 << 16), cr4: LONG.cr4 | 1 << 21, ..LONG };
+    mmu.host().prepare(Gfn(TABLES[3]), DATA as u32 * 8, Width::Eight, DATA << 12 | READ_ONLY);
+    let mut cpu = cpu(&mmu, 0, controls);
+    let privilege = Privilege::Supervisor { ac: true };
+    drop(cpu.vcpu.enter().expect("there is a root"));
+    let request = Request { linear: DATA << 12, access: Access::Write, privilege, pkru: 0 };
+    assert_eq!(cpu.vcpu.fault(&request), Ok(ShadowOutcome::Emulate { gpa: Gfn(DATA).gpa() }));
+    end(mmu, worker, vec![cpu]);
+}
+
+#[test]
+fn going_back_and_forth_between_roots_makes_none() {
+    let (mmu, worker) = machine(64);
+    let mut cpu = cpu(&mmu, 0, LONG);
+    let no_wp = Controls { cr0: LONG.cr0 & !(1 << 16), ..LONG };
+    let mut made = Vec::new();
+    for _ in 0..4 {
+        for (root, controls) in [(TABLES[0], LONG), (OTHER_ROOT, LONG), (TABLES[0], no_wp)] {
+            cpu.load_cr3(root << 12);
+            cpu.set_controls(controls);
+            assert_eq!(cpu.access(ask(DATA, Access::Read, KERNEL), None), Done::Memory);
+        }
+        made.push(mmu.counters().roots_made);
+    }
+    assert!(made.windows(2).all(|pair| pair[0] == pair[1]), "{made:?}");
+    end(mmu, worker, vec![cpu]);
+}
+
+#[test]
+fn a_table_that_is_written_and_not_used_is_taken_for_data() {
+    let (mmu, worker) = machine(64);
+    let (mut one, mut other) = (cpu(&mmu, 0, LONG), cpu(&mmu, 1, LONG));
+    // The other CPU's root has a table that no fault goes through any more.
+    other.load_cr3(OTHER_ROOT << 12);
+    assert_eq!(other.access(ask(DATA, Access::Read, KERNEL), None), Done::Memory);
+    other.load_cr3(TABLES[0] << 12);
+    for round in 0..8 {
+        write_entry(&mut one, OTHER_ROOT, 9, round << 12);
+        // Brings it in step again.
+        one.load_cr3(TABLES[0] << 12);
+    }
+    let counters = mmu.counters();
+    assert!(counters.shadow_unsynced >= 3, "{counters:?}");
+    // A page that a vCPU keeps as a root is never taken for data.
+    assert_eq!(counters.shadow_flooded, 0, "{counters:?}");
+    drop(other);
+    for round in 0..8 {
+        write_entry(&mut one, OTHER_ROOT, 9, round << 12);
+        one.load_cr3(TABLES[0] << 12);
+    }
+    assert_eq!(mmu.counters().shadow_flooded, 1);
+    end(mmu, worker, vec![one]);
+}
+
+#[test]
+fn large_pages_of_the_guest_are_runs_of_small_ones() {
+    let (mmu, mut worker) = machine(64);
+    let mut cpu = cpu(&mmu, 0, LONG);
+    mmu.host().prepare(Gfn(TABLES[2]), 8, Width::Eight, ALL | LARGE);
+    for page in [0, 17, 63] {
+        assert_eq!(cpu.access(ask(512 + page, Access::Write, Privilege::User), None), Done::Memory);
+    }
+    assert_eq!(cpu.access(ask(512 + 64, Access::Write, Privilege::User), None), Done::Elsewhere, "no memory there");
+    assert_eq!(cpu.access(ask(DATA, Access::Read, Privilege::User), None), Done::Memory);
+    // The frames that are tables are not writable by the large page either, but out of step once they are.
+    let before = mmu.counters().shadow_unsynced;
+    let store = Some((DATA as u32 * 8, Width::Eight, 0));
+    assert_eq!(cpu.access(ask(512 + TABLES[3], Access::Write, Privilege::User), store), Done::Memory);
+    assert!(mmu.counters().shadow_unsynced > before);
+    cpu.invlpg(DATA << 12);
+    assert_eq!(cpu.access(ask(DATA, Access::Read, KERNEL), None), Done::Fault);
+    worker.zap_all();
+    assert_eq!(cpu.access(ask(512 + 17, Access::Write, Privilege::User), None), Done::Memory);
+    end(mmu, worker, vec![cpu]);
+}
+
+#[test]
+fn a_frame_that_is_mapped_from_thousands_of_places_stays_cheap_and_is_found_in_all() {
+    let (mmu, mut worker) = machine(64);
+    let mut cpu = cpu(&mmu, 0, LONG);
+    // Ten tables in frames 40 to 49, each with 512 entries for the same page.
+    for table in 0..10 {
+        mmu.host().prepare(Gfn(TABLES[2]), (2 + table) * 8, Width::Eight, (40 + u64::from(table)) << 12 | ALL);
+        (0..512).for_each(|entry| {
+            mmu.host().prepare(Gfn(40 + u64::from(table)), entry * 8, Width::Eight, DATA << 12 | ALL);
+        });
+    }
+    for page in (1024..1024 + 10 * 512).step_by(7) {
+        assert_eq!(cpu.access(ask(page, Access::Write, Privilege::User), None), Done::Memory);
+    }
+    let mapped = mmu.counters().leaves_4k;
+    assert!((500..1100).contains(&mapped), "{mapped} places");
+    let invalidation = worker.invalidate(GfnRange::new(Gfn(DATA), 1).unwrap());
+    mmu.host().move_frame(Gfn(DATA));
+    drop(invalidation);
+    for page in (1024..1024 + 10 * 512).step_by(97) {
+        assert_eq!(cpu.access(ask(page, Access::Read, Privilege::User), None), Done::Memory);
+    }
+    end(mmu, worker, vec![cpu]);
+}
+
+#[test]
+fn the_quota_is_kept_and_what_it_takes_comes_back() {
+    let (mmu, worker) = machine(64);
+    let mut cpu = cpu(&mmu, 0, LONG);
+    // 40 tables, each under entries of 8 different rights: 320 pages.
+    (24..64).for_each(|table| mmu.host().prepare(Gfn(table), 0, Width::Eight, DATA << 12 | ALL));
+    let entries: Vec<u64> = (0..320).map(|n| (24 + n / 8) << 12 | 0x61 | (n & 3) << 1 | (n & 4) << 61).collect();
+    for (entry, value) in (1..).zip(&entries) {
+        mmu.host().prepare(Gfn(TABLES[2]), entry * 8, Width::Eight, *value);
+    }
+    for _ in 0..2 {
+        for entry in 1..=320 {
+            assert_eq!(cpu.access(ask(entry << 9, Access::Read, KERNEL), None), Done::Memory, "{entry}");
+            let metadata = mmu.shadow_metadata().expect("it is enabled");
+            assert!(metadata.pages <= 64, "{metadata:?}");
+        }
+    }
+    assert!(mmu.counters().shadow_recycled > 400);
+    end(mmu, worker, vec![cpu]);
+}
+
+#[test]
+fn writes_through_shadow_tables_are_logged() {
+    let (mmu, mut worker) = machine(64);
+    let mut cpu = cpu(&mmu, 0, LONG);
+    assert_eq!(cpu.access(ask(DATA, Access::Write, Privilege::User), None), Done::Memory);
+    let config = LogConfig { tracking: Tracking::WriteProtect, start: LogStart::Clean, ..LogConfig::default() };
+    worker.start_log(SlotId(0), config).expect("the slot has no log");
+    let mut words = [0; 1];
+    let mut harvest = |worker: &mut Worker<ShadowMachine>| {
+        worker.harvest_dirty(SlotId(0), 0, &mut words).expect("the slot has a log");
+        words[0]
+    };
+    assert_eq!(harvest(&mut worker), 0);
+    for _ in 0..3 {
+        assert_eq!(cpu.access(ask(DATA + 1, Access::Read, Privilege::User), None), Done::Memory);
+        assert_eq!(harvest(&mut worker), 0);
+        assert_eq!(cpu.access(ask(DATA, Access::Write, Privilege::User), None), Done::Memory);
+        assert_eq!(cpu.access(ask(DATA, Access::Write, Privilege::User), None), Done::Memory);
+        assert_eq!(harvest(&mut worker), 1 << DATA);
+    }
+    // A mark that the walk sets in the guest's table is a write as well.
+    mmu.host().prepare(Gfn(TABLES[3]), 30 * 8, Width::Eight, 30 << 12 | 7);
+    assert_eq!(cpu.access(ask(30, Access::Read, Privilege::User), None), Done::Memory);
+    assert_eq!(harvest(&mut worker), 1 << TABLES[3]);
+    worker.stop_log(SlotId(0)).expect("the slot has a log");
+    end(mmu, worker, vec![cpu]);
+}
+
+#[test]
+fn nothing_is_left_of_memory_that_was_taken_away() {
+    let (mmu, mut worker) = machine(64);
+    let mut cpu = cpu(&mmu, 0, LONG);
+    assert_eq!(cpu.access(ask(DATA, Access::Write, Privilege::User), None), Done::Memory);
+    worker.delete_slot(SlotId(0)).expect("the slot is there");
+    let metadata = mmu.shadow_metadata().expect("it is enabled");
+    assert_eq!((metadata.pages, mmu.counters().leaves_4k), (0, 0), "no table of the guest is in memory any more");
+    end(mmu, worker, vec![cpu]);
+}
+
+#[test]
+fn what_is_never_shadowed_costs_nothing() {
+    let machine = ShadowMachine::new(8, 0);
+    let mmu = Mmu::new(machine, Config::default()).expect("the configuration is right");
+    assert_eq!(mmu.shadow_metadata(), None);
+    assert!(mmu.shadow_vcpu(VcpuId(0)).expect("there is memory").is_none());
+}
