@@ -1,13 +1,14 @@
 //! `cargo bench -p nestling-bench`: all contenders, all operations, one run.
 //!
-//! Without `--bench` (as `cargo test --benches` runs it) there are few rounds and few pages: enough to see that it runs,
-//! too few to believe the figures.
+//! With the argument `zap_all` only the figures of a zap of everything. Without `--bench` (as `cargo test --benches` runs
+//! it) there are few rounds and few pages: enough to see that it runs, too few to believe the figures.
 
 use std::process::ExitCode;
 
 use nestling_bench::clock::Operation;
 use nestling_bench::contenders::PAGES;
-use nestling_bench::report::{contenders, counts, wall};
+use nestling_bench::report::{contenders, counts, front_half_counts, wall, zap_all};
+use nestling_bench::zap_all::Size;
 use nestling_bench::{dirty, instructions, shadow};
 
 fn main() -> ExitCode {
@@ -29,15 +30,28 @@ fn main() -> ExitCode {
         return if dirty::counted_process(case) { ExitCode::SUCCESS } else { ExitCode::FAILURE };
     }
 
+    if let [first, size] = arguments.as_slice()
+        && first == instructions::FRONT_HALF
+    {
+        let Some(size) = Size::ALL.into_iter().find(|known| known.name() == size) else { return ExitCode::FAILURE };
+        (zap_all().counted_process)(size);
+        return ExitCode::SUCCESS;
+    }
+
     let full = arguments.iter().any(|argument| argument == "--bench");
     let (pages, rounds) = if full { (PAGES, 61) } else { (8192, 3) };
     println!("{} MiB in 4 KiB pages, {rounds} rounds; nestling's lock: {fences}", pages >> 8);
-    let mut figures = wall(&contenders, pages, rounds);
-    figures.extend(counts(&contenders));
-    if full {
-        figures.extend(dirty::counts());
+    let mut figures = Vec::new();
+    if !arguments.iter().any(|argument| argument == "zap_all") {
+        figures = wall(&contenders, pages, rounds);
+        figures.extend(counts(&contenders));
+        if full {
+            figures.extend(dirty::counts());
+        }
+        figures.extend(shadow::figures(rounds.min(15)));
     }
-    figures.extend(shadow::figures(rounds.min(15)));
+    figures.extend((zap_all().figures)(full));
+    figures.extend(front_half_counts());
     println!();
     for figure in &figures {
         println!("{figure}");

@@ -220,7 +220,7 @@ pub fn counts() -> Vec<Figure> {
     println!("\ndirty logging, splitting, collapsing and aging, instructions; the guest has {} MiB", PAGES >> 8);
     let mut figures = Vec::new();
     for case in CASES {
-        match run_counted(COUNTED, &[ARGUMENT, case.name]) {
+        match run_counted(Some(COUNTED), &[ARGUMENT, case.name]) {
             Ok(total) => {
                 let value = total as f64 / case.units as f64;
                 println!("  {:<40} {value:>10.1} a {}", case.name, case.unit.replace('_', " "));

@@ -13,9 +13,12 @@ use crate::arena::Claim;
 use crate::clock::{Operation, work};
 use crate::contenders::{Contender, Seat};
 use crate::plan::{Order, Plan, Share};
+use crate::zap_all::Size;
 
 /// Argument that makes the benchmark one of the counted processes; the contender's and the operation's names follow.
 pub const ARGUMENT: &str = "--count-instructions";
+/// Argument that makes it one that counts the front half of a zap-all; how much is mapped follows.
+pub const FRONT_HALF: &str = "--count-front-half";
 /// Pages that a counted process touches: 256 MiB.
 pub const PAGES: u64 = 65_536;
 
@@ -80,13 +83,18 @@ fn counted<S: Seat>(operation: Operation, seat: &mut S, share: &Share) -> u64 {
 
 /// Counts `operation` of the contender of this name in a process of its own; instructions a page.
 pub fn count(contender: &str, operation: Operation) -> Result<f64, CountError> {
-    let total = run_counted("nestling_bench::instructions::counted", &[ARGUMENT, contender, operation.name()])?;
+    let total = run_counted(Some("nestling_bench::instructions::counted"), &[ARGUMENT, contender, operation.name()])?;
     Ok(total as f64 / PAGES as f64)
 }
 
+/// Counts the front half of a zap-all, in a process of its own; instructions.
+pub fn count_front_half(size: Size) -> Result<u64, CountError> {
+    run_counted(None, &[FRONT_HALF, size.name()])
+}
+
 /// Runs the benchmark with `arguments` in a process of its own; the instructions between the entry and the return of the
-/// function `counted`.
-pub(crate) fn run_counted(counted: &str, arguments: &[&str]) -> Result<u64, CountError> {
+/// function `counted`, or of what the process itself says.
+pub(crate) fn run_counted(counted: Option<&str>, arguments: &[&str]) -> Result<u64, CountError> {
     let name = format!("nestling-bench-{}-{}", std::process::id(), arguments.join("-").replace('/', "-"));
     let output = std::env::temp_dir().join(name);
     let total = run(counted, arguments, &output).and_then(|()| {
@@ -99,10 +107,10 @@ pub(crate) fn run_counted(counted: &str, arguments: &[&str]) -> Result<u64, Coun
     total
 }
 
-fn run(counted: &str, arguments: &[&str], output: &Path) -> Result<(), CountError> {
+fn run(counted: Option<&str>, arguments: &[&str], output: &Path) -> Result<(), CountError> {
     let mut command = Command::new("valgrind");
     command.args(["--tool=callgrind", "--collect-atstart=no"]);
-    command.arg(format!("--toggle-collect={counted}"));
+    command.args(counted.map(|counted| format!("--toggle-collect={counted}")));
     command.arg(format!("--callgrind-out-file={}", output.display()));
     command.arg(std::env::current_exe()?).args(arguments);
     let done = command.stdin(Stdio::null()).output().map_err(|error| match error.kind() {

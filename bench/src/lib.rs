@@ -3,9 +3,9 @@
 //! Rooms, from the bottom up: [`arena`] is the memory that every contender's tables come from; [`floor`] is the bare
 //! walk; [`contenders`] gives all of them one face; [`plan`] says which page is touched when, by whom; [`clock`]
 //! measures one repetition in wall time; [`instructions`] counts instructions under valgrind; [`dirty`] counts
-//! those of dirty logging, splitting, collapsing and aging; [`figures`] turns
-//! samples into the lines that scripts read; [`report`] is the whole run; [`shadow`] is faults in shadow tables, which have
-//! no peers.
+//! those of dirty logging, splitting, collapsing and aging; [`zap_all`] is what a zap of everything costs the one who does
+//! it, and the one beside it; [`figures`] turns samples into the lines that scripts read; [`report`] is the whole run;
+//! [`shadow`] is faults in shadow tables, which have no peers.
 //!
 //! `cargo bench -p nestling-bench` runs all of it (`benches/mmu.rs`); the crate's README says how to read the output.
 
@@ -22,3 +22,5 @@ mod pipeline;
 pub mod plan;
 pub mod report;
 pub mod shadow;
+mod valgrind;
+pub mod zap_all;

@@ -11,6 +11,7 @@ use crate::contenders::{BareWalk, Contender, FullFences, Membarrier, Nestling, P
 use crate::figures::{Figure, Summary};
 use crate::instructions::{self, count, counted_process};
 use crate::plan::{Order, Plan};
+use crate::zap_all::{self, Size};
 
 /// A contender's entry points, with its type erased.
 #[derive(Clone, Copy, Debug)]
@@ -27,6 +28,46 @@ impl Entry {
     pub const fn of<C: Contender>() -> Self {
         Self { name: C::NAME, repetition: repetition::<C>, counted_process: counted_process::<C> }
     }
+}
+
+/// What a zap of everything costs, under the fences that the machine has: the measurement, and what a counted process does.
+#[derive(Clone, Copy, Debug)]
+pub struct ZapAll {
+    /// See [`zap_all::figures`].
+    pub figures: fn(bool) -> Vec<Figure>,
+    /// See [`zap_all::counted_process`].
+    pub counted_process: fn(Size),
+}
+
+/// Of `nestling`.
+pub fn zap_all() -> ZapAll {
+    if Membarrier::register() {
+        ZapAll { figures: zap_all::figures::<Membarrier>, counted_process: zap_all::counted_process::<Membarrier> }
+    } else {
+        ZapAll { figures: zap_all::figures::<FullFences>, counted_process: zap_all::counted_process::<FullFences> }
+    }
+}
+
+/// Counts the instructions of the front half of a zap-all, prints them and gives their figures.
+pub fn front_half_counts() -> Vec<Figure> {
+    println!("\nzap-all: instructions of the front half, by what is mapped");
+    let mut figures = Vec::new();
+    let mut counts = [0.0; 2];
+    for (size, count) in Size::ALL.into_iter().zip(&mut counts) {
+        match instructions::count_front_half(size) {
+            Ok(counted) => *count = counted as f64,
+            Err(error) => {
+                println!("  not counted: {error}");
+                return figures;
+            }
+        }
+        println!("  {:<5} {count:>8}", size.name());
+        let name = format!("zap_all.front_half.{}.instructions", size.name());
+        figures.push(Figure { name, value: *count });
+    }
+    let name = "zap_all.front_half.instructions_ratio_1tib_to_1gib".into();
+    figures.push(Figure { name, value: counts[1] / counts[0] });
+    figures
 }
 
 const FLOOR: &str = BareWalk::NAME;

@@ -157,3 +157,25 @@ fn a_hold_ends_with_the_step_in_which_somebody_comes_to_wait() {
     let steps = watched.lock().expect("no panic");
     assert_eq!(steps[0], 3, "{steps:?}");
 }
+
+/// What the front half of a zap of everything does has nothing to do with how much is mapped: it looks at no table.
+#[test]
+fn the_front_half_touches_no_table() {
+    let mmu = mapped(0);
+    // When the exclusive lock was taken and when it was let go: tables looked at by then, and flushes asked for.
+    let moments: Arc<Mutex<Vec<(u64, u64)>>> = Arc::default();
+    let (seen, watched) = (Arc::clone(&moments), Arc::downgrade(&mmu));
+    mmu.host().on_trace(Box::new(move |event| {
+        if let Event::LockTaken { side: Side::Exclusive } | Event::LockReleased { side: Side::Exclusive, .. } = event {
+            let now = watched.upgrade().map(|mmu| (mmu.host().looks(), mmu.counters().flush_requests));
+            seen.lock().expect("the hook does not panic").extend(now);
+        }
+    }));
+    let before = mmu.host().looks();
+    mmu.worker().expect("a worker is free").zap_all();
+    let moments = moments.lock().expect("the hook does not panic");
+    let [taken, released] = moments[..] else { panic!("one exclusive hold: {moments:?}") };
+    assert_eq!(released.0, taken.0, "tables were looked at");
+    assert_eq!(released.1 - taken.1, u64::from(mmu.config().vcpus), "every vCPU is told, once");
+    assert!(mmu.host().looks() - released.0 >= TABLES && taken.0 == before, "the back half looks at all of them");
+}

@@ -29,6 +29,7 @@ unsafe impl<F: Cpu> TableFrames for Machine<F> {
     }
 
     fn table(&self, frame: Hfn) -> NonNull<AtomicU64> {
+        self.looks.fetch_add(1, Ordering::Relaxed);
         self.stumble();
         self.followed(frame);
         NonNull::from(&self.arena.entries(frame)[0])

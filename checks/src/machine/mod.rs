@@ -49,6 +49,7 @@ pub struct Machine<F> {
     /// A thread loses its CPU inside the library once in so many calls; 0 for never.
     rough: u64,
     questions: AtomicU64,
+    looks: AtomicU64,
     on_resolve: Mutex<Option<OnResolve>>,
     on_free: Mutex<Option<OnStep>>,
     on_table: Mutex<Option<(Hfn, OnStep)>>,
@@ -105,6 +106,7 @@ impl<F: Cpu> Machine<F> {
             restless: build.restless,
             rough: build.rough,
             questions: AtomicU64::new(0),
+            looks: AtomicU64::new(0),
             on_resolve: Mutex::default(),
             on_free: Mutex::default(),
             on_table: Mutex::default(),
@@ -155,6 +157,11 @@ impl<F: Cpu> Machine<F> {
     pub fn on_trace(&self, what: OnTrace) {
         *held(&self.on_trace) = Some(what);
         self.traced.store(true, Ordering::Relaxed);
+    }
+
+    /// How often the library followed a frame number to a table.
+    pub fn looks(&self) -> u64 {
+        self.looks.load(Ordering::Relaxed)
     }
 
     /// Takes the kick that was sent to a vCPU. Cleared outside guest mode only: see [`guest`].
