@@ -174,3 +174,26 @@ fn a_range_that_the_embedder_flushes_kicks_nobody() {
     });
     assert_none(&mmu.host().violations());
 }
+
+/// A vCPU that finds the request of a zap of everything with a root that was made since: it keeps that one, and drops the
+/// one of the other role, which is obsolete. No vCPU frees what is not.
+#[test]
+fn a_root_that_is_current_is_kept_when_obsolete_ones_are_dropped() {
+    let mmu = small(two_by_two());
+    let smm = mmu.role().in_space(AddressSpace::Smm);
+    let mut vcpus = [0, 1].map(|id| mmu.vcpu(VcpuId(id)).expect("each number once"));
+    for vcpu in &mut vcpus {
+        drop(vcpu.enter().expect("there is a frame for the root"));
+    }
+    mmu.worker().expect("a worker is free").zap_all();
+    let made = mmu.counters().roots_made;
+    for (count, vcpu) in (1..).zip(&mut vcpus) {
+        // Its root is put aside unasked; the new one is loaded before the request is met.
+        vcpu.set_role(smm);
+        drop(vcpu.enter().expect("there is a frame for the root"));
+        let counters = mmu.counters();
+        assert_eq!((counters.roots_freed, counters.roots_kept), (count, count));
+    }
+    assert_eq!(mmu.counters().roots_made, made + 1, "both kept the same one");
+    assert_none(&mmu.host().violations());
+}
