@@ -75,6 +75,7 @@ pub fn prepare(args: &RunArgs, seat: Seat, progress: Progress) -> Result<Prepare
                 setup::qemu(progress)?;
                 let hypervisor = match &args.guest.hypervisor {
                     Some(path) => path.clone(),
+                    None if args.guest.ghost => artifacts::watched_hypervisor(progress)?,
                     None => artifacts::hypervisor(progress)?,
                 };
                 let arrival = wait(address, progress)?;
