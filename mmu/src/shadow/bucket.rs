@@ -9,7 +9,7 @@ use alloc::boxed::Box;
 use alloc::vec::Vec;
 
 use super::page::{Place, UNSYNC};
-use super::rmap::{Key, Rmap, Room};
+use super::rmap::{Key, Rmap, Room, WORDS};
 use super::role::{Identity, Source};
 use super::table::Inside;
 use crate::OutOfMemory;
@@ -23,9 +23,9 @@ use crate::sync::{AtomicU64, Ordering, Padded, load_for_update};
 use crate::tlb::Moment;
 
 /// Distance of the frames in one chunk of reverse maps.
-const STRIDE: u64 = 64;
-/// Frames from the first to the last of a chunk, rounded up.
-const SPAN_SHIFT: u32 = 15;
+const STRIDE: u64 = 512;
+/// log2 of the frames from the first to the last of a chunk, rounded up.
+const SPAN_SHIFT: u32 = (STRIDE * WORDS as u64).ilog2();
 
 /// All buckets.
 #[derive(Debug)]
@@ -53,7 +53,7 @@ pub(super) enum Written {
 }
 
 fn key(gfn: Gfn) -> Key {
-    Key { chunk: (gfn.0 >> SPAN_SHIFT) as u32, word: (gfn.0 / STRIDE) as usize & 511 }
+    Key { chunk: (gfn.0 >> SPAN_SHIFT) as u32, word: (gfn.0 / STRIDE) as usize & (WORDS - 1) }
 }
 
 impl Buckets {

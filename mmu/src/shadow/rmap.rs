@@ -1,6 +1,6 @@
 //! Reverse maps: which entries map a guest frame.
 //!
-//! One word a frame: nothing, one place, or the number of a node. Words come in chunks of 512, of frames that are
+//! One word a frame: nothing, one place, or the number of a node. Words come in chunks of 64, of frames that are
 //! [`super::bucket::STRIDE`] apart; a chunk exists once one of its frames was mapped. A node holds up to 14 places and
 //! leads to the next; only the first may have fewer. A frame that is mapped from very many places is *crowded*, and the
 //! fault that would add one more removes all others instead (KVM: rmap recycling): removal looks through the list.
@@ -13,7 +13,8 @@ use alloc::vec::Vec;
 use super::page::Place;
 use crate::OutOfMemory;
 
-const WORDS: usize = 512;
+/// Frames of a chunk.
+pub(super) const WORDS: usize = 64;
 const NODE: usize = 14;
 /// Marks a word that names a node.
 const MANY: u32 = 1 << 31;
@@ -103,7 +104,7 @@ impl Rmap {
             self.chunks.try_reserve_exact(1)?;
             self.chunks.insert(position, (key.chunk, Box::new([0; WORDS])));
         }
-        if self.free == NONE {
+        if self.free == NONE && self.word(key) != 0 {
             self.nodes.try_reserve(1)?;
             self.free = self.nodes.len() as u32;
             self.nodes.push(Node { places: [0; NODE], next: NONE, count: 0, depth: 0 });
