@@ -54,15 +54,19 @@ pub enum StormKind {
     MovePage,
     /// A page is taken away, its content kept compressed, until the guest uses it again.
     TakePage,
+    /// The dirty log of such a slot is started, taken and held against the guest's memory, or stopped; or its pages age.
+    DirtyLog,
+    /// The slot's huge pages are split, and made whole again.
+    Split,
 }
 
 /// How many kinds there are.
-pub const STORM_KINDS: usize = 5;
+pub const STORM_KINDS: usize = 7;
 
 impl StormKind {
     /// All of them, in the order of their numbers.
     pub const ALL: [Self; STORM_KINDS] =
-        [Self::ZapAll, Self::SlotDelete, Self::SlotMove, Self::MovePage, Self::TakePage];
+        [Self::ZapAll, Self::SlotDelete, Self::SlotMove, Self::MovePage, Self::TakePage, Self::DirtyLog, Self::Split];
 
     /// Its name, for operators and reports.
     #[must_use]
@@ -73,6 +77,8 @@ impl StormKind {
             Self::SlotMove => "slot-move",
             Self::MovePage => "move-page",
             Self::TakePage => "take-page",
+            Self::DirtyLog => "dirty-log",
+            Self::Split => "split",
         }
     }
 
@@ -81,7 +87,7 @@ impl StormKind {
     #[must_use]
     pub const fn default_rate(self) -> u32 {
         match self {
-            Self::ZapAll | Self::SlotDelete | Self::SlotMove => 20,
+            Self::ZapAll | Self::SlotDelete | Self::SlotMove | Self::DirtyLog | Self::Split => 20,
             Self::MovePage | Self::TakePage => 50,
         }
     }

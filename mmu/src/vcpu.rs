@@ -29,7 +29,7 @@ use crate::root::{Loaded, Role, give_back};
 use crate::slots::dirty::{DirtyLog, DirtyRing, Ring};
 use crate::slots::track::Tracked;
 use crate::slots::{Slot, SlotFlags, SlotState};
-use crate::tdp::fault::{Mapping, Obstructed, TableCache, fix_protected, map_mmio, map_page, needed};
+use crate::tdp::fault::{Mapping, Obstructed, TableCache, Watch, fix_protected, map_mmio, map_page, needed};
 use crate::tdp::inspect::{translate, walk};
 use crate::tdp::protect::Logged;
 use crate::tlb::{FLUSH, FLUSH_CURRENT, FREE_OBSOLETE_ROOTS, Flush, RELOAD};
@@ -158,8 +158,9 @@ impl Watched {
         self.log.as_deref().map(|log| Logged { log, first: self.first(), ring })
     }
 
-    fn tracked(&self) -> Option<(&Tracked, Gfn)> {
-        self.tracked.as_deref().map(|tracked| (tracked, self.first()))
+    /// All of it, as the tables see it.
+    fn watch<'l>(&'l self, ring: Option<&'l Arc<Ring>>) -> Watch<'l> {
+        Watch { logged: self.logged(ring), tracked: self.tracked.as_deref(), first: self.first() }
     }
 }
 
@@ -432,7 +433,7 @@ impl<H: Host> Vcpu<H> {
             drop(inside);
             return Ok(Outcome::Fixed { level: Level::K4 });
         }
-        Obstructed { inside, want, generation, snapshot, logged: None, tracked: None }.map(root, &mut self.cache)
+        Obstructed { inside, want, generation, snapshot, watch: None }.map(root, &mut self.cache)
     }
 
     /// As [`Vcpu::back`], for a slot whose writes are not simply let through.
@@ -458,10 +459,9 @@ impl<H: Host> Vcpu<H> {
         let want = Mapping::new(slot.range(), gfn, access, extent, writable);
         Self::top_up(mmu, &self.ticket, &mut self.cache)?;
         let root = self.roots.current().ok_or(FaultError::NoRoot)?;
-        let (generation, logged) = (self.watched.hint.generation, self.watched.logged(self.ring.as_ref()));
-        let tracked = self.watched.tracked();
+        let (generation, watch) = (self.watched.hint.generation, self.watched.watch(self.ring.as_ref()));
         let inside = Shared::enter(mmu, &mut self.ticket);
-        Obstructed { inside, want, generation, snapshot, logged, tracked }.map(root, &mut self.cache)
+        Obstructed { inside, want, generation, snapshot, watch: Some(&watch) }.map(root, &mut self.cache)
     }
 
     /// Gives a write right back that only the dirty log has taken, without asking the backing (F6).

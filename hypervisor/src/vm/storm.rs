@@ -12,6 +12,8 @@
 //! wait for that ([`Storm::wait_for_end`]) before anybody walks tables for a report. They have left the guest by then, so no
 //! operation waits for them.
 
+mod dirty;
+
 use alloc::string::ToString;
 use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
@@ -169,7 +171,7 @@ impl Stall {
 /// Blows until the VM ends. On a CPU that runs no vCPU and does nothing else.
 pub(super) fn blow(vm: &Shared, worker: Worker<Machine>) {
     if let Some(plan) = vm.storm.plan {
-        let mut engine = Engine { vm, worker, random: Random(plan.seed) };
+        let mut engine = Engine { vm, worker, random: Random(plan.seed), logs: dirty::Logs::default() };
         engine.run(plan.rates);
     }
     apic::set_timer(0);
@@ -180,6 +182,7 @@ struct Engine<'a> {
     vm: &'a Shared,
     worker: Worker<Machine>,
     random: Random,
+    logs: dirty::Logs,
 }
 
 impl Engine<'_> {
@@ -227,6 +230,15 @@ impl Engine<'_> {
             }),
             StormKind::TakePage => {
                 self.on_a_page(|ram, gfn, _, worker| ram.take_page(gfn, move |range| worker.invalidate(range)))
+            }
+            StormKind::DirtyLog => match self.any_slot().and_then(|slot| Some((slot.id, range_of(&slot)?))) {
+                Some((id, range)) => self.logs.step(self.vm, &mut self.worker, &mut self.random, id, range),
+                None => false,
+            },
+            StormKind::Split => {
+                let Some(slot) = self.any_slot() else { return false };
+                // A slot that is logged stays split.
+                self.worker.split(slot.id).is_ok() && self.worker.collapse(slot.id).is_ok()
             }
         }
     }
@@ -309,6 +321,10 @@ impl Engine<'_> {
         }
         false
     }
+}
+
+fn range_of(slot: &SlotConfig) -> Option<GfnRange> {
+    GfnRange::new(slot.base.gfn(), slot.size / FRAME)
 }
 
 fn rest_until(deadline: u64) {

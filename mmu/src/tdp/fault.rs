@@ -159,10 +159,43 @@ pub(crate) struct Obstructed<'a, H: Host> {
     /// Of the memslots that the slot was found in.
     pub(crate) generation: u64,
     pub(crate) snapshot: Snapshot,
-    /// The slot's log, if it has one.
-    pub(crate) logged: Option<Logged<'a>>,
-    /// The slot's tracked pages, and its first frame, if it has any.
-    pub(crate) tracked: Option<(&'a Tracked, Gfn)>,
+    /// What stands in the way of writes to the slot, if anything.
+    pub(crate) watch: Option<&'a Watch<'a>>,
+}
+
+/// What stands in the way of writes to a slot, besides its being read-only.
+#[derive(Clone, Copy)]
+pub(crate) struct Watch<'l> {
+    /// Its log.
+    pub(crate) logged: Option<Logged<'l>>,
+    /// Its tracked pages.
+    pub(crate) tracked: Option<&'l Tracked>,
+    /// Its first frame.
+    pub(crate) first: Gfn,
+}
+
+impl Watch<'_> {
+    /// The largest leaf for `gfn`, `level` if nothing is in the way, and whether somebody watches writes to the page.
+    fn level(&self, gfn: Gfn, mut level: Level) -> (Level, bool) {
+        if self.logged.is_some_and(|logged| logged.by_page()) {
+            level = Level::K4;
+        }
+        let touches = |level| self.tracked.is_some_and(|pages| pages.touches(self.first, GfnRange::block(level, gfn)));
+        while touches(level) {
+            match level.down() {
+                Some(smaller) => level = smaller,
+                None => return (level, true),
+            }
+        }
+        (level, false)
+    }
+}
+
+/// The same, for one root and one page.
+struct Special<'l> {
+    log: Option<Log<'l>>,
+    /// Somebody watches writes to the page: it is not mapped writable, and its leaf says that a fault must ask.
+    watched: bool,
 }
 
 impl<H: Host> Obstructed<'_, H> {
@@ -170,19 +203,11 @@ impl<H: Host> Obstructed<'_, H> {
     #[cold]
     #[inline(never)]
     pub(crate) fn map(self, root: &RootRef, cache: &mut TableCache) -> Result<Outcome, FaultError> {
-        let Self { inside, want, generation, snapshot, logged, tracked } = self;
-        let log = logged.map(|logged| Log { by_dirty_bit: logged.by_dirty_bit(root), logged });
-        let largest = inside.mmu.config.largest;
-        let mut level = want.level(if log.is_some_and(|log| log.logged.by_page()) { Level::K4 } else { largest });
-        // Inside the lock, which is what the tracker's grace period waits for.
-        while tracked.is_some_and(|(pages, first)| pages.touches(first, GfnRange::block(level, want.gfn))) {
-            let Some(smaller) = level.down() else {
-                if want.writes() {
-                    return Ok(Outcome::Tracked);
-                }
-                break;
-            };
-            level = smaller;
+        let Self { inside, want, generation, snapshot, watch } = self;
+        let (mut level, mut watched) = (want.level(inside.mmu.config.largest), false);
+        if let Some(watch) = watch {
+            // Inside the lock, which is what the tracker's grace period waits for.
+            (level, watched) = watch.level(want.gfn, level);
         }
         let block = GfnRange::block(level, want.gfn);
         let stale = inside.mmu.slots.generation() != generation && !mutants::is(Mutant::SlotsTestedBeforeTheLockOnly);
@@ -190,9 +215,18 @@ impl<H: Host> Obstructed<'_, H> {
         if overtaken || !root.is_valid(&inside) {
             return Ok(Outcome::Retry);
         }
+        let special;
+        let special = match watch {
+            None => None,
+            Some(_) if watched && want.writes() => return Ok(Outcome::Tracked),
+            Some(watch) => {
+                let log = watch.logged.map(|logged| Log { by_dirty_bit: logged.by_dirty_bit(root), logged });
+                special = Special { log, watched };
+                Some(&special)
+            }
+        };
         let without_ad = root.role().ad_bits() == AdBits::Off;
-        let watched = tracked.is_some_and(|(pages, first)| pages.has(want.gfn.0 - first.0));
-        Walk { inside: &inside, cache, want, without_ad, log, watched }.map(root, level)
+        Walk { inside: &inside, cache, want, without_ad, special }.map(root, level)
     }
 }
 
@@ -259,9 +293,8 @@ struct Walk<'w, 'a, H: Host> {
     want: Mapping,
     /// Where nobody looks at dirty bits, or none are set, a leaf counts as written as soon as it may be.
     without_ad: bool,
-    log: Option<Log<'w>>,
-    /// Somebody watches writes to the page: it is not mapped writable, and its leaf says that a fault must ask.
-    watched: bool,
+    /// What writes to the slot are held back for.
+    special: Option<&'w Special<'w>>,
 }
 
 enum Step<'g, H: Host> {
@@ -277,6 +310,10 @@ enum Met<'g, H: Host> {
 }
 
 impl<'w, H: Host> Walk<'w, '_, H> {
+    fn log(&self) -> Option<&'w Log<'w>> {
+        self.special.and_then(|special| special.log.as_ref())
+    }
+
     /// Walks from `root` down to a leaf of `level`, or less where there are tables already.
     fn map(mut self, root: &RootRef, level: Level) -> Result<Outcome, FaultError> {
         let mut table = Table::root(self.inside, root);
@@ -344,7 +381,7 @@ impl<'w, H: Host> Walk<'w, '_, H> {
                 }
                 Met::Step(step) => return step,
             };
-            let marks = self.log.filter(|log| !log.by_dirty_bit && new & H::Format::WRITE != 0);
+            let marks = self.log().filter(|log| !log.by_dirty_bit && new & H::Format::WRITE != 0);
             if let Some(log) = marks.filter(|_| mutants::is(Mutant::DirtyBeforeWritable)) {
                 log.logged.mark(level, self.want.gfn);
             }
@@ -366,10 +403,10 @@ impl<'w, H: Host> Walk<'w, '_, H> {
     fn leaf(&self, level: Level) -> Leaf {
         let writes = self.want.writes();
         let mut leaf = self.want.leaf(level, writes);
-        if self.log.is_some_and(|log| log.is_too_large(level) || log.protects(level) && !writes) {
+        if self.log().is_some_and(|log| log.is_too_large(level) || log.protects(level) && !writes) {
             leaf.rights -= Rights::WRITE;
         }
-        if self.watched {
+        if self.special.is_some_and(|special| special.watched) {
             leaf.rights -= Rights::WRITE;
             leaf.mmu_writable = false;
         }
@@ -392,7 +429,7 @@ impl<'w, H: Host> Walk<'w, '_, H> {
                 Met::Replace(H::Format::leaf(level, self.leaf(level)), Books::LeafAdded)
             }
             State::Leaf(_) | State::AccessTracked(_)
-                if want.writes() && self.log.is_some_and(|log| log.is_too_large(level)) =>
+                if want.writes() && self.log().is_some_and(|log| log.is_too_large(level)) =>
             {
                 Met::Split
             }

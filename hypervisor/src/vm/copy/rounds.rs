@@ -73,8 +73,8 @@ impl Logs {
 impl Drop for Logs {
     fn drop(&mut self) {
         for &(id, _) in &self.slots {
-            // It fails only for a slot that has gone, with its log.
-            let _ = self.worker.stop_log(id);
+            // It fails only for a slot that has gone, with its log. What was split is whole again for the guest to go on.
+            let _ = self.worker.stop_log(id).and_then(|()| self.worker.collapse(id));
         }
         self.vm.note_writes(false);
         if self.vm.stopping() {
