@@ -328,7 +328,7 @@ pub fn figures<A: Asymmetry>(full: bool) -> Vec<Figure> {
     let mut figures = Vec::new();
     let mut figure = |name: &str, value: f64| figures.push(Figure { name: format!("zap_all.{name}"), value });
     println!("\nzap-all: the front half, by what is mapped, wall ns: median (minimum)");
-    let rounds = if full { 21 } else { 2 };
+    let rounds = if full { 9 } else { 2 };
     let [small, large] = Size::ALL.map(|size| {
         let summary = front_half::<A>(size, rounds);
         println!("  {:<5} {:>8.0} ({:.0})", size.name(), summary.median, summary.min);
@@ -338,7 +338,7 @@ pub fn figures<A: Asymmetry>(full: bool) -> Vec<Figure> {
     figure("front_half.ns_ratio_1tib_to_1gib", large.median / small.median);
     if let [first, second, ..] = cpus()[..] {
         println!("zap-all: faults of another thread during the back half of 1 GiB in 4 KiB pages");
-        let (samples, longest) = beside::<A>(if full { 21 } else { 2 }, GIB, [first, second]);
+        let (samples, longest) = beside::<A>(if full { 11 } else { 2 }, GIB, [first, second]);
         let of = |what: fn(&Beside) -> f64| Summary::of(&samples.iter().map(what).collect::<Vec<_>>()).median;
         let (during, alone) = (of(|round| round.during), of(|round| round.alone));
         // Of rounds, and not of medians: the two parts of a round lie close together.
