@@ -8,11 +8,11 @@
 //! Two callers at once may share one NMI. That is right: a counter read after the caller's own fence, and seen to have
 //! moved, means that the target's locked increment came after that read.
 //!
-//! A CPU that is away, in a guest or halted, is not asked. It says so after everything that it did, and when it comes back
+//! A CPU that is away, which is halted, is not asked. It says so after everything that it did, and when it comes back
 //! it withdraws that and executes a full fence, before it does anything that is ordered here. So a caller that finds it
 //! away, having fenced itself, sees all that the CPU did before; and if it withdraws only then, its own fence comes after the
-//! caller's, which is all that was asked of it. On a machine whose CPUs are mostly in their guests that is most of them, and
-//! where a CPU is a thread of an emulator, it need not be waited for until that thread has its turn.
+//! caller's, which is all that was asked of it. Where a CPU is a thread of an emulator, it need not be waited for until that
+//! thread has its turn. (The same could be said of a CPU in a guest. It is asked all the same: its exit is the answer.)
 //!
 //! CPU 0 is left out. It is never on the cheap side while another CPU is on the expensive one: it sets a VM up before vCPUs
 //! run and takes it down after, and in between it touches nothing that the fence orders ([`crate::vm`] says what it does

@@ -65,13 +65,13 @@ impl Local {
         self.online.load(Ordering::Acquire)
     }
 
-    /// Whether the CPU is in a guest or halted: see [`super::barrier`].
+    /// Whether the CPU is halted: see [`super::barrier`].
     #[must_use]
     pub(super) fn is_away(&self) -> bool {
         self.away.load(Ordering::Acquire)
     }
 
-    /// Lets this CPU be away while `run` runs a guest or halts, and does nothing that [`super::barrier`] orders.
+    /// Lets this CPU be away while `run` halts it, and does nothing that [`super::barrier`] orders.
     #[inline]
     pub fn away<R>(&self, run: impl FnOnce() -> R) -> R {
         // Release: who sees it sees what was done before.

@@ -279,7 +279,7 @@ impl<C: GuestCpu> Vcpu<C> {
             embedder::kick(self.number);
         }
         self.stall.entering(&vm.storm);
-        let exit = local::this().away(|| self.cpu.run());
+        let exit = self.cpu.run();
         ghost::left(self.number);
         drop(inside);
         reach.back();
