@@ -86,17 +86,23 @@ const STABLE_CLOCK: u32 = 1 << 24;
 /// "TCGTCGTCGTCG" in EBX, ECX, EDX: what QEMU's emulation says of itself.
 const EMULATED: [u32; 3] = [0x5447_4354, 0x4354_4743, 0x4743_5447];
 
-/// The features of the paravirtual interface.
+/// Whether the host's CPU is QEMU's emulation (TCG).
 ///
-/// Under QEMU's emulation the clock is not called stable, although it is: a Linux that is told so patches its clock's code
-/// while its other CPUs run it, and the emulation (multi-threaded, 7.2) now and then goes on with a translation of the
-/// half-patched instruction, whose INT3 then hits nobody's handler. Plain QEMU guests with eight CPUs die of it as well. A
-/// Linux that is not told so never uses that code.
-fn features(host: &impl HostCpuid) -> u32 {
+/// Two things are not offered there:
+/// - The paravirtual clock is not called stable, although it is: a Linux that is told so patches its clock's code while its
+///   other CPUs run it, and the emulation (multi-threaded, 7.2) now and then goes on with a translation of the half-patched
+///   instruction, whose INT3 then hits nobody's handler. Plain QEMU guests with eight CPUs die of it as well. A Linux that
+///   is not told so never uses that code.
+/// - CMPXCHG16B: the emulation (7.2) makes the flags after it of an outdated notion of where they are, so that RFLAGS may
+///   be the low half of some register's value, the direction flag included. An interrupt or exit that comes before the
+///   next instruction that sets flags saves them, and what returns restores them: Linux's slab allocator uses the
+///   instruction just before it touches a page that may have been taken away. A Linux that is not offered it takes a lock.
+///   (CMPXCHG8B has the same fault; no 64-bit kernel does without its bit, nor uses the instruction.)
+fn emulated(host: &impl HostCpuid) -> bool {
     // Only a hypervisor (leaf 1, ECX bit 31) has these leaves.
     let hosted = host.leaf(0, 0).eax >= 1 && host.leaf(1, 0).ecx & 1 << 31 != 0;
     let name = if hosted { host.leaf(HYPERVISOR, 0) } else { CpuidRegs::default() };
-    if [name.ebx, name.ecx, name.edx] == EMULATED { FEATURES } else { FEATURES | STABLE_CLOCK }
+    [name.ebx, name.ecx, name.edx] == EMULATED
 }
 
 /// A set of bits.
@@ -110,8 +116,10 @@ const fn bits(list: &[u32]) -> u32 {
     set
 }
 
-/// SSE3, PCLMULQDQ, SSSE3, CMPXCHG16B, PCID, SSE4.1, SSE4.2, MOVBE, POPCNT, AES, RDRAND.
-const L1_ECX: u32 = bits(&[0, 1, 9, 13, 17, 19, 20, 22, 23, 25, 30]);
+/// SSE3, PCLMULQDQ, SSSE3, PCID, SSE4.1, SSE4.2, MOVBE, POPCNT, AES, RDRAND.
+const L1_ECX: u32 = bits(&[0, 1, 9, 17, 19, 20, 22, 23, 25, 30]);
+/// Not offered by an emulated host.
+const L1_ECX_CMPXCHG16B: u32 = bits(&[13]);
 /// FMA, XSAVE, AVX, F16C.
 const L1_ECX_XSAVE: u32 = bits(&[12, 26, 28, 29]);
 /// X2APIC, TSC deadline, hypervisor present.
@@ -221,9 +229,10 @@ impl CpuidPolicy {
             let last = if leaf >= 0x8000_0000 { last_extended } else { last_basic };
             if leaf <= last { host.leaf(leaf, subleaf) } else { CpuidRegs::default() }
         };
-        policy.add_basic(&ask, basic, config);
+        let emulated = emulated(host);
+        policy.add_basic(&ask, basic, config, emulated);
         policy.add_extended(&ask, CpuidRegs { eax: last_extended, ..extended }, config);
-        policy.add_hypervisor(config, features(host));
+        policy.add_hypervisor(config, if emulated { FEATURES } else { FEATURES | STABLE_CLOCK });
         policy
     }
 
@@ -293,8 +302,15 @@ impl CpuidPolicy {
         self.entries.push(Entry { leaf, subleaf, regs });
     }
 
-    fn add_basic(&mut self, ask: &impl Fn(u32, u32) -> CpuidRegs, basic: CpuidRegs, config: CpuidConfig) {
+    fn add_basic(
+        &mut self,
+        ask: &impl Fn(u32, u32) -> CpuidRegs,
+        basic: CpuidRegs,
+        config: CpuidConfig,
+        emulated: bool,
+    ) {
         let with_xsave = |allowed: u32| if config.xsave { allowed } else { 0 };
+        let cmpxchg16b = if emulated { 0 } else { L1_ECX_CMPXCHG16B };
         let one = ask(1, 0);
         // What is offered must not depend on what a small host happens to have, so the last leaf is always the same; the
         // leaves that the host lacks are zero.
@@ -306,7 +322,7 @@ impl CpuidPolicy {
             CpuidRegs {
                 eax: one.eax,
                 ebx: one.ebx & 0x0000_ffff | self.vcpus << 16,
-                ecx: one.ecx & (L1_ECX | with_xsave(L1_ECX_XSAVE)) | L1_ECX_ADDED,
+                ecx: one.ecx & (L1_ECX | cmpxchg16b | with_xsave(L1_ECX_XSAVE)) | L1_ECX_ADDED,
                 edx: one.edx & L1_EDX | L1_EDX_APIC | L1_EDX_MTRR | many,
             },
         );
@@ -547,7 +563,7 @@ mod tests {
     }
 
     #[test]
-    fn an_emulated_host_offers_no_stable_clock() {
+    fn an_emulated_host_offers_no_stable_clock_and_no_cmpxchg16b() {
         struct Emulated;
         impl HostCpuid for Emulated {
             fn leaf(&self, leaf: u32, subleaf: u32) -> CpuidRegs {
@@ -562,6 +578,9 @@ mod tests {
         }
         let policy = CpuidPolicy::new(&Emulated, config(1, false));
         assert_eq!(policy.query(0x4000_0001, 0, context(0)).eax, 0xa);
+        let everywhere = CpuidPolicy::new(&Everything, config(1, false));
+        let cmpxchg16b = |policy: &CpuidPolicy| policy.query(1, 0, context(0)).ecx >> 13 & 1;
+        assert_eq!((cmpxchg16b(&policy), cmpxchg16b(&everywhere)), (0, 1));
     }
 
     #[test]
