@@ -2,7 +2,8 @@
 //!
 //! A guest of several CPUs keeps writing patterns over most of its memory and checking them, its clock, and its files. It is
 //! given from command to command. What fails is cut at random moments: the connection, by a relay that stands in between,
-//! or the target, which is killed. The guest must find itself right at the end, on whichever machine it is.
+//! or the target, which is killed. Every other machine waits at a TCP port, the rest at sockets in the file system. The guest
+//! must find itself right at the end, on whichever machine it is.
 //!
 //! By default once there, and a cut. With numbers of one's own, which take a while:
 //!
@@ -16,8 +17,7 @@ mod machine;
 use std::{
     env, fs, io,
     io::{BufRead, BufReader},
-    net::Shutdown,
-    os::unix::net::{UnixListener, UnixStream},
+    net::{Shutdown, TcpListener},
     path::PathBuf,
     process::{Child, ChildStdout, Command, Output, Stdio},
     sync::{
@@ -29,6 +29,7 @@ use std::{
 };
 
 use machine::one_machine_at_a_time;
+use nestling_cli::copy::link::{Address, Link, Listener};
 use rustix::process::{Pid, Signal, kill_process};
 
 /// Seconds for one machine's part.
@@ -48,7 +49,7 @@ fn asked(name: &str, default: usize) -> usize {
 /// A command that runs a guest, or waits for one.
 struct Running {
     name: String,
-    address: PathBuf,
+    address: Address,
     child: Child,
     /// What its console has shown.
     seen: Arc<Mutex<String>>,
@@ -68,11 +69,17 @@ fn collect(console: ChildStdout, seen: &Arc<Mutex<String>>) {
 impl Running {
     fn start(number: usize, arguments: &[&str]) -> Self {
         let name = format!("migration-test-{}-{number}", std::process::id());
-        let address = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join(format!("{name}.socket"));
+        let address = if number % 2 == 1 {
+            // Free now, and nobody here asks for a port in between.
+            let free = TcpListener::bind("127.0.0.1:0").and_then(|listener| listener.local_addr()).expect("a port");
+            Address::Tcp(free.to_string())
+        } else {
+            Address::Unix(PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join(format!("{name}.socket")))
+        };
         let mut command = nestling();
         command.args(["run", "--timeout", LIMIT, "--name", &name]).args(arguments);
         if arguments.is_empty() {
-            command.arg("--incoming").arg(&address);
+            command.arg("--incoming").arg(address.to_string());
         }
         let mut child = command.stdout(Stdio::piped()).spawn().expect("the command can be started");
         let seen = Arc::default();
@@ -81,9 +88,7 @@ impl Running {
     }
 
     fn target(number: usize) -> Self {
-        let target = Self::start(number, &[]);
-        until("a target listens", || target.address.exists());
-        target
+        Self::start(number, &[])
     }
 
     fn count(&self, wanted: &str) -> usize {
@@ -100,9 +105,9 @@ impl Running {
     }
 
     /// Asks for a migration to an address.
-    fn migrate(&self, to: &PathBuf) -> Child {
+    fn migrate(&self, to: &Address) -> Child {
         let mut command = nestling();
-        command.args(["migrate", "--name", &self.name, "--to"]).arg(to).args(["--rounds", "5"]);
+        command.args(["migrate", "--name", &self.name, "--to"]).arg(to.to_string()).args(["--rounds", "5"]);
         command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().expect("the command can be started")
     }
 
@@ -117,7 +122,9 @@ impl Running {
         self.child.kill().expect("killed");
         self.child.wait().expect("ends");
         // Nobody is left to take it away.
-        let _ = fs::remove_file(&self.address);
+        if let Address::Unix(path) = &self.address {
+            let _ = fs::remove_file(path);
+        }
     }
 }
 
@@ -137,24 +144,31 @@ fn end(child: Child) -> (Option<i32>, String) {
 
 /// Stands between a source and a target, and can be cut.
 struct Relay {
-    address: PathBuf,
+    address: Address,
     cut: Arc<AtomicBool>,
     /// Bytes that went to the target.
     passed: Arc<AtomicUsize>,
 }
 
 impl Relay {
-    fn start(to: PathBuf) -> Self {
-        let address = to.with_extension("relay");
-        let _ = fs::remove_file(&address);
-        let listener = UnixListener::bind(&address).expect("bound");
+    /// By the same means as the target, which may yet have to begin to listen.
+    fn start(to: Address) -> Self {
+        let address = match &to {
+            Address::Unix(path) => Address::Unix(path.with_extension("relay")),
+            Address::Tcp(_) => Address::Tcp("127.0.0.1:0".into()),
+        };
+        let listener = address.listen().expect("bound");
+        let address = match &listener {
+            Listener::Tcp(listener) => Address::Tcp(listener.local_addr().expect("bound").to_string()),
+            Listener::Unix(..) => address,
+        };
         let (cut, passed) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicUsize::new(0)));
         let relay = Self { address, cut: Arc::clone(&cut), passed: Arc::clone(&passed) };
         thread::spawn(move || {
             // What comes after the cut gets through again: the link was lost, not the target.
-            for source in listener.incoming().map_while(Result::ok) {
-                let Ok(target) = UnixStream::connect(&to) else { continue };
-                let share = |stream: &UnixStream| stream.try_clone().expect("shared");
+            while let Ok(source) = listener.accept() {
+                let Some(target) = reached(&to) else { continue };
+                let share = |link: &Link| link.share().expect("shared");
                 let first = !cut.load(Ordering::SeqCst);
                 let flag = Arc::new(AtomicBool::new(false));
                 for (from, into, counted) in [(&source, &target, true), (&target, &source, false)] {
@@ -169,10 +183,34 @@ impl Relay {
     }
 }
 
-fn pass_on(mut from: UnixStream, mut into: UnixStream, cut: &AtomicBool, count: Option<&AtomicUsize>) {
+/// Connects, if somebody begins to listen there within a minute.
+fn reached(address: &Address) -> Option<Link> {
+    let began = Instant::now();
+    loop {
+        match address.connect() {
+            Ok(link) => return Some(link),
+            Err(_) if began.elapsed() < Duration::from_secs(60) => thread::sleep(Duration::from_millis(20)),
+            Err(_) => return None,
+        }
+    }
+}
+
+fn shut(link: &Link) {
+    // It may be shut already.
+    let _ = match link {
+        Link::Tcp(stream) => stream.shutdown(Shutdown::Both),
+        Link::Unix(stream) => stream.shutdown(Shutdown::Both),
+    };
+}
+
+fn pass_on(mut from: Link, mut into: Link, cut: &AtomicBool, count: Option<&AtomicUsize>) {
     use io::{Read, Write};
     let mut bytes = vec![0; 64 << 10];
-    let _ = from.set_read_timeout(Some(Duration::from_millis(5)));
+    let read_patience = match &from {
+        Link::Tcp(stream) => stream.set_read_timeout(Some(Duration::from_millis(5))),
+        Link::Unix(stream) => stream.set_read_timeout(Some(Duration::from_millis(5))),
+    };
+    read_patience.expect("a valid time");
     loop {
         if cut.load(Ordering::SeqCst) {
             break;
@@ -189,8 +227,8 @@ fn pass_on(mut from: UnixStream, mut into: UnixStream, cut: &AtomicBool, count: 
             Err(_) => break,
         }
     }
-    let _ = from.shutdown(Shutdown::Both);
-    let _ = into.shutdown(Shutdown::Both);
+    shut(&from);
+    shut(&into);
 }
 
 /// Random enough, and different each time.
