@@ -6,7 +6,10 @@ use std::sync::{Arc, Mutex};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use nestling::events::{Event, Side};
-use nestling::{Access, Cause, Config, Fault, Gfn, GfnRange, Level, Mmu, Outcome, SlotId, VcpuId};
+use nestling::{
+    Access, Cause, Config, Fault, Gfn, GfnRange, Granularity, Level, LogConfig, LogStart, Mmu, Outcome, SlotId, Split,
+    Tracking, VcpuId, Worker,
+};
 use nestling_checks::machine::{Build, Machine};
 use nestling_checks::scene::{Amd, add, small, two_by_two};
 
@@ -178,4 +181,57 @@ fn the_front_half_touches_no_table() {
     assert_eq!(released.0, taken.0, "tables were looked at");
     assert_eq!(released.1 - taken.1, u64::from(mmu.config().vcpus), "every vCPU is told, once");
     assert!(mmu.host().looks() - released.0 >= TABLES && taken.0 == before, "the back half looks at all of them");
+}
+
+/// What is done for dirty logs and ages, each with the most steps that one of its holds of the shared side did, and the
+/// least holds that it must have taken if it let go after each.
+fn dirty_work(mmu: &Arc<Mmu<Amd>>, tracking: Tracking) -> Vec<(&'static str, Vec<u32>)> {
+    let id = SlotId(0);
+    let words = (TABLES * 512 / 64) as usize;
+    let config = LogConfig { tracking, granularity: Granularity::Page, start: LogStart::Clean, split: Split::Eager };
+    let seen: Arc<Mutex<Vec<(Side, u32)>>> = Arc::default();
+    let into = Arc::clone(&seen);
+    mmu.host().on_trace(Box::new(move |event| {
+        if let Event::LockReleased { side, steps } = event {
+            into.lock().expect("the hook does not panic").push((side, steps));
+        }
+    }));
+    let mut worker = mmu.worker().expect("a worker is free");
+    let mut parts = Vec::new();
+    let mut part = |name, operation: &mut dyn FnMut(&mut Worker<Amd>)| {
+        operation(&mut worker);
+        let holds = std::mem::take(&mut *seen.lock().expect("the hook does not panic"));
+        let exclusive = holds.iter().filter(|hold| hold.0 == Side::Exclusive).count();
+        assert_eq!(exclusive, 0, "{name} took the exclusive lock");
+        parts.push((name, holds.into_iter().map(|hold| hold.1).collect()));
+    };
+    part("start", &mut |worker| worker.start_log(id, config).expect("there is none yet"));
+    part("harvest", &mut |worker| {
+        worker.merge_dirty(id, 0, &vec![u64::MAX; words]).expect("it is on");
+        assert_eq!(worker.harvest_dirty(id, 0, &mut vec![0; words]), Ok(TABLES * 512));
+    });
+    part("clear", &mut |worker| {
+        worker.merge_dirty(id, 0, &vec![u64::MAX; words]).expect("it is on");
+        assert_eq!(worker.clear_dirty(id, 0, &vec![u64::MAX; words]), Ok(TABLES * 512));
+    });
+    part("age", &mut |worker| assert!(worker.clear_young(Default::default(), everything()).mapped > 0));
+    parts
+}
+
+/// Nobody waits for more than one table's work, and nothing of it takes the lock for itself: a vCPU that faults meanwhile
+/// is held up by none of it.
+#[test]
+fn dirty_work_and_aging_let_go_after_each_table_when_somebody_waits() {
+    for tracking in [Tracking::WriteProtect, Tracking::DirtyBit] {
+        for (name, holds) in dirty_work(&mapped(1), tracking) {
+            assert!(holds.iter().all(|&steps| steps == 1), "{name}, {tracking:?}: {holds:?}");
+            assert!(holds.len() as u64 >= TABLES, "{name}, {tracking:?}: {} holds", holds.len());
+        }
+        for (name, holds) in dirty_work(&mapped(0), tracking) {
+            assert!(
+                holds.iter().any(|&steps| steps > 1),
+                "{name}, {tracking:?}: nobody waits, so why let go: {holds:?}"
+            );
+        }
+    }
 }

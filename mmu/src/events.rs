@@ -181,7 +181,8 @@ pub enum Event {
     LockReleased {
         /// How it was taken.
         side: Side,
-        /// Steps of a zap that were done in between: each is the work that one 4 KiB table is, at most.
+        /// Steps that were done in between, of a zap or of a walk for dirty logs, ages and the like: each is the work that
+        /// one 4 KiB table is, at most.
         steps: u32,
     },
     /// All vCPUs were made to flush.

@@ -11,7 +11,7 @@
 
 use crate::Mmu;
 use crate::addr::{Gfn, GfnRange, Level};
-use crate::events::Counter;
+use crate::events::{Counter, Event, Side};
 use crate::format::Format;
 use crate::host::Host;
 use crate::lock::{Shared, Ticket};
@@ -66,14 +66,21 @@ pub(crate) fn sweep<H: Host>(
         let mut next = if visitor.enters(&root) { visitor.seek(range.start) } else { end };
         while next < end {
             let inside = Shared::enter(mmu, ticket);
-            let mut refill = false;
+            if H::TRACE {
+                mmu.host.trace(Event::LockTaken { side: Side::Shared });
+            }
+            let (mut refill, mut steps) = (false, 0);
             while next < end && !refill {
+                steps += 1;
                 (next, refill) = step(&inside, &root, GfnRange { start: next, end }, visitor);
                 if inside.should_yield() {
                     break;
                 }
             }
             drop(inside);
+            if H::TRACE {
+                mmu.host.trace(Event::LockReleased { side: Side::Shared, steps });
+            }
             if refill {
                 visitor.refill(mmu, ticket);
             }
