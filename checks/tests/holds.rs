@@ -235,3 +235,20 @@ fn dirty_work_and_aging_let_go_after_each_table_when_somebody_waits() {
         }
     }
 }
+
+/// A log that starts with everything dirty looks at no table and tells no vCPU, however much is mapped.
+#[test]
+fn a_log_that_starts_all_dirty_looks_at_no_table() {
+    let mmu = mapped(0);
+    let mut worker = mmu.worker().expect("a worker is free");
+    let mut start = |start| {
+        let config = LogConfig { start, ..LogConfig::default() };
+        let before = (mmu.host().looks(), mmu.counters().flush_requests);
+        worker.start_log(SlotId(0), config).expect("there is none yet");
+        let after = (mmu.host().looks(), mmu.counters().flush_requests);
+        worker.stop_log(SlotId(0)).expect("it is on");
+        (after.0 - before.0, after.1 - before.1)
+    };
+    assert_eq!(start(LogStart::AllDirty), (0, 0));
+    assert!(start(LogStart::Clean).0 >= TABLES, "else what is counted is not what it would look at");
+}
