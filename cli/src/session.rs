@@ -9,9 +9,9 @@
 //! - the hypervisor says `Done`: then QEMU has [`END_GRACE`] to end by itself;
 //! - a guest of a series does not end within its slice and [`NEXT_GUEST_WITHIN`];
 //! - the control channel closes, or nothing comes on it for [`HELLO_WITHIN`]: the hypervisor has failed;
-//! - somebody leaves, or the time limit is over: the hypervisor is asked to stop, so that its report comes, and has
-//!   [`STOP_GRACE`];
-//! - a signal comes: QEMU is killed.
+//! - somebody leaves, a signal comes, or the time limit is over: the hypervisor is asked to stop, so that its report
+//!   comes, and has [`STOP_GRACE`];
+//! - a second signal comes: QEMU is killed.
 
 use std::{
     io::{Read, Write},
@@ -296,6 +296,8 @@ impl Session<'_> {
                 }
                 Ok(Event::Leave) => self.stop(control, Ending::Left),
                 Ok(Event::Request(request)) => self.request(control, &request),
+                // The guest is ended in order, with its report; whoever cannot wait for that sends another one.
+                Ok(Event::Signal(number)) if self.may_be_stopped() => self.stop(control, Ending::Signal(number)),
                 Ok(Event::Signal(number)) => return Ok(Ending::Signal(number)),
                 // This side holds a sender itself: the queue cannot close. If it did there would be nothing to wait for.
                 Err(_) => return Ok(Ending::Hypervisor(HypervisorFailure::Died { status: None })),
@@ -566,9 +568,30 @@ mod tests {
 
     #[test]
     fn who_leaves_asks_the_hypervisor_to_stop_and_still_gets_its_report() {
-        let (record, _) = session(None, |_console, mut control, remote| {
+        asks_for_its_report(Remote::leave, Ending::Left);
+    }
+
+    #[test]
+    fn a_signal_asks_the_hypervisor_to_stop_and_still_gets_its_report() {
+        asks_for_its_report(|remote| remote.signal(15), Ending::Signal(15));
+    }
+
+    #[test]
+    fn a_second_signal_waits_for_nothing() {
+        let (record, _) = session(None, |console, mut control, remote| {
+            remote.signal(2);
+            remote.signal(15);
+            // Nothing more is said, and nothing closed, before the other side is gone.
+            while control.read(&mut [0; 64]).is_ok_and(|length| length > 0) {}
+            drop(console);
+        });
+        assert_eq!(record.ending, Ending::Signal(15));
+    }
+
+    fn asks_for_its_report(end: impl FnOnce(&Remote) + Send + 'static, expected: Ending) {
+        let (record, _) = session(None, move |_console, mut control, remote| {
             control.write_all(&bytes(&[hello(PROTOCOL_VERSION)])).expect("sent");
-            remote.leave();
+            end(&remote);
             let mut decoder = Decoder::default();
             let mut byte = [0];
             let asked = loop {
@@ -581,7 +604,7 @@ mod tests {
             let end = [ToCommand::Report(Box::default()), ToCommand::Done(GuestExit::Stopped)];
             control.write_all(&bytes(&end)).expect("sent");
         });
-        assert_eq!(record.ending, Ending::Left);
+        assert_eq!(record.ending, expected);
         assert!(record.report.is_some());
     }
 

@@ -75,8 +75,10 @@ fn a_guest_and_its_snapshot_both_go_on() {
     let file = path("guest.snapshot");
     let file = file.to_str().expect("text");
     let name = format!("snapshot-test-{}", std::process::id());
-    let mut guest =
-        Running::start(&["--name", &name, "--vcpus", "2", "--memory", "128M", "--append", "nestling.seconds=1000"]);
+    let run_report = path("snapshot-run.json");
+    let run_report = run_report.to_str().expect("text");
+    let what = ["--vcpus", "2", "--memory", "128M", "--append", "nestling.seconds=1000"];
+    let mut guest = Running::start(&[&["--name", &name, "--report", run_report], &what[..]].concat());
     guest.wait_for("memory: round 1");
     let twice = nestling().args(["run", "--name", &name, "--vcpus", "1"]).output().expect("started");
     assert_eq!(twice.status.code(), Some(2), "a name that is taken: {twice:?}");
@@ -92,6 +94,11 @@ fn a_guest_and_its_snapshot_both_go_on() {
         assert!(figures[figure].as_f64().is_some_and(|value| value > 0.0), "{figure} in {report}");
     }
     guest.expect_good();
+    // Its log is off again, and what was split for it is whole.
+    let figures: serde_json::Value =
+        serde_json::from_str(&fs::read_to_string(run_report).expect("written")).expect("JSON");
+    let mapped = |size: &str| figures["mapped_bytes"][size].as_f64().unwrap_or_else(|| panic!("{size} in {figures}"));
+    assert!(mapped("2M") > 99.0 * mapped("4K"), "{figures}");
 
     Running::start(&["--restore", file]).expect_good();
 
