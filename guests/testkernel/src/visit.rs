@@ -154,6 +154,17 @@ visit_leave_long:
     and eax, 0x7fffffff
     mov cr0, eax
     push edx
+    // An exit while EFER still has LME, and CR4 has no PAE.
+    mov eax, cr4
+    push eax
+    and eax, 0xffffffdf
+    mov cr4, eax
+    push ebx
+    xor eax, eax
+    cpuid
+    pop ebx
+    pop eax
+    mov cr4, eax
     mov ecx, 0xc0000080
     rdmsr
     and eax, 0xfffffeff

@@ -22,6 +22,7 @@ mod execute;
 mod operand;
 mod shift;
 mod stack;
+mod status;
 mod string;
 mod vector;
 
@@ -35,6 +36,7 @@ use nestling::Access;
 use crate::guest::entry::Segment;
 pub use descriptor::SegmentRegister;
 use operand::Space;
+pub use status::{StatusWrite, status_write};
 
 /// Longest instruction (APM vol. 3, 1.1).
 const MAX_INSTRUCTION: usize = 15;

@@ -16,6 +16,7 @@ pub fn decode(code: u64, info1: u64, info2: u64) -> Exit {
         0x60 => Exit::Interrupt,
         0x61 => Exit::Nmi,
         0x64 => Exit::InterruptWindow,
+        0x65 => Exit::WriteStatus,
         0x6f => Exit::NoCounters,
         0x72 => Exit::Cpuid,
         0x74 => Exit::NmiWindow,

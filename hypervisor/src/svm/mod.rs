@@ -13,6 +13,7 @@ use core::arch::x86_64::__cpuid;
 
 use crate::cpu::{extended, instructions};
 use crate::memory::frames;
+use crate::vm::policy::cpuid::{ThisCpu, emulated};
 
 pub use vcpu::Vcpu;
 
@@ -29,6 +30,7 @@ pub struct Features {
     /// Address-space identifiers, 0 (the host's) included.
     pub asids: u32,
     bits: u32,
+    emulated: bool,
 }
 
 /// The feature bits in EDX that have names here (15.30 and appendix E of volume 3).
@@ -52,7 +54,11 @@ const NAMES: [(u32, &str); 14] = [
 impl Features {
     /// A CPU without any, for tests.
     #[cfg(test)]
-    pub(crate) const NONE: Self = Self { asids: 2, bits: 0 };
+    pub(crate) const NONE: Self = Self { asids: 2, bits: 0, emulated: false };
+
+    /// QEMU's emulation without any, for tests.
+    #[cfg(test)]
+    pub(crate) const EMULATED: Self = Self { emulated: true, ..Self::NONE };
 
     /// Reads them; `None` without SVM.
     #[must_use]
@@ -61,7 +67,7 @@ impl Features {
             return None;
         }
         let leaf = __cpuid(0x8000_000a);
-        Some(Self { asids: leaf.ebx, bits: leaf.edx })
+        Some(Self { asids: leaf.ebx, bits: leaf.edx, emulated: emulated(&ThisCpu) })
     }
 
     /// Nested paging.
@@ -74,6 +80,12 @@ impl Features {
     #[must_use]
     pub const fn next_rip(self) -> bool {
         self.bits & 1 << 3 != 0
+    }
+
+    /// The CPU is QEMU's emulation ([`emulated`]).
+    #[must_use]
+    pub const fn emulated(self) -> bool {
+        self.emulated
     }
 
     /// TLB_CONTROL can flush one ASID.

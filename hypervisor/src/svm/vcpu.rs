@@ -19,6 +19,7 @@
 //! below: when a nested fault interrupts the delivery of a virtual interrupt, QEMU reports it in EXITINTINFO *and* leaves
 //! V_IRQ set, while the manual has only one of them. One event must come out of it, not two.
 
+mod long_mode;
 mod nmi;
 
 use alloc::boxed::Box;
@@ -92,6 +93,8 @@ pub struct Vcpu {
     flush: bool,
     /// Writes to CR8 exit.
     watch_task_priority: bool,
+    /// The guest's EFER.LME is kept from the CPU ([`long_mode`]).
+    long_mode_held: bool,
 }
 
 // SAFETY: the pages behind the pointers belong to this value alone, wherever it is.
@@ -122,6 +125,7 @@ impl Vcpu {
             nmi: NmiState::Open,
             flush: true,
             watch_task_priority: false,
+            long_mode_held: false,
         };
         let control = &mut vcpu.vmcb_mut().control;
         control.intercepts_1 = (Intercepts1::INTR
@@ -137,6 +141,9 @@ impl Vcpu {
             | Intercepts1::MSR
             | Intercepts1::SHUTDOWN)
             .bits();
+        if features.emulated() {
+            control.intercepts_1 |= Intercepts1::SELECTIVE_CR0.bits();
+        }
         control.intercepts_2 = Intercepts2::all().bits();
         control.io_map = maps.io();
         control.msr_map = maps.msr();
@@ -160,6 +167,7 @@ impl Vcpu {
     /// The state after INIT (14.1.3), with the reset vector.
     fn reset(&mut self) {
         (self.latched, self.event, self.nmi) = (None, 0, NmiState::Open);
+        self.long_mode_held = false;
         self.switch.registers = [0; 16];
         self.switch.fx = [0; 512];
         self.switch.fx[..2].copy_from_slice(&0x37fu16.to_le_bytes());
@@ -358,8 +366,8 @@ impl GuestCpu for Vcpu {
         (save.gdtr, save.idtr) = (segment_back(registers.gdtr), segment_back(registers.idtr));
         (save.rip, save.rflags, save.cpl) = (registers.rip, registers.rflags, registers.cpl);
         (save.cr0, save.cr2, save.cr3, save.cr4) = (registers.cr0, registers.cr2, registers.cr3, registers.cr4);
-        save.efer = registers.efer | EFER_SVME;
         (save.dr6, save.dr7) = (state.dr6, state.dr7);
+        self.set_efer(registers.efer);
         self.event = state.event;
         let control = &mut self.vmcb_mut().control;
         control.shadow = u64::from(state.shadow);
@@ -516,6 +524,10 @@ impl GuestCpu for Vcpu {
         control.virtual_interrupt = control.virtual_interrupt & !virtual_interrupt::TPR | u64::from(priority & 0xf);
     }
 
+    fn set_status(&mut self, cr0: u64) {
+        self.write_cr0(cr0);
+    }
+
     fn watch_task_priority(&mut self, watch: bool) {
         self.watch_task_priority = watch;
     }
@@ -537,9 +549,9 @@ impl GuestCpu for Vcpu {
         (save.idtr.limit, save.idtr.base) = (u32::from(init.idtr.limit), init.idtr.base);
         (save.rip, save.rsp, save.rflags) = (init.rip, init.rsp, init.rflags);
         (save.cr0, save.cr3, save.cr4) = (init.cr0, init.cr3, init.cr4);
-        save.efer = init.efer | EFER_SVME;
         (save.dr6, save.dr7, save.pat) = (init.dr6, init.dr7, init.pat);
         save.rax = init.rax;
+        self.set_efer(init.efer);
     }
 
     fn registers(&self) -> Registers {
@@ -556,7 +568,7 @@ impl GuestCpu for Vcpu {
             cr2: save.cr2,
             cr3: save.cr3,
             cr4: save.cr4,
-            efer: save.efer & !EFER_SVME,
+            efer: self.efer(),
             cpl: save.cpl,
             segments: [&save.es, &save.cs, &save.ss, &save.ds, &save.fs, &save.gs].map(segment_out),
             tr: segment_out(&save.tr),
@@ -589,7 +601,7 @@ impl GuestCpu for Vcpu {
             cr0: save.cr0,
             cr3: save.cr3,
             cr4: save.cr4,
-            efer: save.efer & !EFER_SVME,
+            efer: self.efer(),
             cpl: save.cpl,
             segments: [&save.es, &save.cs, &save.ss, &save.ds, &save.fs, &save.gs].map(segment),
             gdtr: (save.gdtr.base, save.gdtr.limit),
@@ -630,7 +642,7 @@ impl VmcbMsrs for Vcpu {
         let save = self.save();
         match field {
             VmcbField::Cr0 => save.cr0,
-            VmcbField::Efer => save.efer & !EFER_SVME,
+            VmcbField::Efer => self.efer(),
             VmcbField::Pat => save.pat,
             VmcbField::Star => save.star,
             VmcbField::Lstar => save.lstar,
@@ -649,7 +661,7 @@ impl VmcbMsrs for Vcpu {
         let save = self.save_mut();
         match field {
             VmcbField::Cr0 => {}
-            VmcbField::Efer => save.efer = value | EFER_SVME,
+            VmcbField::Efer => self.set_efer(value),
             VmcbField::Pat => save.pat = value,
             VmcbField::Star => save.star = value,
             VmcbField::Lstar => save.lstar = value,

@@ -21,6 +21,8 @@ bitflags! {
         const INIT = 1 << 3;
         /// A virtual interrupt is about to be taken.
         const VINTR = 1 << 4;
+        /// Writes to CR0 that change more than TS and MP (15.8.1).
+        const SELECTIVE_CR0 = 1 << 5;
         /// RDPMC.
         const RDPMC = 1 << 15;
         /// CPUID.

@@ -20,7 +20,7 @@ use super::vcpu::Vcpu;
 use crate::devices::lapic::{Lapic, LapicEffect};
 use crate::devices::platform::Platform;
 use crate::devices::{Now, Width};
-use crate::emulate::{self, Bus, End, Exception, HostFailure, TaskPriorityWrite};
+use crate::emulate::{self, Bus, End, Exception, HostFailure, StatusWrite, TaskPriorityWrite};
 use crate::memory::guest::GuestRam;
 
 /// Guest RAM and ports, as one vCPU reaches them.
@@ -184,6 +184,23 @@ impl<C: GuestCpu> Vcpu<C> {
                 // Or the next look at the CPU's own would take the old one for the guest's.
                 self.cpu.set_task_priority(class);
                 self.attend = true;
+                self.cpu.advance_to(next_rip);
+                Next::Continue
+            }
+            Err(end) => self.end_instruction(end, [0; MAX_INSTRUCTION_BYTES]),
+        }
+    }
+
+    /// Writes CR0 in the guest's stead.
+    #[cold]
+    pub(super) fn write_status(&mut self) -> Next {
+        let state = self.cpu.emulated(self.policy.physical_bits);
+        let now = self.now();
+        let (vm, lapic) = (&*self.vm, &mut self.lapic);
+        let mut bus = GuestBus { vm, vcpu: self.number, lapic, now, attend: false, timer_changed: false, lost: None };
+        match emulate::status_write(&state, &mut bus) {
+            Ok(StatusWrite { cr0, next_rip }) => {
+                self.cpu.set_status(cr0);
                 self.cpu.advance_to(next_rip);
                 Next::Continue
             }

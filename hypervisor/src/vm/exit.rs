@@ -107,6 +107,8 @@ pub enum Exit {
     SetExtendedControl,
     /// A write to CR8 while an interrupt is offered to the guest, or held back by its priority.
     WriteTaskPriority,
+    /// A write to CR0 that changes more than TS and MP, where the guest is not to make it itself.
+    WriteStatus,
     /// An exception that is only watched.
     Exception(Intercepted),
     /// Shutdown: a triple fault.
@@ -118,7 +120,7 @@ pub enum Exit {
 }
 
 /// How many kinds there are.
-pub const KINDS: usize = 22;
+pub const KINDS: usize = 23;
 
 /// A name a kind, by [`Exit::index`].
 pub const NAMES: [&str; KINDS] = [
@@ -144,6 +146,7 @@ pub const NAMES: [&str; KINDS] = [
     "int1",
     "invalid_opcode",
     "cr8_write",
+    "cr0_write",
 ];
 
 impl Exit {
@@ -174,6 +177,7 @@ impl Exit {
             Self::Int1 => 19,
             Self::InvalidOpcode => 20,
             Self::WriteTaskPriority => 21,
+            Self::WriteStatus => 22,
         }
     }
 }

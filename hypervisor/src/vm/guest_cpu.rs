@@ -124,6 +124,9 @@ pub trait GuestCpu: VmcbMsrs + Debug + Send + 'static {
     /// Has each write to CR8 exit from here on ([`Exit::WriteTaskPriority`]), or not any more.
     fn watch_task_priority(&mut self, watch: bool);
 
+    /// Sets CR0 to what a write was found to put there, and with it what of EFER follows from paging being on.
+    fn set_status(&mut self, cr0: u64);
+
     /// Whether an external interrupt given now would be taken before the next instruction.
     fn can_take_interrupt(&self) -> bool;
 

@@ -89,6 +89,7 @@ impl<C: GuestCpu> Vcpu<C> {
             Exit::Undefined => self.cpu.raise(Raised::InvalidOpcode),
             Exit::SetExtendedControl => self.set_extended_control(),
             Exit::WriteTaskPriority => return Ok(self.write_task_priority()),
+            Exit::WriteStatus => return Ok(self.write_status()),
             Exit::Exception(exception) => self.cpu.raise(Raised::Again(exception)),
             Exit::NoCounters => self.cpu.raise(Raised::GeneralProtection),
             Exit::Shutdown => return Ok(Next::Die(DeathReason::TripleFault)),

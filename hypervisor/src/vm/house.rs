@@ -12,7 +12,7 @@ use alloc::format;
 use alloc::string::{String, ToString};
 use alloc::sync::Arc;
 use alloc::vec::Vec;
-use core::arch::x86_64::{__cpuid, __cpuid_count, CpuidResult};
+use core::arch::x86_64::__cpuid;
 use core::fmt::Display;
 use core::sync::atomic::{AtomicUsize, Ordering};
 
@@ -30,7 +30,7 @@ use super::exit;
 use super::handle::Policy;
 use super::meter::{self, Meter};
 use super::pause::Phase;
-use super::policy::cpuid::{CpuidConfig, CpuidPolicy, CpuidRegs, HostCpuid};
+use super::policy::cpuid::{CpuidConfig, CpuidPolicy, ThisCpu};
 use super::policy::msr::{MsrConfig, MsrState};
 use super::saved::{Likeness, SavedMachine};
 use super::series;
@@ -217,16 +217,6 @@ fn memory(config: &RunConfig) -> Result<Arc<Mmu<Machine>>, String> {
 fn largest_page(asked: HugePages) -> HugePages {
     let giant = __cpuid(0x8000_0001).edx & 1 << 26 != 0;
     if asked == HugePages::G1 && !giant { HugePages::M2 } else { asked }
-}
-
-/// The CPU that this code runs on; all are alike.
-struct ThisCpu;
-
-impl HostCpuid for ThisCpu {
-    fn leaf(&self, leaf: u32, subleaf: u32) -> CpuidRegs {
-        let CpuidResult { eax, ebx, ecx, edx } = __cpuid_count(leaf, subleaf);
-        CpuidRegs { eax, ebx, ecx, edx }
-    }
 }
 
 /// A VM whose memory is loaded.

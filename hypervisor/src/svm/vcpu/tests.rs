@@ -6,8 +6,12 @@ use crate::memory::frames::testing;
 const WINDOW: u32 = Intercepts1::VINTR.bits();
 
 pub(super) fn vcpu() -> Vcpu {
+    vcpu_of(Features::NONE)
+}
+
+pub(super) fn vcpu_of(features: Features) -> Vcpu {
     testing::machine();
-    let mut vcpu = Vcpu::new(Features::NONE, &Maps::new().unwrap()).unwrap();
+    let mut vcpu = Vcpu::new(features, &Maps::new().unwrap()).unwrap();
     vcpu.save_mut().rflags |= RFLAGS_IF;
     vcpu
 }

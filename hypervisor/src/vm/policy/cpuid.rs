@@ -11,6 +11,7 @@
 //! says that XCR0 is a vCPU's own ([`crate::cpu::extended`]).
 
 use alloc::vec::Vec;
+use core::arch::x86_64::{__cpuid_count, CpuidResult};
 
 /// The four registers that CPUID returns.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -42,6 +43,17 @@ const FEATURE_LEAVES: [(u32, u32, [u32; 4]); 7] = [
 pub trait HostCpuid {
     /// CPUID with `leaf` in EAX and `subleaf` in ECX. Leaves beyond the host's last are not asked for.
     fn leaf(&self, leaf: u32, subleaf: u32) -> CpuidRegs;
+}
+
+/// The CPU that this code runs on; all are alike.
+#[derive(Clone, Copy, Debug)]
+pub struct ThisCpu;
+
+impl HostCpuid for ThisCpu {
+    fn leaf(&self, leaf: u32, subleaf: u32) -> CpuidRegs {
+        let CpuidResult { eax, ebx, ecx, edx } = __cpuid_count(leaf, subleaf);
+        CpuidRegs { eax, ebx, ecx, edx }
+    }
 }
 
 /// What the hypervisor can offer in this VM.
@@ -88,7 +100,7 @@ const EMULATED: [u32; 3] = [0x5447_4354, 0x4354_4743, 0x4743_5447];
 
 /// Whether the host's CPU is QEMU's emulation (TCG).
 ///
-/// Two things are not offered there:
+/// Two things are not offered there, and long mode is kept from it while a guest does not page (`svm::vcpu::long_mode`):
 /// - The paravirtual clock is not called stable, although it is: a Linux that is told so patches its clock's code while its
 ///   other CPUs run it, and the emulation (multi-threaded, 7.2) now and then goes on with a translation of the half-patched
 ///   instruction, whose INT3 then hits nobody's handler. Plain QEMU guests with eight CPUs die of it as well. A Linux that
@@ -98,7 +110,8 @@ const EMULATED: [u32; 3] = [0x5447_4354, 0x4354_4743, 0x4743_5447];
 ///   next instruction that sets flags saves them, and what returns restores them: Linux's slab allocator uses the
 ///   instruction just before it touches a page that may have been taken away. A Linux that is not offered it takes a lock.
 ///   (CMPXCHG8B has the same fault; no 64-bit kernel does without its bit, nor uses the instruction.)
-fn emulated(host: &impl HostCpuid) -> bool {
+#[must_use]
+pub fn emulated(host: &impl HostCpuid) -> bool {
     // Only a hypervisor (leaf 1, ECX bit 31) has these leaves.
     let hosted = host.leaf(0, 0).eax >= 1 && host.leaf(1, 0).ecx & 1 << 31 != 0;
     let name = if hosted { host.leaf(HYPERVISOR, 0) } else { CpuidRegs::default() };
