@@ -20,7 +20,9 @@
 //! V_IRQ set, while the manual has only one of them. One event must come out of it, not two.
 
 mod long_mode;
+mod msrs;
 mod nmi;
+mod saved;
 
 use alloc::boxed::Box;
 use core::ptr;
@@ -34,15 +36,16 @@ use super::permission::Maps;
 use super::vmcb::{Intercepts1, Intercepts2, NESTED_PAGING, Save, Segment, TlbControl, Vmcb, virtual_interrupt};
 use super::{EFER_SVME, Features};
 use crate::cpu::extended;
-use crate::devices::saved::{BadState, require};
+use crate::devices::saved::BadState;
 use crate::emulate::{self, SegmentRegister, segment};
 use crate::guest::{VcpuInit, entry as start};
 use crate::memory::frames::{self, FRAME};
 use crate::vm::exit::{Exit, Intercepted, Raised, RawExit};
 use crate::vm::guest_cpu::{CpuState, GuestCpu, NmiWindow};
 use crate::vm::policy::msr::VmcbMsrs;
-use crate::vm::policy::msr_list::VmcbField;
+use msrs::MSRS;
 use nmi::NmiState;
+use saved::check;
 
 const RFLAGS_IF: u64 = 1 << 9;
 const RFLAGS_TF: u64 = 1 << 8;
@@ -634,92 +637,6 @@ impl GuestCpu for Vcpu {
 
     fn cr4(&self) -> u64 {
         self.save().cr4
-    }
-}
-
-impl VmcbMsrs for Vcpu {
-    fn get(&self, field: VmcbField) -> u64 {
-        let save = self.save();
-        match field {
-            VmcbField::Cr0 => save.cr0,
-            VmcbField::Efer => self.efer(),
-            VmcbField::Pat => save.pat,
-            VmcbField::Star => save.star,
-            VmcbField::Lstar => save.lstar,
-            VmcbField::Cstar => save.cstar,
-            VmcbField::Sfmask => save.sfmask,
-            VmcbField::KernelGsBase => save.kernel_gs_base,
-            VmcbField::FsBase => save.fs.base,
-            VmcbField::GsBase => save.gs.base,
-            VmcbField::SysenterCs => save.sysenter_cs,
-            VmcbField::SysenterEsp => save.sysenter_esp,
-            VmcbField::SysenterEip => save.sysenter_eip,
-        }
-    }
-
-    fn set(&mut self, field: VmcbField, value: u64) {
-        let save = self.save_mut();
-        match field {
-            VmcbField::Cr0 => {}
-            VmcbField::Efer => self.set_efer(value),
-            VmcbField::Pat => save.pat = value,
-            VmcbField::Star => save.star = value,
-            VmcbField::Lstar => save.lstar = value,
-            VmcbField::Cstar => save.cstar = value,
-            VmcbField::Sfmask => save.sfmask = value,
-            VmcbField::KernelGsBase => save.kernel_gs_base = value,
-            VmcbField::FsBase => save.fs.base = value,
-            VmcbField::GsBase => save.gs.base = value,
-            VmcbField::SysenterCs => save.sysenter_cs = value,
-            VmcbField::SysenterEsp => save.sysenter_esp = value,
-            VmcbField::SysenterEip => save.sysenter_eip = value,
-        }
-    }
-}
-
-/// The MSRs of [`CpuState`], in its order.
-const MSRS: [VmcbField; 9] = [
-    VmcbField::Pat,
-    VmcbField::Star,
-    VmcbField::Lstar,
-    VmcbField::Cstar,
-    VmcbField::Sfmask,
-    VmcbField::KernelGsBase,
-    VmcbField::SysenterCs,
-    VmcbField::SysenterEsp,
-    VmcbField::SysenterEip,
-];
-
-/// Refuses a state that would harm the host, or that VMRUN would refuse (15.5.1) by an exit that tells nobody why. What is
-/// merely strange is the guest's own.
-fn check(state: &CpuState) -> Result<(), BadState> {
-    const EFER: u64 = 1 << 0 | 1 << 8 | 1 << 10 | 1 << 11 | 1 << 14;
-    let mxcsr = u32::from_le_bytes([state.fx[24], state.fx[25], state.fx[26], state.fx[27]]);
-    // FXRSTOR refuses reserved bits, in the hypervisor.
-    require("vCPU", "MXCSR", mxcsr & !mxcsr_mask() == 0)?;
-    require("vCPU", "EFER", state.registers.efer & !EFER == 0)?;
-    let low = [state.registers.cr0, state.dr6, state.dr7].iter().all(|value| value >> 32 == 0);
-    require("vCPU", "control registers", low)?;
-    require("vCPU", "privilege level", state.registers.cpl < 4)?;
-    let legal = match (state.event & event::VALID != 0, state.event & event::KIND) {
-        (false, _) => state.event == 0,
-        (true, event::NMI) => state.event as u8 == 2,
-        (true, event::EXCEPTION) => (state.event as u8) < 32 && state.event as u8 != 2,
-        _ => false,
-    };
-    require("vCPU", "event", legal)
-}
-
-/// The bits of MXCSR that this CPU has (11.5.10).
-fn mxcsr_mask() -> u32 {
-    #[repr(align(16))]
-    struct Image([u8; 512]);
-    let mut image = Image([0; 512]);
-    // SAFETY: FXSAVE exists on every 64-bit CPU and writes the image only.
-    unsafe { core::arch::x86_64::_fxsave64(image.0.as_mut_ptr()) };
-    match u32::from_le_bytes([image.0[28], image.0[29], image.0[30], image.0[31]]) {
-        0 => 0xffbf,
-        mask => mask,
     }
 }
 
