@@ -30,6 +30,12 @@ fn main() -> ExitCode {
         return if dirty::counted_process(case) { ExitCode::SUCCESS } else { ExitCode::FAILURE };
     }
 
+    if let [first, name] = arguments.as_slice()
+        && first == shadow::ARGUMENT
+    {
+        return if shadow::counted_process(name) { ExitCode::SUCCESS } else { ExitCode::FAILURE };
+    }
+
     if let [first, size] = arguments.as_slice()
         && first == instructions::FRONT_HALF
     {
@@ -49,6 +55,9 @@ fn main() -> ExitCode {
             figures.extend(dirty::counts());
         }
         figures.extend(shadow::figures(rounds.min(15)));
+        if full {
+            figures.extend(shadow::counts());
+        }
     }
     figures.extend((zap_all().figures)(full));
     figures.extend(front_half_counts());

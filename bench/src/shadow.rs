@@ -4,25 +4,33 @@
 //! The guest has 256 MiB in 4 KiB pages, under tables of four levels that lie in memory and are marked already. Each
 //! fault is a walk of those, the slot, the backing, the lock, the shadow tables, and the page with its seven neighbours.
 //! A repetition begins with empty shadow tables.
+//!
+//! And in instructions, under callgrind: such a fault; a CR3 load whose root is at hand, with nothing out of step and with
+//! eight tables of 512 entries out of it; INVLPG. Each with the entry into the guest that follows.
 
 #![expect(unsafe_code, reason = "the embedder's promise about table frames")]
 
 use std::marker::PhantomData;
 use std::ptr::NonNull;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use nestling::format::{MemoryType, Npt};
 use nestling::guest::{Controls, CpuFeatures, Privilege, Request, Width};
 use nestling::host::{Backing, BackingError, Extent, GuestMemory, TableFrames, Time, Vcpus};
-use nestling::shadow::vcpu::ShadowOutcome;
+use nestling::shadow::vcpu::{ShadowOutcome, ShadowVcpu};
 use nestling::shadow::{Metadata, ShadowConfig};
 use nestling::{Access, AddressSpace, Config, Gfn, Gpa, Hfn, Host, Mmu, Slot, SlotConfig, SlotFlags, SlotId, VcpuId};
+
+use rustix::time::{ClockId, clock_gettime};
 
 use crate::arena::{self, Claim};
 use crate::clock::{Meeting, cpus, pin};
 use crate::contenders::{Asymmetry, FullFences, Membarrier};
 use crate::figures::{Figure, Summary};
+use crate::instructions::{CountError, run_counted};
+use crate::valgrind::toggle;
 
 /// Pages of data: with the frames before them, 256 MiB.
 const PAGES: u64 = (1 << 16) - DATA;
@@ -36,6 +44,18 @@ const DATA: u64 = 1024;
 const HOME: u64 = 1 << 24;
 /// P, W, U, A, D.
 const ALL: u64 = 0x67;
+/// A second root, of the same tables below.
+const OTHER_ROOT: u64 = 512;
+/// Tables that are written before a CR3 load.
+const WRITTEN: u64 = 8;
+/// Times that a counted operation is done, where it is not a fault.
+const TIMES: u64 = 64;
+/// Rounds are tried so many times as often as they are wanted.
+const PATIENCE: usize = 40;
+/// A thread that had a CPU for this share of its time was alone on it.
+const UNDISTURBED: f64 = 0.98;
+/// Argument that makes the benchmark a process in which one operation is counted; its name follows.
+pub const ARGUMENT: &str = "--count-shadow";
 
 /// The embedder.
 struct Machine<A> {
@@ -45,19 +65,21 @@ struct Machine<A> {
 
 impl<A> Machine<A> {
     fn new() -> Self {
-        let tables: Box<[[AtomicU64; 512]]> = (0..TABLES).map(|_| [const { AtomicU64::new(0) }; 512]).collect();
+        let tables: Box<[[AtomicU64; 512]]> = (0..=TABLES).map(|_| [const { AtomicU64::new(0) }; 512]).collect();
         let put = |table: u64, entry: u64, gfn: u64| {
             tables[table as usize][entry as usize].store(gfn << 12 | ALL, Ordering::Relaxed);
         };
         put(0, 0, 1);
         put(1, 0, 2);
+        put(TABLES, 0, 1);
         (0..PAGES / 512).for_each(|table| put(2, table, 3 + table));
         (0..PAGES).for_each(|page| put(3 + page / 512, page % 512, DATA + page));
         Self { tables, asymmetry: PhantomData }
     }
 
     fn entry(&self, hfn: Hfn, offset: u32) -> &AtomicU64 {
-        &self.tables[(hfn.0 - HOME) as usize][offset as usize / 8]
+        let table = if hfn.0 == HOME + OTHER_ROOT { TABLES } else { hfn.0 - HOME };
+        &self.tables[table as usize][offset as usize / 8]
     }
 }
 
@@ -110,10 +132,8 @@ impl<A: Asymmetry> Host for Machine<A> {
     type Format = Npt;
 }
 
-/// One repetition by so many threads: how long it took, and the books at its end.
-fn repetition<A: Asymmetry>(threads: u16, cpus: &[usize]) -> (Duration, Metadata) {
-    // Dropped after the MMU: its tables lie in the arena.
-    let _claim = Claim::take();
+/// A guest of up to two vCPUs.
+fn guest<A: Asymmetry>() -> Arc<Mmu<Machine<A>>> {
     let config = Config { vcpus: 2, workers: 1, slots: 2, ..Config::default() };
     let mmu = Mmu::new(Machine::<A>::new(), config).expect("the configuration is right");
     let cpu = CpuFeatures { physical_bits: 48, gigantic_pages: true };
@@ -127,34 +147,60 @@ fn repetition<A: Asymmetry>(threads: u16, cpus: &[usize]) -> (Duration, Metadata
         backing: 0,
     };
     mmu.worker().expect("there is memory for a worker").add_slot(ram).expect("the first slot overlaps nothing");
+    mmu
+}
+
+/// A vCPU of it, in long mode, with a root.
+fn vcpu<A: Asymmetry>(mmu: &Arc<Mmu<Machine<A>>>, number: u16) -> ShadowVcpu<Machine<A>> {
+    let mut vcpu = mmu.shadow_vcpu(VcpuId(number)).expect("there is memory").expect("each number is used once");
+    vcpu.set_controls(Controls { cr0: 1 << 31 | 1 << 16 | 1, cr4: 1 << 5, efer: 1 << 10 | 1 << 11 });
+    drop(vcpu.enter().expect("there is memory for a root"));
+    vcpu
+}
+
+fn fault<A: Asymmetry>(vcpu: &mut ShadowVcpu<Machine<A>>, linear: u64) -> ShadowOutcome {
+    let request = Request { linear, access: Access::Write, privilege: Privilege::Supervisor { ac: false }, pkru: 0 };
+    loop {
+        match vcpu.fault(&request).expect("the machine has tables for all of it") {
+            // The other vCPU has the same upper tables to make.
+            ShadowOutcome::Retry => {}
+            outcome => return outcome,
+        }
+    }
+}
+
+/// One repetition.
+struct Repetition {
+    took: Duration,
+    /// The share of its time for which the thread that had the least of it had a CPU.
+    on_cpu: f64,
+    /// The books at its end.
+    books: Metadata,
+}
+
+/// The time for which the calling thread had a CPU.
+fn thread_time() -> Duration {
+    let time = clock_gettime(ClockId::ThreadCPUTime);
+    Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
+}
+
+/// One repetition by so many threads.
+fn repetition<A: Asymmetry>(threads: u16, cpus: &[usize]) -> Repetition {
+    // Dropped after the MMU: its tables lie in the arena.
+    let _claim = Claim::take();
+    let mmu = guest::<A>();
     let meeting = Meeting::new(threads.into());
     let share = PAGES / u64::from(threads);
     let run = |number: u16, cpu: usize| {
         pin(cpu);
-        let mut vcpu = mmu.shadow_vcpu(VcpuId(number)).expect("there is memory").expect("each number is used once");
-        vcpu.set_controls(Controls { cr0: 1 << 31 | 1 << 16 | 1, cr4: 1 << 5, efer: 1 << 10 | 1 << 11 });
-        drop(vcpu.enter().expect("there is memory for a root"));
+        let mut vcpu = vcpu(&mmu, number);
         let first = share * u64::from(number);
-        let request = |page: u64| Request {
-            linear: page << 12,
-            access: Access::Write,
-            privilege: Privilege::Supervisor { ac: false },
-            pkru: 0,
-        };
         meeting.wait();
-        let start = Instant::now();
+        let (start, had) = (Instant::now(), thread_time());
         let pages = (first..first + share).step_by(TOGETHER as usize);
-        let fixed = pages.filter(|page| {
-            loop {
-                match vcpu.fault(&request(*page)) {
-                    // The other vCPU has the same upper tables to make.
-                    Ok(ShadowOutcome::Retry) => {}
-                    outcome => break outcome == Ok(ShadowOutcome::Fixed),
-                }
-            }
-        });
-        let fixed = fixed.count() as u64;
-        (start, Instant::now(), fixed)
+        let fixed = pages.filter(|page| fault(&mut vcpu, page << 12) == ShadowOutcome::Fixed).count() as u64;
+        let (had, end) = (thread_time() - had, Instant::now());
+        (start, end, had.as_secs_f64() / (end - start).as_secs_f64(), fixed)
     };
     let runs: Vec<_> = std::thread::scope(|scope| {
         let run = &run;
@@ -167,23 +213,143 @@ fn repetition<A: Asymmetry>(threads: u16, cpus: &[usize]) -> (Duration, Metadata
     assert_eq!(mmu.counters().leaves_4k, PAGES, "every page is mapped once");
     let start = runs.iter().map(|run| run.0).min().expect("there is a thread");
     let end = runs.iter().map(|run| run.1).max().expect("there is a thread");
-    (end - start, mmu.shadow_metadata().expect("shadow paging is enabled"))
+    let on_cpu = runs.iter().map(|run| run.2).fold(1.0, f64::min);
+    Repetition { took: end - start, on_cpu, books: mmu.shadow_metadata().expect("shadow paging is enabled") }
 }
 
-/// Measures so many rounds; the figures.
+/// What is counted, with how often it is done.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Counted {
+    /// A fault that maps a page and its seven neighbours.
+    Fault,
+    /// A CR3 load whose root is at hand, and the entry.
+    Reload,
+    /// The same with [`WRITTEN`] tables out of step.
+    ReloadUnsync,
+    /// INVLPG, and the entry.
+    Invlpg,
+}
+
+impl Counted {
+    const ALL: [Self; 4] = [Self::Fault, Self::Reload, Self::ReloadUnsync, Self::Invlpg];
+
+    const fn name(self) -> &'static str {
+        match self {
+            Self::Fault => "shadow_fault",
+            Self::Reload => "shadow_cr3_reload",
+            Self::ReloadUnsync => "shadow_cr3_reload_unsync",
+            Self::Invlpg => "shadow_invlpg",
+        }
+    }
+
+    const fn times(self) -> u64 {
+        match self {
+            Self::Fault => PAGES / TOGETHER,
+            _ => TIMES,
+        }
+    }
+}
+
+/// Does the operation of that name, and what has to be ready before; whether there is one.
+pub fn counted_process(name: &str) -> bool {
+    let Some(counted) = Counted::ALL.into_iter().find(|counted| counted.name() == name) else { return false };
+    let _claim = Claim::take();
+    let mmu = guest::<FullFences>();
+    let mut vcpu = vcpu(&mmu, 0);
+    let map_all = |vcpu: &mut ShadowVcpu<_>| {
+        for page in (0..PAGES).step_by(TOGETHER as usize) {
+            assert_eq!(fault(vcpu, page << 12), ShadowOutcome::Fixed, "page {page} was not mapped");
+        }
+    };
+    if counted == Counted::Fault {
+        toggle();
+        map_all(&mut vcpu);
+        toggle();
+        return true;
+    }
+    // The guest finds its tables at the end of its addresses, each in a page of its own.
+    let window = PAGES - 512;
+    for table in 0..512 {
+        let entry = mmu.host().entry(Hfn(HOME + 3 + window / 512), table as u32 * 8);
+        entry.store(table << 12 | ALL, Ordering::Relaxed);
+    }
+    for page in (0..window).step_by(TOGETHER as usize) {
+        assert_eq!(fault(&mut vcpu, page << 12), ShadowOutcome::Fixed, "page {page} was not mapped");
+    }
+    let roots = [OTHER_ROOT << 12, 0];
+    let reload = |vcpu: &mut ShadowVcpu<_>, root: u64| {
+        vcpu.load_cr3(root, false);
+        drop(vcpu.enter().expect("there is memory for a root"));
+    };
+    roots.iter().for_each(|root| reload(&mut vcpu, *root));
+    fault(&mut vcpu, 0);
+    for time in 0..counted.times() {
+        match counted {
+            Counted::ReloadUnsync => {
+                for table in 0..WRITTEN {
+                    assert_eq!(fault(&mut vcpu, (window + 3 + table) << 12), ShadowOutcome::Fixed);
+                }
+                toggle();
+                reload(&mut vcpu, roots[time as usize % 2]);
+                toggle();
+                // A fault through them says that they are tables still.
+                for table in 0..WRITTEN {
+                    assert_ne!(fault(&mut vcpu, table << 21), ShadowOutcome::Retry);
+                }
+            }
+            Counted::Invlpg => {
+                toggle();
+                vcpu.invlpg(time << 12);
+                drop(vcpu.enter().expect("there is a root"));
+                toggle();
+            }
+            Counted::Fault | Counted::Reload => {
+                toggle();
+                reload(&mut vcpu, roots[time as usize % 2]);
+                toggle();
+            }
+        }
+    }
+    true
+}
+
+/// Counts each operation's instructions; none when they can not be counted.
+pub fn counts() -> Vec<Figure> {
+    let count = |counted: Counted| {
+        let total = run_counted(None, &[ARGUMENT, counted.name()])?;
+        let name = format!("{}.nestling.instructions", counted.name());
+        Ok(Figure { name, value: total as f64 / counted.times() as f64 })
+    };
+    let counted: Result<Vec<Figure>, CountError> = Counted::ALL.into_iter().map(count).collect();
+    counted.unwrap_or_else(|error| {
+        println!("\ninstructions of shadow paging are not counted: {error}");
+        Vec::new()
+    })
+}
+
+/// Measures so many rounds of one thread and of two, by turns; the figures.
+///
+/// Where others want the CPUs as well, a round says something only if each thread had one all the time: rounds are
+/// repeated for that, a few times as many as are wanted.
 pub fn figures(rounds: usize) -> Vec<Figure> {
     let repetition = if Membarrier::register() { repetition::<Membarrier> } else { repetition::<FullFences> };
     let cpus = cpus();
     let figure = |name: &str, value| Figure { name: name.into(), value };
     let nanoseconds = |took: Duration| took.as_secs_f64() * 1e9 / (PAGES / TOGETHER) as f64;
     let (mut one, mut two, mut books) = (Vec::new(), Vec::new(), Metadata::default());
-    for _ in 0..rounds {
-        let (took, metadata) = repetition(1, &cpus);
-        one.push(nanoseconds(took));
-        books = metadata;
-        if cpus.len() > 1 {
-            two.push(nanoseconds(repetition(2, &cpus).0));
-        }
+    for round in 0..PATIENCE * rounds {
+        let may_be_disturbed = round >= (PATIENCE - 1) * rounds;
+        let mut measure = |threads: u16, times: &mut Vec<f64>| {
+            if times.len() < rounds && cpus.len() >= threads.into() {
+                let done = repetition(threads, &cpus);
+                books = if threads == 1 { done.books } else { books };
+                if done.on_cpu >= UNDISTURBED || may_be_disturbed {
+                    times.push(nanoseconds(done.took));
+                }
+            }
+        };
+        measure(1, &mut one);
+        measure(2, &mut two);
     }
     let percent = books.bytes() as f64 * 100.0 / ((DATA + PAGES) << 12) as f64;
     let one = Summary::of(&one);

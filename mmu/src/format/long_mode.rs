@@ -18,6 +18,7 @@
 
 use super::MemoryType;
 use crate::addr::{Hfn, MAX_FRAME, PAGE_SHIFT};
+use crate::guest::Rights;
 
 const P: u64 = 1 << 0;
 const W: u64 = 1 << 1;
@@ -31,6 +32,17 @@ const KEY_SHIFT: u32 = 59;
 const NX: u64 = 1 << 63;
 const FRAME: u64 = (MAX_FRAME - 1) << PAGE_SHIFT;
 
+/// Bits of a leaf that the guest's entries decide, where a guest's entry of 8 bytes has them as well.
+pub(crate) const WRITE: u64 = W;
+/// See [`WRITE`].
+pub(crate) const USER: u64 = U;
+/// See [`WRITE`].
+pub(crate) const NO_EXECUTE: u64 = NX;
+/// See [`WRITE`].
+pub(crate) const KEY: u64 = 15 << KEY_SHIFT;
+/// What a guest's entry must have before anything is made of it.
+pub(crate) const PRESENT_AND_ACCESSED: u64 = P | A;
+
 /// Nothing mapped.
 pub(crate) const ABSENT: u64 = 0;
 
@@ -41,18 +53,6 @@ pub(crate) enum Top {
     Pointers,
     /// Any other.
     Usual,
-}
-
-/// A mapping of one page.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(crate) struct ShadowLeaf {
-    pub(crate) hfn: Hfn,
-    pub(crate) user: bool,
-    pub(crate) write: bool,
-    pub(crate) execute: bool,
-    pub(crate) host_writable: bool,
-    pub(crate) key: u8,
-    pub(crate) memory: MemoryType,
 }
 
 /// The entry that leads to a table.
@@ -70,43 +70,37 @@ pub(crate) fn next_table(raw: u64) -> Option<Hfn> {
     (raw & P != 0).then_some(Hfn((raw & FRAME) >> PAGE_SHIFT))
 }
 
-/// The entry of a leaf.
-pub(crate) fn leaf(leaf: ShadowLeaf) -> u64 {
-    let mut raw = P | A | leaf.hfn.0 << PAGE_SHIFT | u64::from(leaf.key) << KEY_SHIFT;
-    if leaf.user {
+/// The bits of a leaf that the guest decides.
+pub(crate) const fn rights(rights: Rights, key: u8) -> u64 {
+    let mut raw = (key as u64) << KEY_SHIFT;
+    if rights.user {
         raw |= U;
     }
-    if leaf.write {
-        raw |= W | D;
+    if rights.write {
+        raw |= W;
     }
-    if !leaf.execute {
+    if !rights.execute {
         raw |= NX;
     }
-    if leaf.host_writable {
-        raw |= HOST_WRITABLE;
-    }
-    raw | match leaf.memory {
+    raw
+}
+
+/// The entry of a leaf: the bits that the guest decides, as [`rights`] gives them, and what the host does.
+#[inline]
+pub(crate) fn leaf(bits: u64, hfn: Hfn, host_writable: bool, memory: MemoryType) -> u64 {
+    let raw = bits | (bits & W) << (D.ilog2() - W.ilog2()) | P | A | hfn.0 << PAGE_SHIFT;
+    let raw = if host_writable { raw | HOST_WRITABLE } else { raw };
+    raw | match memory {
         MemoryType::WriteBack => 0,
         MemoryType::WriteThrough => PWT,
         MemoryType::Uncacheable => PCD | PWT,
     }
 }
 
-/// The leaf that an entry of level 1 is.
-pub(crate) fn decode_leaf(raw: u64) -> Option<ShadowLeaf> {
-    (raw & P != 0).then_some(ShadowLeaf {
-        hfn: Hfn((raw & FRAME) >> PAGE_SHIFT),
-        user: raw & U != 0,
-        write: raw & W != 0,
-        execute: raw & NX == 0,
-        host_writable: raw & HOST_WRITABLE != 0,
-        key: (raw >> KEY_SHIFT) as u8 & 15,
-        memory: match raw & (PCD | PWT) {
-            0 => MemoryType::WriteBack,
-            PWT => MemoryType::WriteThrough,
-            _ => MemoryType::Uncacheable,
-        },
-    })
+/// The frame that a leaf maps, which is present.
+#[inline]
+pub(crate) const fn frame(raw: u64) -> Hfn {
+    Hfn((raw & FRAME) >> PAGE_SHIFT)
 }
 
 /// Whether an entry of level 1 lets the guest write.
@@ -143,11 +137,15 @@ mod tests {
         fn a_leaf_is_what_it_was_made_of(hfn in 0u64..MAX_FRAME, b: [bool; 4], key in 0u8..16, memory in 0usize..3) {
             let memory = [MemoryType::WriteBack, MemoryType::WriteThrough, MemoryType::Uncacheable][memory];
             let [user, write, execute, host_writable] = b;
-            let made = ShadowLeaf { hfn: Hfn(hfn), user, write, execute, host_writable, key, memory };
-            let raw = leaf(made);
-            prop_assert_eq!(decode_leaf(raw), Some(made));
+            let bits = rights(Rights { user, write, execute }, key);
+            let raw = leaf(bits, Hfn(hfn), host_writable, memory);
+            prop_assert_eq!(frame(raw), Hfn(hfn));
+            prop_assert_eq!([raw & U != 0, raw & W != 0, raw & NX == 0, raw & HOST_WRITABLE != 0], b);
+            prop_assert_eq!((raw >> KEY_SHIFT & 15, raw & D != 0, raw & P), (u64::from(key), write, P));
+            prop_assert_eq!(raw & (PCD | PWT), leaf(0, Hfn(0), false, memory) & (PCD | PWT));
             prop_assert_eq!(is_writable(raw), write);
-            prop_assert_eq!(decode_leaf(write_protected(raw)), Some(ShadowLeaf { write: false, ..made }));
+            prop_assert_eq!((raw ^ write_protected(raw)) & !W, 0);
+            prop_assert!(!is_writable(write_protected(raw)));
             prop_assert_eq!((raw & A, aged(raw)), (A, raw & !A));
             prop_assert_eq!(next_table(table(Hfn(hfn), Top::Usual)), Some(Hfn(hfn)));
             prop_assert_eq!(next_table(table(Hfn(hfn), Top::Pointers)), Some(Hfn(hfn)));

@@ -19,6 +19,17 @@ pub(crate) enum Judged {
 }
 
 impl Mode {
+    /// Of a present entry of a table of level 1: the bits of the frame's address, and those that must be 0.
+    pub(crate) fn bits_of_leaves(&self) -> (u64, u64) {
+        let frame = if self.format == Some(Format::Legacy) { 0xffff_f000 } else { FRAME };
+        (frame, self.reserved[0][1])
+    }
+
+    /// Whether entries have protection keys.
+    pub(crate) const fn has_keys(&self) -> bool {
+        self.keys
+    }
+
     /// Judges an entry of a table of `level`.
     pub(crate) fn judge(&self, level: u8, entry: u64) -> Judged {
         let Some(format) = self.format else { return Judged::Nothing };

@@ -2,14 +2,15 @@
 //! of shadow pages that stand for the frame, whether those are in step, the reverse map, and when a right to write was
 //! last taken away.
 //!
-//! Frames that are neighbours are in different buckets, so that faults in the same place rarely meet in one; frames
-//! [`STRIDE`] apart share a chunk of reverse maps.
+//! Frames of one *run* of [`RUN`] share a bucket, so that a fault and the neighbours that it maps take one lock; runs are
+//! spread over the buckets, so that vCPUs that go through memory side by side do not meet in the same one again and
+//! again. Those that fault in the same run at the same time wait for each other, for as long as eight leaves take.
 
 use alloc::boxed::Box;
 use alloc::vec::Vec;
 
 use super::page::{Place, UNSYNC};
-use super::rmap::{Key, Rmap, Room, WORDS};
+use super::rmap::{Key, NoRoom, RUN, Rmap};
 use super::role::{Identity, Source};
 use super::table::Inside;
 use crate::OutOfMemory;
@@ -22,10 +23,10 @@ use crate::mutants::{self, Mutant};
 use crate::sync::{AtomicU64, Ordering, Padded, load_for_update};
 use crate::tlb::Moment;
 
-/// Distance of the frames in one chunk of reverse maps.
-const STRIDE: u64 = 512;
-/// log2 of the frames from the first to the last of a chunk, rounded up.
-const SPAN_SHIFT: u32 = (STRIDE * WORDS as u64).ilog2();
+/// log2 of the frames that share a chunk of reverse maps, and a bucket.
+const RUN_SHIFT: u32 = RUN.ilog2();
+/// Buckets at least.
+const LEAST: u32 = if cfg!(any(feature = "loom", feature = "shuttle")) { 4 } else { 512 };
 
 /// All buckets.
 #[derive(Debug)]
@@ -36,8 +37,8 @@ pub(super) struct Buckets {
 /// See the module head.
 #[derive(Debug)]
 pub(super) struct Bucket {
-    /// Of the shadow pages of its frames, the places in the arena.
-    pages: Vec<u32>,
+    /// The shadow pages of its frames, by frame and place in the arena; sorted by frame, those of one frame by age.
+    pages: Vec<(u32, u32)>,
     rmap: Rmap,
     /// When a right to write was last taken away.
     protected: Moment,
@@ -53,44 +54,40 @@ pub(super) enum Written {
 }
 
 fn key(gfn: Gfn) -> Key {
-    Key { chunk: (gfn.0 >> SPAN_SHIFT) as u32, word: (gfn.0 / STRIDE) as usize & (WORDS - 1) }
+    Key { chunk: (gfn.0 >> RUN_SHIFT) as u32, word: gfn.0 as usize & (RUN - 1) }
+}
+
+fn gfn(key: Key) -> Gfn {
+    Gfn(u64::from(key.chunk) << RUN_SHIFT | key.word as u64)
 }
 
 impl Buckets {
     /// Buckets for `pages` shadow pages.
     pub(super) fn new(pages: u32) -> Self {
-        let count = (pages / 8).next_power_of_two().clamp(STRIDE as u32, 1 << 16);
+        let count = (pages / 4).next_power_of_two().clamp(LEAST, 1 << 16);
         let bucket = || Bucket { pages: Vec::new(), rmap: Rmap::new(), protected: Moment::NEVER };
         Self { buckets: (0..count).map(|_| Padded(LeafLock::new(bucket()))).collect() }
     }
 
-    fn index(&self, gfn: Gfn) -> usize {
-        (gfn.0 % STRIDE + (gfn.0 >> SPAN_SHIFT) * STRIDE) as usize & (self.buckets.len() - 1)
+    /// The number of the bucket of `gfn`.
+    #[inline]
+    pub(super) fn number(&self, gfn: Gfn) -> usize {
+        // By the golden ratio, of whose multiples the upper bits count: no regular distance in memory is none here.
+        let mixed = ((gfn.0 >> RUN_SHIFT) as u32).wrapping_mul(0x9e37_79b1);
+        (u64::from(mixed) * self.buckets.len() as u64 >> 32) as usize
     }
 
     pub(super) fn of(&self, gfn: Gfn) -> &LeafLock<Bucket> {
-        &self.buckets[self.index(gfn)]
+        self.numbered(self.number(gfn))
     }
 
-    /// The number of the bucket of `gfn`.
-    pub(super) fn number(&self, gfn: Gfn) -> usize {
-        self.index(gfn)
+    /// The bucket of that number.
+    pub(super) fn numbered(&self, number: usize) -> &LeafLock<Bucket> {
+        &self.buckets[number]
     }
 
-    /// A frame of the bucket of that number.
-    pub(super) fn any_of(&self, number: usize) -> Gfn {
-        self.gfn(number, Key { chunk: (number as u64 / STRIDE) as u32, word: 0 })
-    }
-
-    pub(super) fn all(&self) -> impl Iterator<Item = &LeafLock<Bucket>> {
+    pub(super) fn all(&self) -> impl ExactSizeIterator<Item = &LeafLock<Bucket>> {
         self.buckets.iter().map(|bucket| &bucket.0)
-    }
-
-    /// The frame behind a key of the bucket of that number.
-    fn gfn(&self, bucket: usize, key: Key) -> Gfn {
-        let first = Gfn((u64::from(key.chunk) << SPAN_SHIFT) + key.word as u64 * STRIDE);
-        let start = self.index(first);
-        Gfn(first.0 + (bucket.wrapping_sub(start) & (self.buckets.len() - 1)) as u64 % STRIDE)
     }
 
     /// Bytes of buckets, and of reverse maps.
@@ -99,7 +96,7 @@ impl Buckets {
         let mut rmaps = 0;
         for bucket in self.all() {
             let bucket = bucket.lock(&relax);
-            bytes += bucket.pages.capacity() * size_of::<u32>();
+            bytes += bucket.pages.capacity() * size_of::<(u32, u32)>();
             rmaps += bucket.rmap.bytes();
         }
         (bytes as u64, rmaps as u64)
@@ -118,50 +115,58 @@ impl Bucket {
         self.pages.len() < self.pages.capacity()
     }
 
-    pub(super) fn add_page(&mut self, index: u32) {
-        self.pages.push(index);
+    /// Enters a page of `gfn`, for which there is room.
+    pub(super) fn add_page(&mut self, gfn: Gfn, index: u32) {
+        let position = self.pages.partition_point(|(other, _)| u64::from(*other) <= gfn.0);
+        self.pages.insert(position, (gfn.0 as u32, index));
     }
 
     pub(super) fn remove_page(&mut self, index: u32) {
-        self.pages.retain(|other| *other != index);
+        self.pages.retain(|(_, other)| *other != index);
     }
 
     /// The page of this identity, made in this epoch.
     pub(super) fn find<H: Host>(&self, inside: Inside<'_, H>, wanted: Identity) -> Option<u32> {
         let epoch = inside.shadow.epoch();
-        self.pages.iter().copied().find(|index| {
+        self.pages(wanted.gfn).find(|index| {
             let page = inside.page(*index);
             let role = mutants::is(Mutant::ShadowRoleNotCompared) || page.role() == wanted.role;
-            page.gfn() == wanted.gfn && role && page.epoch() == epoch && page.life() & 1 == 1
+            role && page.epoch() == epoch && page.life() & 1 == 1
         })
     }
 
     /// The pages of `gfn`.
-    pub(super) fn pages<H: Host>(&self, inside: Inside<'_, H>, gfn: Gfn) -> impl Iterator<Item = u32> {
-        self.pages.iter().copied().filter(move |index| inside.page(*index).gfn() == gfn)
+    #[inline]
+    pub(super) fn pages(&self, gfn: Gfn) -> impl Iterator<Item = u32> {
+        self.pages_in(GfnRange { start: gfn, end: Gfn(gfn.0 + 1) })
     }
 
     /// The pages of frames in `range`.
-    pub(super) fn pages_in<H: Host>(&self, inside: Inside<'_, H>, range: GfnRange) -> impl Iterator<Item = u32> {
-        self.pages.iter().copied().filter(move |index| range.contains(inside.page(*index).gfn()))
+    #[inline]
+    pub(super) fn pages_in(&self, range: GfnRange) -> impl Iterator<Item = u32> {
+        // Most buckets have none.
+        let first = match self.pages.is_empty() {
+            true => 0,
+            false => self.pages.partition_point(|(gfn, _)| u64::from(*gfn) < range.start.0),
+        };
+        let rest = self.pages[first..].iter();
+        rest.take_while(move |(gfn, _)| u64::from(*gfn) < range.end.0).map(|(_, index)| *index)
     }
 
     /// Whether a leaf of `gfn` may be writable now.
+    #[inline]
     pub(super) fn may_write<H: Host>(&self, inside: Inside<'_, H>, gfn: Gfn) -> Written {
         let in_step = |index: &u32| {
             let page = inside.page(*index);
             page.role().source() != Source::Identity && !page.has(UNSYNC)
         };
-        self.pages(inside, gfn).find(in_step).map_or(Written::Free, Written::InStep)
+        self.pages(gfn).find(in_step).map_or(Written::Free, Written::InStep)
     }
 
-    pub(super) fn room(&self, gfn: Gfn) -> Room {
-        self.rmap.room(key(gfn))
-    }
-
-    /// Enters a leaf that was made at `place`.
-    pub(super) fn mapped(&mut self, gfn: Gfn, place: Place) {
-        self.rmap.add(key(gfn), place);
+    /// Enters a leaf that is about to be made at `place`.
+    #[inline]
+    pub(super) fn mapped(&mut self, gfn: Gfn, place: Place) -> Result<(), NoRoom> {
+        self.rmap.add(key(gfn), place)
     }
 
     /// Removes the leaf at `place`, which maps `gfn`, if there is one. Whether there was.
@@ -193,23 +198,10 @@ impl Bucket {
         count
     }
 
-    /// Removes the leaves of `range` that are in the `from`-th chunk of the bucket of that number; how many, `None` past
-    /// the last.
-    pub(super) fn unmap_chunk<H: Host>(
-        &mut self,
-        inside: Inside<'_, H>,
-        number: usize,
-        from: usize,
-        range: GfnRange,
-    ) -> Option<u64> {
-        let mut count = 0;
-        for key in self.rmap.keys(from)? {
-            let gfn = inside.shadow.buckets.gfn(number, key);
-            if range.contains(gfn) {
-                count += self.unmap_all(inside, gfn);
-            }
-        }
-        Some(count)
+    /// Removes the leaves of `range` that are in the `from`-th chunk; how many, `None` past the last.
+    pub(super) fn unmap_chunk<H: Host>(&mut self, inside: Inside<'_, H>, from: usize, range: GfnRange) -> Option<u64> {
+        let frames = self.rmap.keys(from)?.map(gfn).filter(|gfn| range.contains(*gfn));
+        Some(frames.map(|gfn| self.unmap_all(inside, gfn)).sum())
     }
 
     /// Takes the right to write from all leaves of `gfn`; whether any had it.
@@ -252,17 +244,48 @@ fn change(cell: &AtomicU64, applies: impl Fn(u64) -> bool, new: impl Fn(u64) -> 
 #[cfg(all(test, not(feature = "loom")))]
 mod tests {
     use super::*;
+    use alloc::vec;
 
     #[test]
-    fn a_frame_is_found_again_from_its_bucket_and_key() {
+    fn a_frame_is_found_again_by_its_key_and_shares_its_bucket_with_its_run() {
         for pages in [64, 512, 2048, 1 << 20] {
             let buckets = Buckets::new(pages);
             let frames = [0, 1, 63, 64, 65, 4095, 32767, 32768, 32769, 98303, 1 << 20, (1 << 32) - 1];
-            for gfn in frames.map(Gfn) {
-                assert_eq!(buckets.gfn(buckets.index(gfn), key(gfn)), gfn, "{pages}");
+            for frame in frames.map(Gfn) {
+                assert_eq!(gfn(key(frame)), frame);
+                assert_eq!(buckets.number(frame), buckets.number(Gfn(frame.0 & !(RUN as u64 - 1))), "{pages}");
             }
-            assert_eq!(buckets.index(buckets.any_of(buckets.index(Gfn(77)))), buckets.index(Gfn(77)));
-            assert_ne!(buckets.index(Gfn(100)), buckets.index(Gfn(101)));
         }
+    }
+
+    /// Two vCPUs that go through memory side by side, any power of two apart, are rarely at the same bucket.
+    #[test]
+    fn runs_are_spread() {
+        let buckets = Buckets::new(2048);
+        for distance in (0..26).map(|shift| 1u64 << shift) {
+            let meet = (0..1u64 << 12).filter(|run| {
+                let gfn = |run: u64| Gfn(run << RUN_SHIFT);
+                buckets.number(gfn(*run)) == buckets.number(gfn(run + distance))
+            });
+            assert!(meet.count() < 64, "{distance}");
+        }
+        let mut counts = vec![0; buckets.all().len()];
+        (0..1u64 << 12).for_each(|run| counts[buckets.number(Gfn(run << RUN_SHIFT))] += 1);
+        assert!(counts.iter().all(|count| (2..=16).contains(count)), "{counts:?}");
+    }
+
+    #[test]
+    fn pages_are_found_by_frame() {
+        let mut bucket = Bucket { pages: Vec::new(), rmap: Rmap::new(), protected: Moment::NEVER };
+        for (gfn, index) in [(5, 1), (3, 2), (5, 3), (9, 4), (0, 5)] {
+            bucket.reserve(Gfn(gfn)).unwrap();
+            bucket.add_page(Gfn(gfn), index);
+        }
+        let of = |gfn| bucket.pages(Gfn(gfn)).collect::<Vec<u32>>();
+        assert_eq!((of(5), of(3), of(9), of(0)), (vec![1, 3], vec![2], vec![4], vec![5]));
+        assert!(of(4).is_empty());
+        bucket.remove_page(1);
+        let range = GfnRange { start: Gfn(1), end: Gfn(9) };
+        assert_eq!(bucket.pages_in(range).collect::<Vec<_>>(), [2, 3]);
     }
 }

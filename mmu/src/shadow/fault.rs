@@ -22,18 +22,19 @@
 use super::GFN_LIMIT;
 use super::bucket::Written;
 use super::hold::Fresh;
+use super::leaves::{Leaf, Leaves};
 use super::memory::{Backed, note_write};
 use super::order::{Order, PageGuard};
 use super::page::{Blank, Handle, Page, Place, STALE, UNSYNC};
-use super::rmap::Room;
+use super::rmap::NoRoom;
 use super::role::{Identity, Meaning, Role, Source};
 use super::sync::{all_in_step, compare_all, in_step, judge, open, unlink, unmap};
 use super::table::Inside;
 use crate::addr::{ENTRIES, Gfn, Level};
 
 use crate::events::Counter;
-use crate::format::long_mode::{self, ABSENT, ShadowLeaf};
-use crate::guest::{Judged, Mode, Rights};
+use crate::format::long_mode::{self, ABSENT, NO_EXECUTE, USER, WRITE};
+use crate::guest::{Judged, Mode};
 use crate::host::{Access, GuestMemory, Host};
 use crate::mutants::{self, Mutant};
 use crate::sync::{Ordering, load_for_update};
@@ -88,12 +89,6 @@ pub(super) enum Step {
     Crowded(Gfn),
     /// It can not be mapped.
     Failed(FaultError),
-}
-
-/// The frames that are mapped together with `gfn`, if the guest's tables have them in order.
-pub(super) fn together(gfn: Gfn) -> impl Iterator<Item = Gfn> {
-    let first = gfn.0 & !(PREFETCH as u64 - 1);
-    (first..first + PREFETCH as u64).map(Gfn)
 }
 
 /// Pages at hand.
@@ -198,7 +193,7 @@ pub(super) fn find_or_make<H: Host>(
     };
     let Blank { index, frame } = blanks.pop().ok_or(Step::Blanks)?;
     let life = inside.page(index).begin(wanted, inside.shadow.epoch(), guest, frame);
-    bucket.add_page(index);
+    bucket.add_page(wanted.gfn, index);
     Ok((Handle { index, life }, Origin::Made))
 }
 
@@ -275,95 +270,94 @@ fn leaf<H: Host + GuestMemory>(
     let Some(mut guard) = order.alive(inside, at) else { return Step::Retry };
     let (page, role) = (guard.page, guard.page.role());
     let entry = role.index(want.linear);
-    let now = if mutants::is(Mutant::ShadowEntryNotReadAgain) {
-        want.judged(role)
-    } else {
-        judge(inside, page, &want.mode, entry)
+    let leaves = Leaves::of(page, &want.mode);
+    let found = match leaves {
+        Leaves::Guest(reading) if mutants::is(Mutant::ShadowEntryNotReadAgain) => reading.leaf(want.entries[0]),
+        _ => leaves.leaf(inside, page, entry),
     };
-    let Meaning::Leaf { gfn, mut rights, key } = role.meaning(page.gfn(), entry, now) else { return Step::Retry };
-    if want.over_protection && !rights.write && role.ignores_write_protection() {
+    let Some(mut leaf) = found else { return Step::Retry };
+    if want.over_protection && leaf.bits & WRITE == 0 && role.ignores_write_protection() {
         // Writable for the supervisor and closed to the user, who may read it: a user's access faults and gets the leaf
         // that the tables say. Under SMEP the supervisor must not execute what has become its own.
-        rights = Rights { user: false, write: true, execute: rights.execute && !(rights.user && role.has_smep()) };
+        let closed = if leaf.bits & USER != 0 && role.has_smep() { NO_EXECUTE } else { 0 };
+        leaf.bits = leaf.bits & !USER | WRITE | closed;
     }
     let allowed = match want.access {
         Access::Read => true,
-        Access::Write => rights.write,
-        Access::Execute => rights.execute,
+        Access::Write => leaf.bits & WRITE != 0,
+        Access::Execute => leaf.bits & NO_EXECUTE == 0,
     };
-    if gfn != want.target.gfn || !allowed {
+    if leaf.gfn != want.target.gfn || !allowed {
         return Step::Retry;
     }
     let Some(entries) = inside.entries(page) else { return Step::Retry };
-    if load_for_update(&entries[entry]) != ABSENT && page.target(entry) != gfn.0 as u32 {
+    if load_for_update(&entries[entry]) != ABSENT && page.target(entry) != leaf.gfn.0 as u32 {
         unmap(inside, &mut guard, entry);
     }
-    let step = fill(inside, &mut guard, entry, want, gfn, rights, key);
+    let step = fill(inside, &mut guard, entry, want, leaf);
     if step == Step::Fixed {
-        prefetch(inside, &mut guard, fresh, entry, want);
+        prefetch(inside, &mut guard, fresh, entry, want, &leaves);
     }
     step
 }
 
-/// Makes or changes the leaf of `entry`, which is absent or maps `gfn`.
+/// Makes or changes the leaf of `entry`, which is absent or maps that frame.
 fn fill<H: Host>(
     inside: Inside<'_, H>,
     guard: &mut PageGuard<'_, '_>,
     entry: usize,
     want: &Want,
-    gfn: Gfn,
-    rights: Rights,
-    key: u8,
+    Leaf { gfn, mut bits }: Leaf,
 ) -> Step {
     let (page, place) = (guard.page, Place::new(guard.index, entry));
     let Some(entries) = inside.entries(page) else { return Step::Retry };
     let cell = &entries[entry];
     let mut bucket = guard.bucket(inside, gfn);
-    let mut write = rights.write && want.target.writable && (want.access == Access::Write || !want.target.logged);
+    if !want.target.writable || want.access != Access::Write && want.target.logged {
+        bits &= !WRITE;
+    }
     let late = mutants::is(Mutant::ShadowUnsyncAfterWritable);
-    if write && let Written::InStep(index) = bucket.may_write(inside, gfn) {
+    if bits & WRITE != 0
+        && let Written::InStep(index) = bucket.may_write(inside, gfn)
+    {
         let table = inside.page(index);
         if want.access != Access::Write {
-            write = false;
+            bits &= !WRITE;
         } else if table.writes() >= FLOOD && table.loads() == 0 {
             return Step::Flooded(Handle { index, life: table.life() });
         } else if !late && !open(inside, &bucket, gfn) {
             return Step::ListFull;
         }
     }
-    let new = long_mode::leaf(ShadowLeaf {
-        hfn: want.target.hfn(),
-        user: rights.user,
-        write,
-        execute: rights.execute,
-        host_writable: want.target.writable,
-        key,
-        memory: want.target.memory,
-    });
+    let write = bits & WRITE != 0;
+    let new = long_mode::leaf(bits, want.target.hfn(), want.target.writable, want.target.memory);
     let mut old = load_for_update(cell);
-    loop {
-        if old == ABSENT {
-            match bucket.room(gfn) {
-                Room::Enough => {}
-                Room::None => return Step::Bucket(gfn),
-                Room::Crowded => return Step::Crowded(gfn),
-            }
-            page.aim(entry, gfn.0 as u32);
-        } else if long_mode::decode_leaf(old).is_none_or(|leaf| leaf.hfn != want.target.hfn()) {
-            return Step::Failed(FaultError::BackingChanged);
-        } else if old == new {
-            return Step::Spurious;
-        }
-        match cell.compare_exchange(old, new, Ordering::AcqRel, Ordering::Acquire) {
-            Ok(_) => break,
-            Err(now) => old = now,
-        }
-    }
     if old == ABSENT {
-        bucket.mapped(gfn, place);
+        // It stays so: nobody makes leaves here but under the page's lock.
+        match bucket.mapped(gfn, place) {
+            Ok(()) => {}
+            Err(NoRoom::Yet) => return Step::Bucket(gfn),
+            Err(NoRoom::Crowded) => return Step::Crowded(gfn),
+        }
+        page.aim(entry, gfn.0 as u32);
+        cell.store(new, Ordering::Release);
         inside.counters().leaf(Level::K4, 1);
-    } else if long_mode::is_writable(old) && !write {
-        bucket.note_protected(inside);
+    } else {
+        loop {
+            if long_mode::frame(old) != want.target.hfn() {
+                return Step::Failed(FaultError::BackingChanged);
+            }
+            if old == new {
+                return Step::Spurious;
+            }
+            match cell.compare_exchange(old, new, Ordering::AcqRel, Ordering::Acquire) {
+                Ok(_) => break,
+                Err(now) => old = now,
+            }
+        }
+        if long_mode::is_writable(old) && !write {
+            bucket.note_protected(inside);
+        }
     }
     if write {
         note_write(inside, want.target.logged, gfn);
@@ -382,35 +376,43 @@ fn prefetch<H: Host + GuestMemory>(
     _fresh: Fresh<'_>,
     entry: usize,
     want: &Want,
+    leaves: &Leaves,
 ) {
     let (page, index) = (guard.page, guard.index);
     let Some(entries) = inside.entries(page) else { return };
-    let first = entry & !(PREFETCH - 1);
-    for other in (first..(first + PREFETCH).min(ENTRIES)).filter(|other| *other != entry) {
-        let cell = &entries[other];
-        if load_for_update(cell) != ABSENT {
-            continue;
+    let Some(neighbours) = want.target.neighbours(inside.mmu) else { return };
+    let end = (entry & !(PREFETCH - 1)) + PREFETCH;
+    let next = |from: usize| {
+        (from..end.min(ENTRIES)).filter(|other| load_for_update(&entries[*other]) == ABSENT).find_map(|other| {
+            let leaf = leaves.leaf(inside, page, other)?;
+            Some((other, leaf, neighbours.hfn(leaf.gfn)?))
+        })
+    };
+    // A page whose writes are logged is given for writing when it is written, and not before.
+    let kept = if want.target.writable && !want.target.logged { u64::MAX } else { !WRITE };
+    let mut found = next(entry & !(PREFETCH - 1));
+    let mut made = 0;
+    while let Some((_, Leaf { gfn: first, .. }, _)) = found {
+        let number = inside.shadow.buckets.number(first);
+        let mut bucket = guard.numbered(inside, number);
+        // Most neighbours lead to neighbours, whose bucket is the same.
+        while let Some((other, Leaf { gfn, mut bits }, hfn)) = found
+            && inside.shadow.buckets.number(gfn) == number
+        {
+            if bucket.mapped(gfn, Place::new(index, other)).is_ok() {
+                bits &= kept;
+                if bits & WRITE != 0 && bucket.may_write(inside, gfn) != Written::Free {
+                    bits &= !WRITE;
+                }
+                let new = long_mode::leaf(bits, hfn, want.target.writable, want.target.memory);
+                page.aim(other, gfn.0 as u32);
+                // Nobody makes leaves here but under the page's lock, which this holds.
+                entries[other].store(long_mode::aged(new), Ordering::Release);
+                made += 1;
+            }
+            found = next(other + 1);
         }
-        let meaning = page.role().meaning(page.gfn(), other, judge(inside, page, &want.mode, other));
-        let Meaning::Leaf { gfn, rights, key } = meaning else { continue };
-        let Some(hfn) = want.target.neighbour(inside.mmu, gfn) else { continue };
-        let mut bucket = guard.bucket(inside, gfn);
-        if bucket.room(gfn) != Room::Enough {
-            continue;
-        }
-        // A page whose writes are logged is given for writing when it is written, and not before.
-        let write = rights.write
-            && want.target.writable
-            && !want.target.logged
-            && bucket.may_write(inside, gfn) == Written::Free;
-        let Rights { user, execute, .. } = rights;
-        let (host_writable, memory) = (want.target.writable, want.target.memory);
-        let new = long_mode::leaf(ShadowLeaf { hfn, user, write, execute, host_writable, key, memory });
-        page.aim(other, gfn.0 as u32);
-        // Nobody makes leaves here but under the page's lock, which this holds.
-        cell.store(long_mode::aged(new), Ordering::Release);
-        bucket.mapped(gfn, Place::new(index, other));
-        inside.counters().leaf(Level::K4, 1);
-        inside.counters().add(Counter::Prefetched, 1);
     }
+    inside.counters().leaf(Level::K4, made);
+    inside.counters().add(Counter::Prefetched, made);
 }

@@ -66,18 +66,18 @@ pub(super) struct Fresh<'d>(PhantomData<&'d Debts>);
 
 impl<'d> Fresh<'d> {
     /// Asks whether each answer of `told` still stands, and `root` is what it was.
-    pub(super) fn check<H: Host>(
+    pub(super) fn check<'t, H: Host>(
         _debts: &'d Debts,
         inside: Inside<'_, H>,
         root: Option<Handle>,
-        told: impl IntoIterator<Item = Option<Backed>>,
+        told: impl IntoIterator<Item = &'t Backed>,
     ) -> Option<Self> {
         let root = root.is_none_or(|root| {
             let page = inside.page(root.index);
             page.is(root) && page.epoch() == inside.shadow.epoch()
         });
         let stale = mutants::is(Mutant::ShadowFaultNotFresh);
-        let told = told.into_iter().flatten().all(|told| told.still_holds(inside.mmu, inside.shared));
+        let told = told.into_iter().all(|told| told.still_holds(inside.mmu, inside.shared));
         (root && told || stale).then_some(Self(PhantomData))
     }
 }

@@ -18,6 +18,8 @@ use crate::vcpu::FaultError;
 
 /// Guest tables whose frames a vCPU remembers: those of one walk, and the last level of some more.
 const REMEMBERED: usize = 8;
+/// No frame of a guest's.
+const NO_FRAME: Gfn = Gfn(u64::MAX);
 
 /// What stands behind a guest frame, as it was said outside the lock.
 #[derive(Clone, Copy, Debug)]
@@ -41,10 +43,11 @@ impl Backed {
             && !mmu.notify.must_retry(self.snapshot, GfnRange { start: self.gfn, end: Gfn(self.gfn.0 + 1) })
     }
 
-    /// The host frame of `gfn`, if it is of the same piece and nothing at all is being invalidated. As
-    /// [`Backed::still_holds`], for other frames than the one that was asked for.
-    pub(super) fn neighbour<H: Host>(&self, mmu: &Mmu<H>, gfn: Gfn) -> Option<Hfn> {
-        (self.run.contains(gfn) && !mmu.notify.is_overtaken(self.snapshot)).then(|| self.at(gfn))
+    /// The frames of the same piece, unless anything at all is being invalidated or was. As [`Backed::still_holds`], for
+    /// other frames than the one that was asked for.
+    #[inline]
+    pub(super) fn neighbours<H: Host>(&self, mmu: &Mmu<H>) -> Option<Neighbours> {
+        (!mmu.notify.is_overtaken(self.snapshot)).then_some(Neighbours { run: self.run, first: self.first })
     }
 
     pub(super) fn hfn(&self) -> Hfn {
@@ -53,6 +56,21 @@ impl Backed {
 
     fn at(&self, gfn: Gfn) -> Hfn {
         Hfn(self.first.0 + (gfn.0 - self.run.start.0))
+    }
+}
+
+/// Frames that are backed in one piece. Good for as long as the hold in which it was asked for.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Neighbours {
+    run: GfnRange,
+    first: Hfn,
+}
+
+impl Neighbours {
+    /// The host frame of `gfn`, if it is one of them.
+    #[inline]
+    pub(super) fn hfn(&self, gfn: Gfn) -> Option<Hfn> {
+        self.run.contains(gfn).then(|| Hfn(self.first.0 + (gfn.0 - self.run.start.0)))
     }
 }
 
@@ -105,31 +123,88 @@ pub(super) fn back<H: Host>(mmu: &Mmu<H>, ticket: &mut Ticket, gfn: Gfn, access:
     Err(if overtaken { Unbacked::Changing } else { Unbacked::Error(error) })
 }
 
-/// The frames of guest tables that a vCPU has read last.
+/// What a vCPU has asked last: the frames of guest tables that it has read, and what its last fault led to.
 #[derive(Debug)]
 pub(super) struct Remembered {
+    /// Of which frame each is. Beside it, because this is gone through at each entry.
+    gfns: [Gfn; REMEMBERED],
     frames: [Option<Backed>; REMEMBERED],
     next: usize,
+    target: Option<Backed>,
 }
 
 impl Remembered {
     pub(super) const fn new() -> Self {
-        Self { frames: [None; REMEMBERED], next: 0 }
+        Self { gfns: [NO_FRAME; REMEMBERED], frames: [None; REMEMBERED], next: 0, target: None }
     }
 
-    pub(super) fn find(&self, gfn: Gfn) -> Option<Backed> {
-        self.frames.iter().flatten().find(|backed| backed.gfn == gfn).copied()
+    #[inline]
+    pub(super) fn find(&self, gfn: Gfn) -> Option<&Backed> {
+        let place = self.gfns.iter().position(|other| *other == gfn)?;
+        self.frames[place].as_ref()
     }
 
     fn keep(&mut self, backed: Backed) {
+        self.gfns[self.next] = backed.gfn;
         self.frames[self.next] = Some(backed);
         self.next = (self.next + 1) % REMEMBERED;
     }
 
     fn forget(&mut self, gfn: Gfn) {
-        for place in &mut self.frames {
-            place.take_if(|backed| backed.gfn == gfn);
+        for (place, frame) in self.gfns.iter_mut().zip(&mut self.frames).filter(|(other, _)| **other == gfn) {
+            *place = NO_FRAME;
+            *frame = None;
         }
+    }
+
+    /// Asks what stands behind `gfn`, for an access that a fault is about. Outside the lock.
+    ///
+    /// The backing is asked once for each piece of memory: what it said of one frame of it holds for the others, for as
+    /// long as it holds for that one. It is asked again if it would not let the guest write, which it may change its mind
+    /// about, and if anything has been invalidated since: to find out in the lock only would be to find out each time.
+    pub(super) fn target<H: Host>(
+        &mut self,
+        mmu: &Mmu<H>,
+        ticket: &mut Ticket,
+        gfn: Gfn,
+        access: Access,
+    ) -> Result<Backed, Unbacked> {
+        let allows = |last: &Backed| last.run.contains(gfn) && (last.writable || access != Access::Write);
+        if let Some(last) = self.target.filter(allows)
+            && mmu.slots.generation() == last.generation
+            && !mmu.notify.is_overtaken(last.snapshot)
+        {
+            return Ok(Backed { gfn, ..last });
+        }
+        let backed = back(mmu, ticket, gfn, access)?;
+        self.target = Some(backed);
+        Ok(backed)
+    }
+}
+
+/// The guest's memory as far as it is remembered. Inside the lock; what is not remembered, or not true any more, has no
+/// memory.
+pub(super) struct Known<'g, H: Host> {
+    pub(super) inside: Inside<'g, H>,
+    pub(super) remembered: &'g Remembered,
+}
+
+impl<H: Host + GuestMemory> Known<'_, H> {
+    #[inline]
+    fn find(&self, gfn: Gfn) -> Option<&Backed> {
+        self.remembered.find(gfn).filter(|backed| backed.still_holds(self.inside.mmu, self.inside.shared))
+    }
+}
+
+impl<H: Host + GuestMemory> Tables for Known<'_, H> {
+    #[inline]
+    fn read(&mut self, at: Gpa, width: Width) -> Option<u64> {
+        let backed = self.find(at.gfn())?;
+        Some(self.inside.mmu.host.load(backed.hfn(), offset(at), width))
+    }
+
+    fn mark(&mut self, at: Gpa, width: Width, old: u64, new: u64) -> Marked {
+        self.find(at.gfn()).map_or(Marked::Changed, |backed| mark(self.inside, backed, at, width, old, new))
     }
 }
 
@@ -149,7 +224,7 @@ impl<H: Host + GuestMemory> GuestTables<'_, H> {
         // Twice: what is remembered may be old, and a new answer overtaken; then the guest tries again.
         for _ in 0..2 {
             let backed = match self.remembered.find(gfn) {
-                Some(backed) => backed,
+                Some(backed) => *backed,
                 None => match back(self.mmu, self.ticket, gfn, Access::Read) {
                     Ok(backed) => {
                         self.remembered.keep(backed);
@@ -192,20 +267,31 @@ impl<H: Host + GuestMemory> Tables for GuestTables<'_, H> {
     }
 
     fn mark(&mut self, at: Gpa, width: Width, old: u64, new: u64) -> Marked {
-        // What was made of the entry stays right when it gets a mark: without it nothing was made. So its page need not be
-        // marked out of step, as by a write of the guest's.
-        let marked = self.touch(at.gfn(), |inside, backed| {
-            if !backed.writable {
-                return Marked::ReadOnly;
-            }
-            match inside.mmu.host.compare_exchange(backed.hfn(), offset(at), width, old, new) {
-                true => {
-                    note_write(inside, backed.logged, backed.gfn);
-                    Marked::Done
-                }
-                false => Marked::Changed,
-            }
-        });
+        let marked = self.touch(at.gfn(), |inside, backed| mark(inside, backed, at, width, old, new));
         marked.unwrap_or(Marked::Changed)
+    }
+}
+
+/// Sets marks in an entry of a guest's table, if it is `old` still. Inside the lock.
+///
+/// What was made of the entry stays right when it gets a mark: without it nothing was made. So its page need not be marked
+/// out of step, as by a write of the guest's.
+fn mark<H: Host + GuestMemory>(
+    inside: Inside<'_, H>,
+    backed: &Backed,
+    at: Gpa,
+    width: Width,
+    old: u64,
+    new: u64,
+) -> Marked {
+    if !backed.writable {
+        return Marked::ReadOnly;
+    }
+    match inside.mmu.host.compare_exchange(backed.hfn(), offset(at), width, old, new) {
+        true => {
+            note_write(inside, backed.logged, backed.gfn);
+            Marked::Done
+        }
+        false => Marked::Changed,
     }
 }

@@ -4,8 +4,8 @@
 //! # What there is
 //! A *shadow page* is one table of ours. It stands for one table of the guest's (or a part of one, or a run of frames)
 //! read in one way: its identity is `(gfn, role)`, and nothing else ([`role`]). Pages live in an arena and are named by
-//! handles that say which life of the page is meant ([`page`]). Each guest frame has a *bucket*, shared with others that
-//! are far from it: it knows which shadow pages stand for the frame as a table, and which entries map it as a page
+//! handles that say which life of the page is meant ([`page`]). Each guest frame has a *bucket*, shared with its
+//! neighbours: it knows which shadow pages stand for the frame as a table, and which entries map it as a page
 //! ([`bucket`], [`rmap`]).
 //!
 //! # Locks
@@ -59,6 +59,7 @@ mod bucket;
 mod fault;
 mod hold;
 mod invlpg;
+mod leaves;
 mod memory;
 mod order;
 mod page;

@@ -37,8 +37,8 @@ fn page<'g, 'o, H: Host>(inside: Inside<'g, H>, index: u32) -> PageGuard<'g, 'o>
     PageGuard { page, index, links: page.links().lock(inside.relax()), order: PhantomData }
 }
 
-fn bucket<'g, 'o, H: Host>(inside: Inside<'g, H>, gfn: Gfn) -> BucketGuard<'g, 'o> {
-    BucketGuard { bucket: inside.shadow.buckets.of(gfn).lock(inside.relax()), order: PhantomData }
+fn bucket<'g, 'o, H: Host>(inside: Inside<'g, H>, number: usize) -> BucketGuard<'g, 'o> {
+    BucketGuard { bucket: inside.shadow.buckets.numbered(number).lock(inside.relax()), order: PhantomData }
 }
 
 impl Order<'_> {
@@ -59,7 +59,12 @@ impl Order<'_> {
 
     /// Locks the bucket of `gfn`.
     pub(super) fn bucket<'g, H: Host>(&mut self, inside: Inside<'g, H>, gfn: Gfn) -> BucketGuard<'g, '_> {
-        bucket(inside, gfn)
+        bucket(inside, inside.shadow.buckets.number(gfn))
+    }
+
+    /// Locks the bucket of that number.
+    pub(super) fn numbered<'g, H: Host>(&mut self, inside: Inside<'g, H>, number: usize) -> BucketGuard<'g, '_> {
+        bucket(inside, number)
     }
 }
 
@@ -96,7 +101,14 @@ impl PageGuard<'_, '_> {
 
     /// Locks the bucket of `gfn`.
     pub(super) fn bucket<'g, 's, H: Host>(&'s mut self, inside: Inside<'g, H>, gfn: Gfn) -> BucketGuard<'g, 's> {
-        bucket(inside, gfn)
+        bucket(inside, inside.shadow.buckets.number(gfn))
+    }
+}
+
+impl PageGuard<'_, '_> {
+    /// Locks the bucket of that number.
+    pub(super) fn numbered<'g, 's, H: Host>(&'s mut self, inside: Inside<'g, H>, number: usize) -> BucketGuard<'g, 's> {
+        bucket(inside, number)
     }
 }
 

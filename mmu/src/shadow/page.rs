@@ -29,7 +29,7 @@ use crate::once::OnceBox;
 use crate::sync::{AtomicU32, AtomicU64, Ordering};
 
 /// Pages of one chunk of the arena.
-const CHUNK: u32 = 64;
+const CHUNK: u32 = if cfg!(any(feature = "loom", feature = "shuttle")) { 4 } else { 64 };
 
 /// The guest's table may be written without our notice (KVM: unsync). Set and cleared under the table's bucket lock, set
 /// with [`STALE`] and never without.
@@ -75,8 +75,10 @@ pub(super) struct Links {
     pub(super) parents: Vec<Place>,
 }
 
-/// One shadow page.
+/// One shadow page. On lines of its own, for its lock is written at each leaf that is made in it, and its neighbour in the
+/// arena is another vCPU's.
 #[derive(Debug)]
+#[repr(align(128))]
 pub(super) struct Page {
     life: AtomicU32,
     gfn: AtomicU32,
@@ -214,6 +216,11 @@ impl Page {
     #[inline]
     pub(super) fn target(&self, entry: usize) -> u32 {
         self.targets.get().map_or(0, |targets| targets[entry].load(Ordering::Relaxed))
+    }
+
+    /// What all entries lead to.
+    pub(super) fn targets(&self) -> Option<&[AtomicU32; ENTRIES]> {
+        self.targets.get()
     }
 
     /// Says what entry `entry`, which is absent, is about to lead to. Under the page's lock.

@@ -1,9 +1,9 @@
 //! Reverse maps: which entries map a guest frame.
 //!
-//! One word a frame: nothing, one place, or the number of a node. Words come in chunks of 64, of frames that are
-//! [`super::bucket::STRIDE`] apart; a chunk exists once one of its frames was mapped. A node holds up to 14 places and
-//! leads to the next; only the first may have fewer. A frame that is mapped from very many places is *crowded*, and the
-//! fault that would add one more removes all others instead (KVM: rmap recycling): removal looks through the list.
+//! One word a frame: nothing, one place, or the number of a node. Words come in chunks, of the frames of one run; a chunk
+//! exists once one of its frames was mapped. A node holds up to 14 places and leads to the next; only the first may have
+//! fewer. A frame that is mapped from very many places is *crowded*, and the fault that would add one more removes all
+//! others instead (KVM: rmap recycling): removal looks through the list.
 //!
 //! Nothing here allocates but [`Rmap::reserve`], which is called outside the MMU lock.
 
@@ -13,8 +13,8 @@ use alloc::vec::Vec;
 use super::page::Place;
 use crate::OutOfMemory;
 
-/// Frames of a chunk.
-pub(super) const WORDS: usize = 64;
+/// Frames of a run: neighbours, whose words make a chunk.
+pub(super) const RUN: usize = if cfg!(any(feature = "loom", feature = "shuttle")) { 2 } else { 64 };
 const NODE: usize = 14;
 /// Marks a word that names a node.
 const MANY: u32 = 1 << 31;
@@ -36,7 +36,9 @@ struct Node {
 #[derive(Debug)]
 pub(super) struct Rmap {
     /// Sorted by number.
-    chunks: Vec<(u32, Box<[u32; WORDS]>)>,
+    chunks: Vec<(u32, Box<[u32; RUN]>)>,
+    /// Which of them was in use last.
+    last: usize,
     nodes: Vec<Node>,
     /// First of the free nodes, which are linked.
     free: u32,
@@ -49,24 +51,26 @@ pub(super) struct Key {
     pub(super) word: usize,
 }
 
-/// Whether a place can be added.
+/// Why a place can not be added.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) enum Room {
-    /// It can.
-    Enough,
-    /// After [`Rmap::reserve`].
-    None,
+pub(super) enum NoRoom {
+    /// It can, after [`Rmap::reserve`].
+    Yet,
     /// The frame is mapped from too many places.
     Crowded,
 }
 
 impl Rmap {
     pub(super) const fn new() -> Self {
-        Self { chunks: Vec::new(), nodes: Vec::new(), free: NONE }
+        Self { chunks: Vec::new(), last: 0, nodes: Vec::new(), free: NONE }
     }
 
+    #[inline]
     fn chunk(&self, number: u32) -> Result<usize, usize> {
-        self.chunks.binary_search_by_key(&number, |(number, _)| *number)
+        match self.chunks.get(self.last) {
+            Some((last, _)) if *last == number => Ok(self.last),
+            _ => self.chunks.binary_search_by_key(&number, |(number, _)| *number),
+        }
     }
 
     fn word(&self, key: Key) -> u32 {
@@ -79,30 +83,11 @@ impl Rmap {
         }
     }
 
-    /// Whether one more place of the frame can be added.
-    pub(super) fn room(&self, key: Key) -> Room {
-        let Ok(chunk) = self.chunk(key.chunk) else { return Room::None };
-        let word = self.chunks[chunk].1[key.word];
-        if word == 0 {
-            return Room::Enough;
-        }
-        if word & MANY != 0 {
-            let node = &self.nodes[(word & !MANY) as usize];
-            if node.depth >= CROWD {
-                return Room::Crowded;
-            }
-            if usize::from(node.count) < NODE {
-                return Room::Enough;
-            }
-        }
-        if self.free == NONE { Room::None } else { Room::Enough }
-    }
-
     /// Makes room for a place of this frame.
     pub(super) fn reserve(&mut self, key: Key) -> Result<(), OutOfMemory> {
         if let Err(position) = self.chunk(key.chunk) {
             self.chunks.try_reserve_exact(1)?;
-            self.chunks.insert(position, (key.chunk, Box::new([0; WORDS])));
+            self.chunks.insert(position, (key.chunk, Box::new([0; RUN])));
         }
         if self.free == NONE && self.word(key) != 0 {
             self.nodes.try_reserve(1)?;
@@ -118,32 +103,52 @@ impl Rmap {
         node
     }
 
-    /// Adds a place, for which there is room.
-    pub(super) fn add(&mut self, key: Key, place: Place) {
-        let word = self.word(key);
-        if word == 0 {
-            return self.set(key, place.0 + 1);
+    /// Adds a place.
+    #[inline]
+    pub(super) fn add(&mut self, key: Key, place: Place) -> Result<(), NoRoom> {
+        let chunk = self.chunk(key.chunk).map_err(|_| NoRoom::Yet)?;
+        self.last = chunk;
+        let word = &mut self.chunks[chunk].1[key.word];
+        if *word == 0 {
+            *word = place.0 + 1;
+            return Ok(());
         }
-        let head = if word & MANY == 0 {
-            let node = self.take_node();
-            self.nodes[node as usize] = Node { places: [0; NODE], next: NONE, count: 1, depth: 0 };
-            self.nodes[node as usize].places[0] = word - 1;
-            self.set(key, MANY | node);
-            node
-        } else {
-            word & !MANY
+        let word = *word;
+        *self.word_of_many(key, word)? = place.0;
+        Ok(())
+    }
+
+    /// The place to be written to of a frame whose word is `word`, which is not zero.
+    fn word_of_many(&mut self, key: Key, word: u32) -> Result<&mut u32, NoRoom> {
+        let (first, depth) = match word & MANY {
+            0 => (None, 0),
+            _ => {
+                let first = word & !MANY;
+                let node = self.nodes[first as usize];
+                if node.depth >= CROWD {
+                    return Err(NoRoom::Crowded);
+                }
+                if usize::from(node.count) < NODE {
+                    let node = &mut self.nodes[first as usize];
+                    node.count += 1;
+                    return Ok(&mut node.places[usize::from(node.count) - 1]);
+                }
+                (Some(first), node.depth + 1)
+            }
         };
-        let first = &mut self.nodes[head as usize];
-        if usize::from(first.count) < NODE {
-            first.places[usize::from(first.count)] = place.0;
-            first.count += 1;
-            return;
+        if self.free == NONE {
+            return Err(NoRoom::Yet);
         }
-        let depth = first.depth + 1;
-        let node = self.take_node();
-        self.nodes[node as usize] = Node { places: [0; NODE], next: head, count: 1, depth };
-        self.nodes[node as usize].places[0] = place.0;
-        self.set(key, MANY | node);
+        let number = self.take_node();
+        self.set(key, MANY | number);
+        let node = &mut self.nodes[number as usize];
+        *node = Node { places: [0; NODE], next: first.unwrap_or(NONE), count: 1, depth };
+        if first.is_none() {
+            // What was alone has company.
+            node.places[0] = word - 1;
+            node.count = 2;
+        }
+        Ok(&mut node.places[usize::from(node.count) - 1])
     }
 
     /// Removes a place. Whether it was there.
@@ -209,12 +214,12 @@ impl Rmap {
     /// The keys of the `from`-th chunk; `None` past the last.
     pub(super) fn keys(&self, from: usize) -> Option<impl Iterator<Item = Key> + use<>> {
         let chunk = self.chunks.get(from)?.0;
-        Some((0..WORDS).map(move |word| Key { chunk, word }))
+        Some((0..RUN).map(move |word| Key { chunk, word }))
     }
 
     pub(super) fn bytes(&self) -> usize {
-        self.chunks.capacity() * size_of::<(u32, Box<[u32; WORDS]>)>()
-            + self.chunks.len() * size_of::<[u32; WORDS]>()
+        self.chunks.capacity() * size_of::<(u32, Box<[u32; RUN]>)>()
+            + self.chunks.len() * size_of::<[u32; RUN]>()
             + self.nodes.capacity() * size_of::<Node>()
     }
 }
@@ -236,11 +241,10 @@ mod tests {
             for (frame, place, add) in ops {
                 let key = Key { chunk: frame as u32 % 2, word: frame };
                 if add && !sets[frame].contains(&place) {
-                    if rmap.room(key) == Room::None {
+                    if rmap.add(key, Place(place)).is_err() {
                         rmap.reserve(key).unwrap();
+                        prop_assert_eq!(rmap.add(key, Place(place)), Ok(()));
                     }
-                    prop_assert_eq!(rmap.room(key), Room::Enough);
-                    rmap.add(key, Place(place));
                     sets[frame].insert(place);
                 } else if !add {
                     prop_assert_eq!(rmap.remove(key, Place(place)), sets[frame].remove(&place));
@@ -258,13 +262,10 @@ mod tests {
         let mut rmap = Rmap::new();
         let mut count = 0;
         loop {
-            match rmap.room(KEY) {
-                Room::None => rmap.reserve(KEY).unwrap(),
-                Room::Crowded => break,
-                Room::Enough => {
-                    rmap.add(KEY, Place(count));
-                    count += 1;
-                }
+            match rmap.add(KEY, Place(count)) {
+                Err(NoRoom::Yet) => rmap.reserve(KEY).unwrap(),
+                Err(NoRoom::Crowded) => break,
+                Ok(()) => count += 1,
             }
         }
         assert!((1000..1100).contains(&count), "{count}");
@@ -272,7 +273,7 @@ mod tests {
         for _ in 0..3 {
             (0..count).for_each(|place| assert!(rmap.remove(KEY, Place(place))));
             assert!(rmap.first(KEY).is_none() && !rmap.remove(KEY, Place(0)));
-            (0..count).for_each(|place| rmap.add(KEY, Place(place)));
+            (0..count).for_each(|place| assert_eq!(rmap.add(KEY, Place(place)), Ok(())));
         }
         assert_eq!(rmap.nodes.len(), nodes);
     }

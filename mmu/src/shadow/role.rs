@@ -125,6 +125,20 @@ impl Identity {
 }
 
 impl Identity {
+    /// The root that another CR3 names under the registers of this one, which make `mode`.
+    pub(super) fn with_cr3(self, mode: &Mode, cr3: u64) -> Self {
+        if !mode.is_paging() {
+            return self;
+        }
+        let top = mode.root(cr3);
+        let part = if matches!(self.role.top(), Top::Pointers) && !self.role.is_legacy() {
+            (top.0 & 0xfff) as u32 >> 5
+        } else {
+            0
+        };
+        Self { gfn: top.gfn(), role: Role(self.role.0 & !PART | part << PART_SHIFT) }
+    }
+
     /// In the place of a root whose table is nowhere: a page of the same format that is made of nothing. (Its role is of no
     /// registers that a guest can have, so that no fault takes it for its own.)
     pub(super) const fn without_memory(self) -> Self {
@@ -156,7 +170,8 @@ impl Role {
         (self.0 & PART) >> PART_SHIFT
     }
 
-    const fn access(self) -> Rights {
+    /// What the entries above allow together.
+    pub(super) const fn access(self) -> Rights {
         Rights { user: self.0 & USER != 0, write: self.0 & WRITE != 0, execute: self.0 & EXECUTE != 0 }
     }
 
@@ -367,6 +382,18 @@ mod tests {
         assert_ne!(one.role, other.role);
         assert_eq!((one.role.guest_offset(1), other.role.guest_offset(3)), (0x28, 0xff8));
         assert_eq!(one.role.top(), Top::Pointers);
+    }
+
+    #[test]
+    fn another_cr3_is_another_root_of_the_same_registers() {
+        let none = Controls { cr0: 0, cr4: 0, efer: 0 };
+        let five = Controls { cr4: LONG.cr4 | 1 << 12, ..LONG };
+        for controls in [LONG, five, PAE, LEGACY, none] {
+            for cr3 in [0, 0x1020, 0x1fe0, 0xf_ffff_ffff_ffff, u64::MAX] {
+                let one = Identity::root(controls, 0x7_7777_7fe0, CPU);
+                assert_eq!(one.with_cr3(&Mode::new(controls, CPU), cr3), Identity::root(controls, cr3, CPU));
+            }
+        }
     }
 
     #[test]

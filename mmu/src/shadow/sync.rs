@@ -25,18 +25,19 @@
 use alloc::vec::Vec;
 
 use super::bucket::Bucket;
+use super::leaves::Leaves;
 use super::order::{Order, PageGuard};
 use super::page::{Handle, Page, Place, STALE, UNSYNC};
 use super::role::{Meaning, Source};
 use super::table::Inside;
 use crate::addr::Gfn;
 use crate::events::Counter;
-use crate::format::long_mode::{self, ABSENT, ShadowLeaf};
+use crate::format::long_mode::ABSENT;
 use crate::guest::{Judged, Mode};
 use crate::host::{GuestMemory, Host};
 use crate::leaf_lock::LeafLock;
 use crate::mutants::{self, Mutant};
-use crate::sync::{Ordering, load_for_update};
+use crate::sync::{AtomicU32, Ordering, load_for_update};
 use crate::tlb::Moment;
 
 /// Pages out of step at most. More, and the fault that would add one brings the others in step first.
@@ -46,11 +47,14 @@ const LIST: usize = 64;
 #[derive(Debug)]
 pub(super) struct OutOfStep {
     pages: LeafLock<Vec<Handle>>,
+    /// How many are on it; written under its lock. Who finds none has nothing to bring in step: what the guest wrote
+    /// before it asked to forget was writable before, and on the list before that.
+    count: AtomicU32,
 }
 
 impl OutOfStep {
     pub(super) fn new() -> Self {
-        Self { pages: LeafLock::new(Vec::with_capacity(LIST)) }
+        Self { pages: LeafLock::new(Vec::with_capacity(LIST)), count: AtomicU32::new(0) }
     }
 
     /// Puts a page on the list; whether there was room. Under its bucket lock.
@@ -65,11 +69,20 @@ impl OutOfStep {
         if room {
             pages.push(handle);
         }
+        self.count.store(pages.len() as u32, Ordering::Release);
         room
     }
 
     fn remove<H: Host>(&self, inside: Inside<'_, H>, handle: Handle) {
-        self.pages.lock(inside.relax()).retain(|other| *other != handle);
+        let mut pages = self.pages.lock(inside.relax());
+        pages.retain(|other| *other != handle);
+        self.count.store(pages.len() as u32, Ordering::Release);
+    }
+
+    /// Whether no page is on the list.
+    #[inline]
+    pub(super) fn is_empty(&self) -> bool {
+        self.count.load(Ordering::Acquire) == 0
     }
 
     fn copy<H: Host>(&self, inside: Inside<'_, H>) -> ([Handle; LIST], usize) {
@@ -83,7 +96,7 @@ impl OutOfStep {
 /// Marks all pages of `gfn` that are in step as out of it, so that a leaf of it may become writable; `false` if the list
 /// is full, and then some are and some are not, each rightly. Under the bucket lock, and before the leaf.
 pub(super) fn open<H: Host>(inside: Inside<'_, H>, bucket: &Bucket, gfn: Gfn) -> bool {
-    bucket.pages(inside, gfn).all(|index| {
+    bucket.pages(gfn).all(|index| {
         let page = inside.page(index);
         if page.role().source() == Source::Identity || page.has(UNSYNC) {
             return true;
@@ -102,6 +115,9 @@ pub(super) fn open<H: Host>(inside: Inside<'_, H>, bucket: &Bucket, gfn: Gfn) ->
 
 /// Brings all pages on the list in step.
 pub(super) fn all_in_step<H: Host + GuestMemory>(inside: Inside<'_, H>, order: &mut Order<'_>) {
+    if inside.shadow.out_of_step.is_empty() {
+        return;
+    }
     let (pages, count) = inside.shadow.out_of_step.copy(inside);
     in_step(inside, order, &pages[..count]);
 }
@@ -156,9 +172,20 @@ pub(super) fn judge<H: Host + GuestMemory>(inside: Inside<'_, H>, page: &Page, m
 
 /// Compares all entries with the guest's, and removes what the guest's would not give.
 pub(super) fn compare_all<H: Host + GuestMemory>(inside: Inside<'_, H>, guard: &mut PageGuard<'_, '_>) {
-    let mode = guard.page.role().mode(inside.shadow.cpu);
-    for entry in 0..guard.page.role().entries() {
-        compare(inside, guard, &mode, entry);
+    let (page, role) = (guard.page, guard.page.role());
+    let mode = role.mode(inside.shadow.cpu);
+    if role.level() > 1 {
+        return (0..role.entries()).for_each(|entry| compare_link(inside, guard, &mode, entry));
+    }
+    let Leaves::Guest(reading) = Leaves::of(page, &mode) else { return };
+    let (Some(entries), Some(targets)) = (inside.entries(page), page.targets()) else { return };
+    let guest = page.guest();
+    for (entry, (cell, target)) in entries.iter().zip(targets).enumerate() {
+        let there = load_for_update(cell);
+        if there != ABSENT && !reading.gives(reading.load(inside, guest, entry), there, target.load(Ordering::Relaxed))
+        {
+            unmap(inside, guard, entry);
+        }
     }
 }
 
@@ -170,33 +197,33 @@ pub(super) fn compare<H: Host + GuestMemory>(
     entry: usize,
 ) {
     let page = guard.page;
-    let Some(entries) = inside.entries(page) else { return };
-    let raw = load_for_update(&entries[entry]);
-    if raw == ABSENT {
-        return;
-    }
-    let meaning = page.role().meaning(page.gfn(), entry, judge(inside, page, mode, entry));
     if page.role().level() > 1 {
-        let below = inside.page(page.target(entry));
-        if meaning != Meaning::Child(below.identity()) || below.life() & 1 == 0 {
-            unlink(inside, guard, entry);
-        }
-    } else if long_mode::decode_leaf(raw).is_some_and(|leaf| !gives(meaning, page.target(entry), leaf)) {
+        return compare_link(inside, guard, mode, entry);
+    }
+    let (Leaves::Guest(reading), Some(entries)) = (Leaves::of(page, mode), inside.entries(page)) else { return };
+    let there = load_for_update(&entries[entry]);
+    if there != ABSENT && !reading.gives(reading.load(inside, page.guest(), entry), there, page.target(entry)) {
         unmap(inside, guard, entry);
     }
 }
 
-/// Whether `meaning` allows all that `leaf`, made for frame `target`, does.
-///
-/// Not only rights that are too many: a supervisor page that has become a user page is closed to the supervisor by SMEP
-/// and SMAP.
-fn gives(meaning: Meaning, target: u32, leaf: ShadowLeaf) -> bool {
-    let Meaning::Leaf { gfn, rights, key } = meaning else { return false };
-    gfn == Gfn(u64::from(target))
-        && key == leaf.key
-        && rights.user == leaf.user
-        && (rights.write || !leaf.write)
-        && (rights.execute || !leaf.execute)
+/// Compares one entry above level 1.
+fn compare_link<H: Host + GuestMemory>(
+    inside: Inside<'_, H>,
+    guard: &mut PageGuard<'_, '_>,
+    mode: &Mode,
+    entry: usize,
+) {
+    let page = guard.page;
+    let Some(entries) = inside.entries(page) else { return };
+    if load_for_update(&entries[entry]) == ABSENT {
+        return;
+    }
+    let meaning = page.role().meaning(page.gfn(), entry, judge(inside, page, mode, entry));
+    let below = inside.page(page.target(entry));
+    if meaning != Meaning::Child(below.identity()) || below.life() & 1 == 0 {
+        unlink(inside, guard, entry);
+    }
 }
 
 /// Removes the link of `entry` to the page below, if there is one.

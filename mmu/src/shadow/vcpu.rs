@@ -24,18 +24,19 @@ use super::Shadow;
 use super::fault::{self, Blanks, Step, TOLD, Want};
 use super::hold::{Debts, Fresh, hold};
 use super::invlpg::invlpg;
-use super::memory::{GuestTables, Remembered, Unbacked, back};
+use super::memory::{GuestTables, Known, Remembered, Unbacked, back};
 use super::page::Handle;
 use super::quota;
 use super::role::{Identity, Source};
 use super::sync::all_in_step;
+use super::table::Inside;
 use super::zap::zap_page;
 use crate::addr::{Gpa, Hfn, Hpa};
 use crate::events::Counter;
 use crate::format::long_mode::Top;
 use crate::guest::{Controls, Mode, PageFault, Refused, Request, Translation, walk};
 use crate::host::{Access, GuestMemory, Host, VcpuId};
-use crate::lock::Ticket;
+use crate::lock::{Shared, Ticket};
 use crate::vcpu::FaultError;
 use crate::{Mmu, OutOfMemory};
 
@@ -109,6 +110,8 @@ pub struct ShadowVcpu<H: Host + GuestMemory> {
     controls: Controls,
     cr3: u64,
     mode: Mode,
+    /// The root that these registers name.
+    identity: Identity,
     root: Option<Root>,
     /// Most recent first.
     previous: [Option<Root>; PREVIOUS],
@@ -177,6 +180,7 @@ impl<H: Host + GuestMemory> Mmu<H> {
         let Some(ticket) = self.lock.claim(seat..seat + 1) else { return Ok(None) };
         let controls = Controls { cr0: 0, cr4: 0, efer: 0 };
         let mode = Mode::new(controls, shadow.cpu);
+        let identity = Identity::root(controls, 0, shadow.cpu);
         Ok(Some(ShadowVcpu {
             mmu: Arc::clone(self),
             ticket,
@@ -184,6 +188,7 @@ impl<H: Host + GuestMemory> Mmu<H> {
             controls,
             cr3: 0,
             mode,
+            identity,
             root: None,
             previous: [None; PREVIOUS],
             blanks,
@@ -214,7 +219,9 @@ impl<H: Host + GuestMemory> ShadowVcpu<H> {
     pub fn set_controls(&mut self, controls: Controls) {
         if controls != self.controls {
             self.controls = controls;
-            self.mode = Mode::new(controls, self.shadow().cpu);
+            let cpu = self.shadow().cpu;
+            self.mode = Mode::new(controls, cpu);
+            self.identity = Identity::root(controls, self.cr3, cpu);
             self.turn();
         }
         self.flush();
@@ -226,8 +233,11 @@ impl<H: Host + GuestMemory> ShadowVcpu<H> {
     /// PCIDs must not come back with this root. And the TLB is flushed: all roots share one address-space number.
     pub fn load_cr3(&mut self, cr3: u64, keeps: bool) {
         let same = cr3 == self.cr3;
-        self.cr3 = cr3;
-        self.turn();
+        if !same {
+            self.cr3 = cr3;
+            self.identity = self.identity.with_cr3(&self.mode, cr3);
+            self.turn();
+        }
         if !(keeps && same) {
             self.flush();
         }
@@ -253,13 +263,9 @@ impl<H: Host + GuestMemory> ShadowVcpu<H> {
         self.mmu.shadow.get().expect("a shadow vCPU is made when shadow paging is enabled")
     }
 
-    fn identity(&self) -> Identity {
-        Identity::root(self.controls, self.cr3, self.shadow().cpu)
-    }
-
     /// Turns to the root of the present registers if it is at hand; otherwise there is none, and one must be loaded.
     fn turn(&mut self) {
-        let wanted = self.identity();
+        let wanted = self.identity;
         if self.root.is_some_and(|root| root.identity == wanted) {
             return;
         }
@@ -288,9 +294,11 @@ impl<H: Host + GuestMemory> ShadowVcpu<H> {
                 self.load_root()?;
             }
             if core::mem::take(&mut self.sync_owed) {
-                let mmu = Arc::clone(&self.mmu);
+                let Self { mmu, ticket, debts, .. } = self;
                 let shadow = mmu.shadow.get().ok_or(FaultError::NoRoot)?;
-                hold(&mmu, shadow, &mut self.ticket, &mut self.debts, |inside, order, _| all_in_step(inside, order));
+                if !shadow.out_of_step.is_empty() {
+                    hold(mmu, shadow, ticket, debts, |inside, order, _| all_in_step(inside, order));
+                }
             }
             if self.mmu.tlb.enter(self.id, &mut self.flushed) {
                 self.ticket.counters().add(Counter::Flush, 1);
@@ -340,14 +348,14 @@ impl<H: Host + GuestMemory> ShadowVcpu<H> {
     /// Finds or makes the root of the present registers.
     #[cold]
     fn load_root(&mut self) -> Result<(), FaultError> {
-        let mut wanted = self.identity();
-        let mmu = Arc::clone(&self.mmu);
-        let shadow = mmu.shadow.get().ok_or(FaultError::NoRoot)?;
+        let mut wanted = self.identity;
         loop {
-            quota::top_up(&mmu, shadow, &mut self.ticket, &mut self.debts, &mut self.blanks)?;
+            let Self { mmu, ticket, debts, blanks, .. } = self;
+            let shadow = mmu.shadow.get().ok_or(FaultError::NoRoot)?;
+            quota::top_up(mmu, shadow, ticket, debts, blanks)?;
             let table = match wanted.role.source() {
                 Source::Identity => None,
-                Source::Guest(_) => match back(&mmu, &mut self.ticket, wanted.gfn, Access::Read) {
+                Source::Guest(_) => match back(mmu, ticket, wanted.gfn, Access::Read) {
                     Ok(table) => Some(table),
                     Err(Unbacked::Error(error)) => return Err(error),
                     // CR3 names no memory (KVM: the dummy root): each access faults, and the guest's walk says why.
@@ -361,9 +369,8 @@ impl<H: Host + GuestMemory> ShadowVcpu<H> {
                     }
                 },
             };
-            let blanks = &mut self.blanks;
-            let step = hold(&mmu, shadow, &mut self.ticket, &mut self.debts, |inside, order, debts| {
-                let fresh = Fresh::check(debts, inside, None, [table]).ok_or(Step::Retry)?;
+            let step = hold(mmu, shadow, ticket, debts, |inside, order, debts| {
+                let fresh = Fresh::check(debts, inside, None, &table).ok_or(Step::Retry)?;
                 let (handle, _) = fault::find_or_make(inside, order, fresh, wanted, table, blanks)?;
                 fault::settle(inside, order, handle);
                 let guard = order.alive(inside, handle).ok_or(Step::Retry)?;
@@ -383,38 +390,9 @@ impl<H: Host + GuestMemory> ShadowVcpu<H> {
                     self.flush();
                     return Ok(());
                 }
-                Err(step) => self.serve(&mmu, shadow, step)?,
+                Err(step) => serve(mmu, shadow, ticket, debts, blanks, step)?,
             }
         }
-    }
-
-    /// Does what a walk lacked, outside the lock or in a hold of its own.
-    fn serve(&mut self, mmu: &Arc<Mmu<H>>, shadow: &Shadow, step: Step) -> Result<(), FaultError> {
-        let (ticket, debts) = (&mut self.ticket, &mut self.debts);
-        let relax = || mmu.host.relax();
-        match step {
-            Step::Fixed | Step::Spurious => {}
-            Step::Retry => mmu.host.relax(),
-            Step::Blanks => quota::top_up(mmu, shadow, ticket, debts, &mut self.blanks)?,
-            // For its neighbours as well, which are to be mapped with it.
-            Step::Bucket(gfn) => {
-                fault::together(gfn).try_for_each(|gfn| shadow.buckets.of(gfn).lock(relax).reserve(gfn))?
-            }
-            Step::Parents(index) => {
-                let mut links = shadow.arena.page(index).links().lock(relax);
-                links.parents.try_reserve(1).map_err(OutOfMemory::from)?;
-            }
-            Step::Flooded(handle) => hold(mmu, shadow, ticket, debts, |inside, order, debts| {
-                inside.counters().add(Counter::Flooded, 1);
-                zap_page(inside, order, debts, handle);
-            }),
-            Step::ListFull => hold(mmu, shadow, ticket, debts, |inside, order, _| all_in_step(inside, order)),
-            Step::Crowded(gfn) => hold(mmu, shadow, ticket, debts, |inside, order, _| {
-                order.bucket(inside, gfn).unmap_all(inside, gfn);
-            }),
-            Step::Failed(error) => return Err(error),
-        }
-        Ok(())
     }
 
     /// Translates one address as the guest's CPU would, by the guest's own tables, and marks them: for an embedder that
@@ -442,19 +420,24 @@ impl<H: Host + GuestMemory> ShadowVcpu<H> {
     }
 
     fn handle(&mut self, request: &Request) -> Result<ShadowOutcome, FaultError> {
-        let mmu = Arc::clone(&self.mmu);
+        let Self { mmu, ticket, remembered, debts, blanks, mode, cr3, identity, root, .. } = self;
+        // Borrowed: a reference counted once more is a line that all vCPUs write.
+        let mmu: &Mmu<H> = mmu;
         let shadow = mmu.shadow.get().ok_or(FaultError::NoRoot)?;
-        let root = self.root.ok_or(FaultError::NoRoot)?;
-        let mut tables = GuestTables {
-            mmu: &mmu,
-            shadow,
-            ticket: &mut self.ticket,
-            remembered: &mut self.remembered,
-            trouble: None,
+        let current = root.ok_or(FaultError::NoRoot)?;
+        let by_memory = {
+            let inside = &Shared::enter(mmu, ticket);
+            walk(mode, *cr3, request, &mut Known { inside: Inside { shared: inside, mmu, shadow }, remembered })
         };
-        let walked = walk(&self.mode, self.cr3, request, &mut tables);
-        let trouble = tables.trouble.take();
-        let found = match (walked, trouble) {
+        let walked = match by_memory {
+            Err(Refused::NoMemory { .. } | Refused::Changing) => {
+                let mut tables = GuestTables { mmu, shadow, ticket, remembered, trouble: None };
+                let walked = walk(mode, *cr3, request, &mut tables);
+                (walked, tables.trouble)
+            }
+            walked => (walked, None),
+        };
+        let found = match walked {
             (Ok(found), _) => found,
             (Err(Refused::Fault(fault)), _) => return Ok(ShadowOutcome::Inject(fault)),
             (Err(Refused::NoMemory { .. }), Some(Unbacked::Error(error))) => return Err(error),
@@ -465,8 +448,7 @@ impl<H: Host + GuestMemory> ShadowVcpu<H> {
                 return Ok(ShadowOutcome::Retry);
             }
         };
-        let gfn = found.gpa.gfn();
-        let target = match back(&mmu, &mut self.ticket, gfn, request.access) {
+        let target = match remembered.target(mmu, ticket, found.gpa.gfn(), request.access) {
             Ok(target) => target,
             Err(Unbacked::NoMemory) => return Ok(ShadowOutcome::Mmio { gpa: found.gpa }),
             Err(Unbacked::Changing) => return Ok(ShadowOutcome::Retry),
@@ -476,38 +458,35 @@ impl<H: Host + GuestMemory> ShadowVcpu<H> {
             return Ok(ShadowOutcome::ReadOnly { gpa: found.gpa });
         }
         let over_protection = request.access == Access::Write && !found.rights.write;
-        if over_protection && found.rights.user && root.identity.role.has_smap_or_keys() {
+        if over_protection && found.rights.user && current.identity.role.has_smap_or_keys() {
             return Ok(ShadowOutcome::Emulate { gpa: found.gpa });
         }
-        let mut told = [None; TOLD];
-        let mut entries = [0; 5];
-        for (place, (level, step)) in told.iter_mut().zip(found.steps()) {
-            *place = self.remembered.find(step.at.gfn());
-            entries[usize::from(level) - 1] = step.entry;
-        }
-        let want = Want {
-            linear: request.linear,
-            access: request.access,
-            entries,
-            role: root.identity.role,
-            mode: self.mode,
-            target,
-            over_protection,
-            tables: told,
-        };
-        if root.identity != self.identity() {
+        if current.identity != *identity {
             // The tables of a root without memory have got some.
-            self.root = None;
-            self.put(root);
+            *root = None;
+            self.put(current);
             return Ok(ShadowOutcome::Retry);
         }
+        let mut want = Want {
+            linear: request.linear,
+            access: request.access,
+            entries: [0; 5],
+            role: current.identity.role,
+            mode: *mode,
+            target,
+            over_protection,
+            tables: [None; TOLD],
+        };
+        for (place, (level, step)) in want.tables.iter_mut().zip(found.steps()) {
+            *place = remembered.find(step.at.gfn()).copied();
+            want.entries[usize::from(level) - 1] = step.entry;
+        }
         for _ in 0..ATTEMPTS {
-            quota::top_up(&mmu, shadow, &mut self.ticket, &mut self.debts, &mut self.blanks)?;
-            let blanks = &mut self.blanks;
-            let step = hold(&mmu, shadow, &mut self.ticket, &mut self.debts, |inside, order, debts| {
-                let told = want.tables.into_iter().chain([Some(want.target)]);
-                match Fresh::check(debts, inside, Some(root.handle), told) {
-                    Some(fresh) => fault::map(inside, order, fresh, root.handle, &want, blanks),
+            quota::top_up(mmu, shadow, ticket, debts, blanks)?;
+            let step = hold(mmu, shadow, ticket, debts, |inside, order, debts| {
+                let told = want.tables.iter().flatten().chain([&want.target]);
+                match Fresh::check(debts, inside, Some(current.handle), told) {
+                    Some(fresh) => fault::map(inside, order, fresh, current.handle, &want, blanks),
                     None => Step::Retry,
                 }
             });
@@ -515,11 +494,44 @@ impl<H: Host + GuestMemory> ShadowVcpu<H> {
                 Step::Fixed => return Ok(ShadowOutcome::Fixed),
                 Step::Spurious => return Ok(ShadowOutcome::Spurious),
                 Step::Retry => return Ok(ShadowOutcome::Retry),
-                step => self.serve(&mmu, shadow, step)?,
+                step => serve(mmu, shadow, ticket, debts, blanks, step)?,
             }
         }
         Ok(ShadowOutcome::Retry)
     }
+}
+
+/// Does what a walk lacked, outside the lock or in a hold of its own.
+#[cold]
+fn serve<H: Host + GuestMemory>(
+    mmu: &Mmu<H>,
+    shadow: &Shadow,
+    ticket: &mut Ticket,
+    debts: &mut Debts,
+    blanks: &mut Blanks,
+    step: Step,
+) -> Result<(), FaultError> {
+    let relax = || mmu.host.relax();
+    match step {
+        Step::Fixed | Step::Spurious => {}
+        Step::Retry => mmu.host.relax(),
+        Step::Blanks => quota::top_up(mmu, shadow, ticket, debts, blanks)?,
+        Step::Bucket(gfn) => shadow.buckets.of(gfn).lock(relax).reserve(gfn)?,
+        Step::Parents(index) => {
+            let mut links = shadow.arena.page(index).links().lock(relax);
+            links.parents.try_reserve(1).map_err(OutOfMemory::from)?;
+        }
+        Step::Flooded(handle) => hold(mmu, shadow, ticket, debts, |inside, order, debts| {
+            inside.counters().add(Counter::Flooded, 1);
+            zap_page(inside, order, debts, handle);
+        }),
+        Step::ListFull => hold(mmu, shadow, ticket, debts, |inside, order, _| all_in_step(inside, order)),
+        Step::Crowded(gfn) => hold(mmu, shadow, ticket, debts, |inside, order, _| {
+            order.bucket(inside, gfn).unmap_all(inside, gfn);
+        }),
+        Step::Failed(error) => return Err(error),
+    }
+    Ok(())
 }
 
 impl<H: Host + GuestMemory> Drop for ShadowVcpu<H> {

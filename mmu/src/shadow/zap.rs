@@ -18,6 +18,7 @@ use super::Shadow;
 use super::hold::{Debts, hold};
 use super::order::Order;
 use super::page::{Handle, Page, Place};
+use super::rmap::RUN;
 use super::role::Source;
 use super::sync::{unlink, unmap};
 use super::table::Inside;
@@ -105,22 +106,25 @@ pub(crate) fn zap_range<H: Host>(
     if range.is_empty() {
         return 0;
     }
-    // A few frames are looked up; for many, all buckets are gone through, of which there are fewer than pages.
-    if range.pages() <= 64 {
-        for gfn in (range.start.0..range.end.0).map(Gfn) {
-            zap_pages_of(mmu, shadow, ticket, debts, GfnRange { start: gfn, end: Gfn(gfn.0 + 1) });
+    // A few runs are looked up; for many, all buckets are gone through.
+    if range.pages() / RUN as u64 <= 2 * shadow.buckets.all().len() as u64 {
+        let mut start = range.start;
+        while start < range.end {
+            let end = Gfn((start.0 / RUN as u64 + 1) * RUN as u64).min(range.end);
+            let number = shadow.buckets.number(start);
+            zap_pages(mmu, shadow, ticket, debts, number, GfnRange { start, end });
             hold(mmu, shadow, ticket, &mut debts.0, |inside, order, _| {
-                leaves += order.bucket(inside, gfn).unmap_all(inside, gfn);
+                let mut bucket = order.numbered(inside, number);
+                leaves += (start.0..end.0).map(|gfn| bucket.unmap_all(inside, Gfn(gfn))).sum::<u64>();
             });
+            start = end;
         }
     } else {
-        for number in 0..shadow.buckets.all().count() {
-            zap_pages_of_bucket(mmu, shadow, ticket, debts, number, range);
+        for number in 0..shadow.buckets.all().len() {
+            zap_pages(mmu, shadow, ticket, debts, number, range);
             let mut chunk = 0;
             while hold(mmu, shadow, ticket, &mut debts.0, |inside, order, _| {
-                let first = inside.shadow.buckets.any_of(number);
-                let mut bucket = order.bucket(inside, first);
-                leaves += bucket.unmap_chunk(inside, number, chunk, range)?;
+                leaves += order.numbered(inside, number).unmap_chunk(inside, chunk, range)?;
                 Some(())
             })
             .is_some()
@@ -134,13 +138,8 @@ pub(crate) fn zap_range<H: Host>(
     leaves
 }
 
-fn zap_pages_of<H: Host>(mmu: &Mmu<H>, shadow: &Shadow, ticket: &mut Ticket, debts: &mut ShadowDebts, range: GfnRange) {
-    let number = shadow.buckets.number(range.start);
-    zap_pages_of_bucket(mmu, shadow, ticket, debts, number, range);
-}
-
 /// Zaps the pages of a bucket that stand for tables in `range`.
-fn zap_pages_of_bucket<H: Host>(
+fn zap_pages<H: Host>(
     mmu: &Mmu<H>,
     shadow: &Shadow,
     ticket: &mut Ticket,
@@ -148,22 +147,31 @@ fn zap_pages_of_bucket<H: Host>(
     number: usize,
     range: GfnRange,
 ) {
+    // One that is dying reads nothing any more.
     let of_guest = |page: &Page| page.role().source() != Source::Identity && page.life() & 1 == 1;
-    // As many as there are now, the oldest first: those that faults make meanwhile are theirs. One that is dying reads
-    // nothing any more. One a hold, for a page is a lot of work already.
-    let count = hold(mmu, shadow, ticket, &mut debts.0, |inside, order, _| {
-        let bucket = order.bucket(inside, inside.shadow.buckets.any_of(number));
-        bucket.pages_in(inside, range).filter(|index| of_guest(inside.page(*index))).count()
-    });
-    for _ in 0..count {
-        hold(mmu, shadow, ticket, &mut debts.0, |inside, order, debts| {
-            let bucket = order.bucket(inside, inside.shadow.buckets.any_of(number));
-            let index = bucket.pages_in(inside, range).find(|index| of_guest(inside.page(*index)));
-            drop(bucket);
-            if let Some(index) = index {
-                zap_page(inside, order, debts, Handle { index, life: inside.page(index).life() });
-            }
+    let GfnRange { start: mut from, end } = range;
+    loop {
+        // Frame by frame; of one frame as many as there are now, the oldest first: those that faults make meanwhile are
+        // theirs. One page a hold, for that is a lot of work already.
+        let next = hold(mmu, shadow, ticket, &mut debts.0, |inside, order, _| {
+            let bucket = order.numbered(inside, number);
+            let of_guest = |index: &u32| of_guest(inside.page(*index));
+            let first = bucket.pages_in(GfnRange { start: from, end }).find(of_guest)?;
+            let gfn = inside.page(first).gfn();
+            Some((gfn, bucket.pages(gfn).filter(of_guest).count()))
         });
+        let Some((gfn, count)) = next else { return };
+        for _ in 0..count {
+            hold(mmu, shadow, ticket, &mut debts.0, |inside, order, debts| {
+                let bucket = order.numbered(inside, number);
+                let index = bucket.pages(gfn).find(|index| of_guest(inside.page(*index)));
+                drop(bucket);
+                if let Some(index) = index {
+                    zap_page(inside, order, debts, Handle { index, life: inside.page(index).life() });
+                }
+            });
+        }
+        from = Gfn(gfn.0 + 1);
     }
 }
 
