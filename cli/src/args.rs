@@ -4,7 +4,7 @@ use std::{path::PathBuf, time::Duration};
 
 use crate::copy::link::Address;
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use nestling_control::config::{HugePages, StormKind};
+use nestling_control::config::{HugePages, MmuKind, StormKind};
 
 /// Boots unmodified Linux guests on a hypervisor whose guest memory is managed by the library `nestling`.
 ///
@@ -115,6 +115,9 @@ pub struct GuestArgs {
     /// The largest page with which guest memory is mapped
     #[arg(long, value_name = "SIZE", value_enum, default_value_t = PageSize::M2)]
     pub huge_pages: PageSize,
+    /// What translates the guest's addresses
+    #[arg(long, value_name = "KIND", value_enum, default_value_t = Translation::Npt)]
+    pub mmu: Translation,
     /// What the default guest does [default: shell at a terminal, otherwise check; no check with an initrd of one's own]
     #[arg(long, value_enum)]
     pub mode: Option<Mode>,
@@ -186,6 +189,9 @@ pub struct FuzzArgs {
     /// The largest page with which guest memory is mapped; every fourth guest has 4 KiB pages in any case
     #[arg(long, value_name = "SIZE", value_enum, default_value_t = PageSize::M2)]
     pub huge_pages: PageSize,
+    /// What translates the guests' addresses
+    #[arg(long, value_name = "KIND", value_enum, default_value_t = Translation::Npt)]
+    pub mmu: Translation,
     /// Write what came of it as JSON
     #[arg(long, value_name = "FILE")]
     pub report: Option<PathBuf>,
@@ -298,6 +304,24 @@ impl From<PageSize> for HugePages {
             PageSize::None => Self::None,
             PageSize::M2 => Self::M2,
             PageSize::G1 => Self::G1,
+        }
+    }
+}
+
+/// `--mmu`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Translation {
+    /// Nested page tables, walked by the CPU beside the guest's own
+    Npt,
+    /// Shadow page tables, made of the guest's own; for a CPU without nested paging
+    Shadow,
+}
+
+impl From<Translation> for MmuKind {
+    fn from(translation: Translation) -> Self {
+        match translation {
+            Translation::Npt => Self::Nested,
+            Translation::Shadow => Self::Shadow,
         }
     }
 }

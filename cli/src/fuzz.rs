@@ -166,6 +166,7 @@ pub fn prepare(args: &FuzzArgs, progress: Progress) -> Result<Prepared, Error> {
         vcpus: args.vcpus,
         memory_bytes: args.memory,
         huge_pages: args.huge_pages.into(),
+        mmu: args.mmu.into(),
         silence_timeout_ms: None,
         command_line: "testkernel random".to_owned(),
         ready_marker: String::new(),

@@ -8,6 +8,10 @@
 //!   start of QEMU and of the hypervisor too.
 //! - `mapped_bytes`, `touched_bytes`: just before teardown; `table_frames.left`, `guest_frames_left` and
 //!   `kept_pages_left` (compressed): after it.
+//! - `mmu`: `npt` or `shadow`. `shadow` is `null` with the former; otherwise shadow pages and the bytes of the books about
+//!   them when the guest ended, how many went because there were too many (`recycled`) or because the guest wrote to their
+//!   tables as if they were none (`flooded`), and what was left when all had been zapped: pages, entries of the reverse
+//!   maps, handles that vCPUs keep. Anything but 0 there is a leak.
 //! - `storm`: operations carried out, by kind; `storm_skipped`: those that found nothing to act on, or no memory.
 //! - `longest_lock_hold`: memory management holding the MMU lock, to the exclusion of at least somebody.
 //!   `longest_vcpu_stall`: a vCPU kept from its guest by a fault, all tries of one access together, or by an interrupt of
@@ -30,6 +34,7 @@ pub struct JsonReport<'a> {
     summary: String,
     mode: Mode,
     accel: Acceleration,
+    mmu: &'a str,
     vcpus: u32,
     memory_bytes: u64,
     boot_guest_s: Option<f64>,
@@ -41,6 +46,7 @@ pub struct JsonReport<'a> {
     mapped_bytes: Option<MappedBytes>,
     touched_bytes: Option<u64>,
     table_frames: Option<TableFrames>,
+    shadow: Option<Shadow>,
     guest_frames_left: Option<u64>,
     tlb_flushes: Option<u64>,
     kicks: Option<u64>,
@@ -80,6 +86,17 @@ struct MappedBytes {
 }
 
 #[derive(Debug, Serialize)]
+struct Shadow {
+    pages: u64,
+    book_bytes: u64,
+    recycled: u64,
+    flooded: u64,
+    pages_left: u64,
+    mappings_left: u64,
+    handles_left: u64,
+}
+
+#[derive(Debug, Serialize)]
 struct TableFrames {
     peak: u64,
     left: u64,
@@ -103,6 +120,7 @@ impl<'a> JsonReport<'a> {
             summary: outcome.sentence(),
             mode: outcome.mode,
             accel: outcome.acceleration,
+            mmu: plan.guest.config.mmu.name(),
             vcpus: plan.guest.config.vcpus,
             memory_bytes: plan.guest.config.memory_bytes,
             boot_guest_s: report.and_then(|report| report.boot_guest_ns).map(seconds),
@@ -119,6 +137,15 @@ impl<'a> JsonReport<'a> {
             touched_bytes: report.map(|report| report.touched_bytes),
             table_frames: report
                 .map(|report| TableFrames { peak: report.table_frames.peak, left: report.table_frames.left }),
+            shadow: report.and_then(|report| report.shadow).map(|shadow| Shadow {
+                pages: shadow.pages,
+                book_bytes: shadow.book_bytes,
+                recycled: shadow.recycled,
+                flooded: shadow.flooded,
+                pages_left: shadow.pages_left,
+                mappings_left: shadow.mappings_left,
+                handles_left: shadow.handles_left,
+            }),
             guest_frames_left: report.map(|report| report.guest_frames_left),
             tlb_flushes: report.map(|report| report.tlb_flushes),
             kicks: report.map(|report| report.kicks),

@@ -439,7 +439,7 @@ fn spawn_writer(mut stream: UnixStream) -> SyncSender<Vec<u8>> {
 
 #[cfg(test)]
 mod tests {
-    use nestling_control::config::{HugePages, RunConfig};
+    use nestling_control::config::{HugePages, MmuKind, RunConfig};
 
     use super::*;
     use crate::{accel::Acceleration, args::Mode, guest::plan::GuestPlan};
@@ -454,6 +454,7 @@ mod tests {
             vcpus: 1,
             memory_bytes: 64 << 20,
             huge_pages: HugePages::M2,
+            mmu: MmuKind::Nested,
             silence_timeout_ms: None,
             command_line: String::new(),
             ready_marker: String::new(),

@@ -19,6 +19,10 @@ pub const MEMORY_GRANULE_BYTES: u64 = 2 << 20;
 /// The longest guest command line, in bytes, without the terminating zero. Linux on x86 cuts at 2048 with the zero.
 pub const MAX_COMMAND_LINE_BYTES: usize = 2047;
 
+/// Bounds of [`RunConfig::shadow_pages`].
+const LEAST_SHADOW_PAGES: u32 = 2048;
+const MOST_SHADOW_PAGES: u32 = 1 << 22;
+
 /// The largest page with which the hypervisor may map guest memory.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum HugePages {
@@ -29,6 +33,27 @@ pub enum HugePages {
     M2,
     /// Up to 1 GiB.
     G1,
+}
+
+/// How a guest's addresses reach memory.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum MmuKind {
+    /// The CPU walks the guest's own tables and, for each address that they lead to, tables of the hypervisor's.
+    #[default]
+    Nested,
+    /// The CPU walks one kind of tables, which the hypervisor makes of the guest's.
+    Shadow,
+}
+
+impl MmuKind {
+    /// Its name, for operators and reports.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Nested => "npt",
+            Self::Shadow => "shadow",
+        }
+    }
 }
 
 /// How a guest is loaded, and on which machine it finds itself.
@@ -142,6 +167,8 @@ pub struct RunConfig {
     pub memory_bytes: u64,
     /// The largest mapping.
     pub huge_pages: HugePages,
+    /// What translates.
+    pub mmu: MmuKind,
     /// A guest whose console prints nothing for this long, in milliseconds of host time, counts as dead. `None`: never,
     /// as for a shell that waits for its user.
     pub silence_timeout_ms: Option<u64>,
@@ -245,6 +272,20 @@ impl RunConfig {
     #[must_use]
     pub const fn cpus(&self) -> u32 {
         self.vcpus + 1 + self.storm.is_some() as u32
+    }
+
+    /// Shadow pages that the guest may have, with [`MmuKind::Shadow`]: one for 50 pages of its memory (KVM's share), and
+    /// enough for a few processes in any case. Each is a table of 4 KiB, and 2 KiB of books.
+    #[must_use]
+    pub const fn shadow_pages(&self) -> u32 {
+        let share = self.memory_bytes / 4096 / 50;
+        if share < LEAST_SHADOW_PAGES as u64 {
+            LEAST_SHADOW_PAGES
+        } else if share > MOST_SHADOW_PAGES as u64 {
+            MOST_SHADOW_PAGES
+        } else {
+            share as u32
+        }
     }
 
     /// Checks every bound that this module states.

@@ -15,7 +15,7 @@ use alloc::{boxed::Box, collections::BTreeMap, string::String, vec::Vec};
 
 use serde::{Deserialize, Serialize};
 
-use crate::config::HugePages;
+use crate::config::{HugePages, MmuKind};
 
 /// What the hypervisor tells the command.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -37,6 +37,8 @@ pub enum ToCommand {
         memory_bytes: u64,
         /// The largest mapping that will be used: what was asked for, or less if this CPU lacks it.
         huge_pages: HugePages,
+        /// What translates.
+        mmu: MmuKind,
     },
     /// The guest's console printed the configuration's ready marker.
     GuestReady {
@@ -289,7 +291,11 @@ pub struct Report {
     pub mapped_bytes: BytesByPageSize,
     /// Guest memory that the guest has accessed and that was mapped for it, in bytes, just before teardown.
     pub touched_bytes: u64,
-    /// Page-table frames of the second stage.
+    /// What translated.
+    pub mmu: MmuKind,
+    /// What shadow paging had, if it was that.
+    pub shadow: Option<ShadowReport>,
+    /// Page-table frames of the hypervisor's, of the second stage or shadow.
     pub table_frames: TableFrames,
     /// How long teardown took: vCPUs, tables and RAM given back.
     pub teardown: Span,
@@ -385,6 +391,25 @@ pub struct BytesByPageSize {
     pub size_2m: u64,
     /// By 1 GiB leaves.
     pub size_1g: u64,
+}
+
+/// What shadow paging had, and what was left of it when everything had been zapped: before the MMU itself was taken down.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ShadowReport {
+    /// Shadow pages when the guest ended.
+    pub pages: u64,
+    /// Books about them and about what they map, in bytes, when the guest ended.
+    pub book_bytes: u64,
+    /// Pages that went because there were too many.
+    pub recycled: u64,
+    /// Pages that went because the guest wrote to their tables as if they were none.
+    pub flooded: u64,
+    /// Shadow pages left. Anything but 0 is a leak, as with all of these.
+    pub pages_left: u64,
+    /// Mappings left in the reverse maps.
+    pub mappings_left: u64,
+    /// Handles of pages that vCPUs had and did not give up.
+    pub handles_left: u64,
 }
 
 /// Page-table frames in use.

@@ -66,9 +66,12 @@ pub fn line(message: &ToCommand) -> Option<(LogLevel, String)> {
             Some((LogLevel::Info, text))
         }
         ToCommand::Log { level, text } => Some((*level, text.clone())),
-        ToCommand::GuestStarted { vcpus, memory_bytes, huge_pages } => {
+        ToCommand::GuestStarted { vcpus, memory_bytes, huge_pages, mmu } => {
             let memory = memory_bytes >> 20;
-            Some((LogLevel::Info, format!("guest started: {vcpus} vCPUs, {memory} MiB, huge pages {huge_pages:?}")))
+            Some((
+                LogLevel::Info,
+                format!("guest started: {vcpus} vCPUs, {memory} MiB, huge pages {huge_pages:?}, {}", mmu.name()),
+            ))
         }
         ToCommand::GuestReady { guest_ns } => {
             Some((LogLevel::Info, format!("guest ready after {:.2} s of its time", *guest_ns as f64 / 1e9)))

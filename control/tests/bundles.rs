@@ -2,7 +2,7 @@
 
 use nestling_control::{
     bundle::{BLOB_ALIGNMENT, Blob, Bundle, BundleError, MAGIC},
-    config::{ConfigError, HugePages, MAX_VCPUS, MIN_MEMORY_BYTES, Origin, RunConfig},
+    config::{ConfigError, HugePages, MmuKind, MAX_VCPUS, MIN_MEMORY_BYTES, Origin, RunConfig},
 };
 use proptest::prelude::*;
 
@@ -16,6 +16,7 @@ fn config() -> RunConfig {
         vcpus: 4,
         memory_bytes: 1 << 30,
         huge_pages: HugePages::M2,
+        mmu: MmuKind::Shadow,
         silence_timeout_ms: Some(60_000),
         command_line: "console=ttyS0 panic=-1".into(),
         ready_marker: "ready".into(),

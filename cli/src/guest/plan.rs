@@ -6,7 +6,7 @@ use std::{
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
-use nestling_control::config::{GuestKind, HugePages, Origin, RunConfig, STORM_KINDS, Storm};
+use nestling_control::config::{GuestKind, HugePages, MmuKind, Origin, RunConfig, STORM_KINDS, Storm};
 
 use crate::{
     args::{GuestArgs, Mode},
@@ -21,6 +21,8 @@ const SILENCE: Duration = Duration::from_secs(60);
 /// What the hypervisor itself needs beside the guest's memory, in bytes: its image, heap, stacks, and page tables for
 /// huge-page-less guests (1/512 of the guest's memory, which [`GuestPlan::machine_memory_bytes`] adds).
 const HYPERVISOR_BYTES: u64 = 160 << 20;
+/// A shadow page: its table and its books, in bytes.
+const SHADOW_PAGE_BYTES: u64 = 7 << 10;
 
 /// Who sits at the console.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -86,6 +88,7 @@ impl GuestPlan {
             vcpus: args.vcpus,
             memory_bytes: args.memory,
             huge_pages: args.huge_pages.into(),
+            mmu: args.mmu.into(),
             silence_timeout_ms: (mode == Mode::Check).then_some(silence_ms(args)),
             command_line: match &args.multiboot {
                 Some(path) => multiboot_command_line(path, &args.append),
@@ -124,6 +127,7 @@ impl GuestPlan {
         let mode = args.mode.unwrap_or(if header.check { Mode::Check } else { Mode::Shell });
         let config = RunConfig {
             huge_pages: args.huge_pages.into(),
+            mmu: args.mmu.into(),
             silence_timeout_ms: (mode == Mode::Check).then_some(silence_ms(args)),
             origin: Origin::Window,
             storm: storm(args),
@@ -148,7 +152,11 @@ impl GuestPlan {
             HugePages::G1 => guest.next_multiple_of(1 << 30) + (1 << 30),
             HugePages::None | HugePages::M2 => guest,
         };
-        guest + guest / 256 + HYPERVISOR_BYTES + bundle_bytes.next_multiple_of(1 << 20)
+        let tables = match self.config.mmu {
+            MmuKind::Nested => self.config.memory_bytes / 256,
+            MmuKind::Shadow => u64::from(self.config.shadow_pages()) * SHADOW_PAGE_BYTES,
+        };
+        guest + tables + HYPERVISOR_BYTES + bundle_bytes.next_multiple_of(1 << 20)
     }
 }
 

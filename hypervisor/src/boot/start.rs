@@ -6,6 +6,7 @@ use core::ops::Range;
 use core::{ptr, slice};
 
 use nestling_control::PROTOCOL_VERSION;
+use nestling_control::config::MmuKind;
 use nestling_control::message::{GuestExit, Hello, ToCommand};
 
 use super::{Handover, HandoverError, Loader, acpi, ap, multiboot2, pvh};
@@ -98,7 +99,8 @@ pub unsafe fn start(information: u64, magic: u32, image: Image) -> ! {
     power::set(machine.power);
     clock::calibrate(machine.pm_timer_port);
     let me = local::this().apic_id();
-    let started = match handover.start_page().filter(|_| svm::check().is_ok()) {
+    // Whatever tables a guest will ask for.
+    let started = match handover.start_page().filter(|_| svm::check(MmuKind::Shadow).is_ok()) {
         // SAFETY: the start code is position independent up to its jump to the image, and nothing else is on the page.
         Some(page) => unsafe {
             let code = bytes(image.trampoline_start..image.trampoline_end);

@@ -17,6 +17,7 @@
 //! Nothing here touches a CPU; everything is tested on the host.
 
 mod alu;
+mod control;
 mod descriptor;
 mod execute;
 mod operand;
@@ -34,6 +35,7 @@ use iced_x86::{Code, Decoder, DecoderError, DecoderOptions, Instruction, Mnemoni
 use nestling::Access;
 
 use crate::guest::entry::Segment;
+pub use control::{ControlMove, Invalidated, control_move, cr3_write, cr4_write, invalidation};
 pub use descriptor::SegmentRegister;
 use operand::Space;
 pub use status::{StatusWrite, status_write};
@@ -175,6 +177,13 @@ pub trait Bus {
     /// # Errors
     /// As [`Bus::read`].
     fn compare_exchange(&mut self, gpa: u64, bytes: usize, old: u64, new: u64) -> Result<bool, HostFailure>;
+    /// As [`Bus::compare_exchange`], to mark an entry of a page table as accessed or dirty.
+    ///
+    /// # Errors
+    /// As [`Bus::read`].
+    fn mark_entry(&mut self, gpa: u64, bytes: usize, old: u64, new: u64) -> Result<bool, HostFailure> {
+        self.compare_exchange(gpa, bytes, old, new)
+    }
     /// Reads a port.
     fn input(&mut self, port: u16, bytes: usize) -> u32;
     /// Writes a port.

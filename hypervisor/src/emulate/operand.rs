@@ -62,7 +62,7 @@ impl<B: Bus> Tables for TablesOn<'_, B> {
     }
 
     fn mark(&mut self, at: Gpa, width: Width, old: u64, new: u64) -> Marked {
-        match self.bus.compare_exchange(at.0, bytes_of(width), old, new) {
+        match self.bus.mark_entry(at.0, bytes_of(width), old, new) {
             Ok(true) => Marked::Done,
             Ok(false) => Marked::Changed,
             Err(failure) => {

@@ -1,12 +1,14 @@
-//! Writes to CR0 that the CPU is not to make itself: MOV and LMSW (APM vol. 3; what may be written: vol. 2, 3.1.1 and
+//! Writes to CR0 that the CPU is not to make itself: MOV, LMSW and CLTS (APM vol. 3; what may be written: vol. 2, 3.1.1 and
 //! 14.6). The caller puts the value in place and does what follows from it.
 
 use iced_x86::{Code, Register};
 
+use super::control::{cr0_fits, privileged};
 use super::execute::Machine;
 use super::operand::Space;
 use super::{Bus, CR0_PE, Cpu, EFER_LMA, End, Exception, MAX_INSTRUCTION, SEGMENT_LONG, Stop, fetch, segment};
 
+const CR0_TS: u64 = 1 << 3;
 const CR0_NW: u64 = 1 << 29;
 const CR0_CD: u64 = 1 << 30;
 const CR0_PG: u64 = 1 << 31;
@@ -49,16 +51,17 @@ pub fn status_write(cpu: &Cpu, bus: &mut impl Bus) -> Result<StatusWrite, End> {
             // PE to TS; PE can be set so, and not cleared.
             cpu.cr0 & !0xe | source.map_err(End::from)? & 0xf
         }
+        Code::Clts => {
+            privileged(cpu)?;
+            cpu.cr0 & !CR0_TS
+        }
         _ => return Err(End::Done),
     };
-    match allowed(cpu, value) {
-        Some(cr0) => Ok(StatusWrite { cr0, next_rip: instruction.next_ip() }),
+    let next_rip = cpu.wrap(instruction.next_ip());
+    match allowed(cpu, value).filter(|cr0| cr0_fits(cpu, machine.space.bus, *cr0)) {
+        Some(cr0) => Ok(StatusWrite { cr0, next_rip }),
         None => Err(End::from(Stop::from(Exception::GeneralProtection))),
     }
-}
-
-fn privileged(cpu: &Cpu) -> Result<(), End> {
-    if cpu.cpl == 0 { Ok(()) } else { Err(End::Raise(Exception::GeneralProtection)) }
 }
 
 /// What CR0 is after a write of `value`; `None` if it may not be written.

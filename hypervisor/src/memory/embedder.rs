@@ -5,11 +5,12 @@
 //! ([`crate::cpu::barrier`]).
 
 use core::ptr::{self, NonNull};
-use core::sync::atomic::{AtomicU64, Ordering};
+use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use nestling::events::Event;
 use nestling::format::Npt;
-use nestling::host::{Access, Backing, BackingError, Extent, Host, TableFrames, Time, VcpuId, Vcpus};
+use nestling::guest::Width;
+use nestling::host::{Access, Backing, BackingError, Extent, GuestMemory, Host, TableFrames, Time, VcpuId, Vcpus};
 use nestling::sync::AtomicU64 as Entry;
 use nestling::{Gfn, Hfn, Hpa, Slot};
 
@@ -105,6 +106,48 @@ impl Backing for Machine {
     fn resolve(&self, slot: &Slot, gfn: Gfn, access: Access) -> Result<Extent, BackingError> {
         self.ram.resolve(slot.backing(), gfn, access)
     }
+}
+
+/// The guest's own page tables, by host frame.
+///
+/// Nothing is pinned here. The library is inside its lock and knows that no invalidation of the frame has begun; what moves
+/// a page or takes it away begins one first, which waits for whoever is inside, and copies the page afterwards. So a load
+/// is of the page as it is, and no mark is lost in a copy.
+impl GuestMemory for Machine {
+    #[inline]
+    fn load(&self, hfn: Hfn, offset: u32, width: Width) -> u64 {
+        let at = entry_at(hfn, offset);
+        // SAFETY: the frame is guest RAM now, identity-mapped, and the offset is inside it and a multiple of the width.
+        // Guests change it at the same time, atomically or not; it is read in one piece, and means nothing to this program.
+        unsafe {
+            match width {
+                Width::Four => u64::from(AtomicU32::from_ptr(at.cast()).load(Ordering::Acquire)),
+                Width::Eight => AtomicU64::from_ptr(at.cast()).load(Ordering::Acquire),
+            }
+        }
+    }
+
+    #[inline]
+    fn compare_exchange(&self, hfn: Hfn, offset: u32, width: Width, old: u64, new: u64) -> bool {
+        let at = entry_at(hfn, offset);
+        let (success, failure) = (Ordering::AcqRel, Ordering::Acquire);
+        // SAFETY: as in `load`.
+        unsafe {
+            match width {
+                Width::Four => {
+                    let entry = AtomicU32::from_ptr(at.cast());
+                    entry.compare_exchange(old as u32, new as u32, success, failure).is_ok()
+                }
+                Width::Eight => AtomicU64::from_ptr(at.cast()).compare_exchange(old, new, success, failure).is_ok(),
+            }
+        }
+    }
+}
+
+/// Where an entry of a guest's table is.
+#[inline]
+fn entry_at(hfn: Hfn, offset: u32) -> *mut u8 {
+    ptr::with_exposed_provenance_mut((hfn.hpa().0 + u64::from(offset)) as usize)
 }
 
 impl Vcpus for Machine {

@@ -1,5 +1,6 @@
 //! What an exit means: EXITCODE and its details (appendix C) in the VM's terms.
 
+use nestling::guest::{FaultCode, PageFault};
 use nestling::{Access, Cause, Fault, Gpa};
 
 use crate::vm::exit::{Direction, Exit, Intercepted, PortAccess};
@@ -9,9 +10,13 @@ use crate::vm::exit::{Direction, Exit, Intercepted, PortAccess};
 #[must_use]
 pub fn decode(code: u64, info1: u64, info2: u64) -> Exit {
     match code {
+        0x00 | 0x03 | 0x04 => Exit::ReadControl,
+        0x10 => Exit::WriteStatus,
+        0x13 | 0x14 => Exit::WriteControl,
         0x18 => Exit::WriteTaskPriority,
         0x41 => Exit::Exception(Intercepted::Debug),
         0x46 => Exit::InvalidOpcode,
+        0x4e => Exit::PageFault(PageFault { code: FaultCode::from_bits_truncate(info1 as u32), address: info2 }),
         0x51 => Exit::Exception(Intercepted::AlignmentCheck),
         0x60 => Exit::Interrupt,
         0x61 => Exit::Nmi,
@@ -22,9 +27,11 @@ pub fn decode(code: u64, info1: u64, info2: u64) -> Exit {
         0x74 => Exit::NmiWindow,
         0x76 | 0x89 => Exit::CacheFlush,
         0x78 => Exit::Halt,
+        0x79 | 0xa2 => Exit::Invalidate,
         0x7b => decode_port(info1, info2).map_or(Exit::Unexpected, Exit::Port),
         0x7c if info1 & 1 != 0 => Exit::WriteMsr,
         0x7c => Exit::ReadMsr,
+        0x7d => Exit::TaskSwitch,
         0x7f => Exit::Shutdown,
         0x81 => Exit::Hypercall,
         0x88 => Exit::Int1,

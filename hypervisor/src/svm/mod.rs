@@ -11,11 +11,13 @@ use alloc::string::{String, ToString};
 use alloc::vec::Vec;
 use core::arch::x86_64::__cpuid;
 
+use nestling_control::config::MmuKind;
+
 use crate::cpu::{extended, instructions};
 use crate::memory::frames;
 use crate::vm::policy::cpuid::{ThisCpu, emulated};
 
-pub use vcpu::Vcpu;
+pub use vcpu::{Nested, Paging, Shadowed, Vcpu};
 
 const MSR_EFER: u32 = 0xc000_0080;
 const MSR_VM_CR: u32 = 0xc001_0114;
@@ -118,22 +120,22 @@ impl core::fmt::Display for Unsupported {
         f.write_str(match self {
             Self::NoSvm => "this CPU has no SVM (QEMU: -cpu max, or a host with nested SVM)",
             Self::Disabled => "the firmware has turned SVM off",
-            Self::NoNestedPaging => "this CPU has SVM without nested paging",
+            Self::NoNestedPaging => "this CPU has SVM without nested paging (run with --mmu shadow)",
         })
     }
 }
 
-/// Whether guests can run here.
+/// Whether guests can run here on tables of this kind.
 ///
 /// # Errors
 /// What is missing.
-pub fn check() -> Result<Features, Unsupported> {
+pub fn check(mmu: MmuKind) -> Result<Features, Unsupported> {
     let features = Features::read().ok_or(Unsupported::NoSvm)?;
     // SAFETY: the register exists where SVM does (15.30.1).
     if unsafe { instructions::rdmsr(MSR_VM_CR) } & VM_CR_SVMDIS != 0 {
         return Err(Unsupported::Disabled);
     }
-    if features.nested_paging() { Ok(features) } else { Err(Unsupported::NoNestedPaging) }
+    if features.nested_paging() || mmu == MmuKind::Shadow { Ok(features) } else { Err(Unsupported::NoNestedPaging) }
 }
 
 /// Turns SVM on for this CPU and gives it the page for the host's state (15.4, 15.30.4).

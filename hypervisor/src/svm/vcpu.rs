@@ -22,18 +22,19 @@
 mod long_mode;
 mod msrs;
 mod nmi;
+mod paging;
 mod saved;
+mod shadow;
 
 use alloc::boxed::Box;
 use core::ptr;
 
-use nestling::Hpa;
 use nestling_control::message::{self, Registers};
 
 use super::entry::{self, Switch};
 use super::exit;
 use super::permission::Maps;
-use super::vmcb::{Intercepts1, Intercepts2, NESTED_PAGING, Save, Segment, TlbControl, Vmcb, virtual_interrupt};
+use super::vmcb::{Intercepts1, Intercepts2, Save, Segment, TlbControl, Vmcb, virtual_interrupt};
 use super::{EFER_SVME, Features};
 use crate::cpu::extended;
 use crate::devices::saved::BadState;
@@ -43,9 +44,12 @@ use crate::memory::frames::{self, FRAME};
 use crate::vm::exit::{Exit, Intercepted, Raised, RawExit};
 use crate::vm::guest_cpu::{CpuState, GuestCpu, NmiWindow};
 use crate::vm::policy::msr::VmcbMsrs;
+use crate::vm::walk::PagingRegisters;
 use msrs::MSRS;
 use nmi::NmiState;
+pub use paging::{Nested, Paging};
 use saved::check;
+pub use shadow::Shadowed;
 
 const RFLAGS_IF: u64 = 1 << 9;
 const RFLAGS_TF: u64 = 1 << 8;
@@ -84,7 +88,7 @@ mod event {
 
 /// One virtual CPU.
 #[derive(Debug)]
-pub struct Vcpu {
+pub struct Vcpu<P = Nested> {
     switch: Box<Switch>,
     vmcb: *mut Vmcb,
     features: Features,
@@ -98,12 +102,13 @@ pub struct Vcpu {
     watch_task_priority: bool,
     /// The guest's EFER.LME is kept from the CPU ([`long_mode`]).
     long_mode_held: bool,
+    paging: P,
 }
 
 // SAFETY: the pages behind the pointers belong to this value alone, wherever it is.
-unsafe impl Send for Vcpu {}
+unsafe impl<P: Send> Send for Vcpu<P> {}
 
-impl Vcpu {
+impl<P: Paging> Vcpu<P> {
     /// A vCPU in the state after reset, or `None` without memory.
     #[must_use]
     pub fn new(features: Features, maps: &Maps) -> Option<Self> {
@@ -129,6 +134,7 @@ impl Vcpu {
             flush: true,
             watch_task_priority: false,
             long_mode_held: false,
+            paging: P::new(),
         };
         let control = &mut vcpu.vmcb_mut().control;
         control.intercepts_1 = (Intercepts1::INTR
@@ -152,7 +158,7 @@ impl Vcpu {
         control.msr_map = maps.msr();
         control.asid = ASID;
         control.virtual_interrupt = virtual_interrupt::MASKING | virtual_interrupt::IGNORE_TPR;
-        control.nested = NESTED_PAGING;
+        P::set_up(control, features);
         vcpu.reset();
         Some(vcpu)
     }
@@ -170,7 +176,6 @@ impl Vcpu {
     /// The state after INIT (14.1.3), with the reset vector.
     fn reset(&mut self) {
         (self.latched, self.event, self.nmi) = (None, 0, NmiState::Open);
-        self.long_mode_held = false;
         self.switch.registers = [0; 16];
         self.switch.fx = [0; 512];
         self.switch.fx[..2].copy_from_slice(&0x37fu16.to_le_bytes());
@@ -178,7 +183,7 @@ impl Vcpu {
         let control = &mut self.vmcb_mut().control;
         control.virtual_interrupt = virtual_interrupt::MASKING | virtual_interrupt::IGNORE_TPR;
         control.shadow = 0;
-        control.exceptions = EXCEPTIONS;
+        control.exceptions = EXCEPTIONS | P::EXCEPTIONS;
         control.intercepts_1 &= !(Intercepts1::VINTR | Intercepts1::IRET).bits();
         // SAFETY: all zeros is a valid `Save`.
         self.vmcb_mut().save = unsafe { core::mem::zeroed() };
@@ -189,12 +194,11 @@ impl Vcpu {
         (save.gdtr.limit, save.idtr.limit) = (0xffff, 0xffff);
         save.ldtr = Segment { selector: 0, attributes: 0x082, limit: 0xffff, base: 0 };
         save.tr = Segment { selector: 0, attributes: 0x08b, limit: 0xffff, base: 0 };
-        save.efer = EFER_SVME;
-        save.cr0 = CR0_RESET;
         (save.dr6, save.dr7) = (0xffff_0ff0, 0x400);
         save.rflags = RFLAGS_FIXED;
         save.rip = 0xfff0;
         save.pat = PAT_RESET;
+        P::set_registers(self, PagingRegisters { cr0: CR0_RESET, cr3: 0, cr4: 0, efer: 0 });
         self.switch.registers[2] = 0x0060_0f00;
         self.flush = true;
     }
@@ -280,7 +284,9 @@ impl Vcpu {
     }
 }
 
-impl GuestCpu for Vcpu {
+impl<P: Paging> GuestCpu for Vcpu<P> {
+    type Memory = P::Memory;
+
     fn was_delivering(&self) -> bool {
         self.vmcb().control.exit_event & event::VALID != 0
     }
@@ -368,9 +374,10 @@ impl GuestCpu for Vcpu {
         (save.tr, save.ldtr) = (segment_back(registers.tr), segment_back(registers.ldtr));
         (save.gdtr, save.idtr) = (segment_back(registers.gdtr), segment_back(registers.idtr));
         (save.rip, save.rflags, save.cpl) = (registers.rip, registers.rflags, registers.cpl);
-        (save.cr0, save.cr2, save.cr3, save.cr4) = (registers.cr0, registers.cr2, registers.cr3, registers.cr4);
+        save.cr2 = registers.cr2;
         (save.dr6, save.dr7) = (state.dr6, state.dr7);
-        self.set_efer(registers.efer);
+        let Registers { cr0, cr3, cr4, efer, .. } = *registers;
+        P::set_registers(self, PagingRegisters { cr0, cr3, cr4, efer });
         self.event = state.event;
         let control = &mut self.vmcb_mut().control;
         control.shadow = u64::from(state.shadow);
@@ -385,14 +392,6 @@ impl GuestCpu for Vcpu {
 
     fn set_tsc_offset(&mut self, offset: u64) {
         self.vmcb_mut().control.tsc_offset = offset;
-    }
-
-    #[inline]
-    fn set_root(&mut self, root: Hpa) {
-        if self.vmcb().control.nested_root != root.0 {
-            self.vmcb_mut().control.nested_root = root.0;
-            self.flush = true;
-        }
     }
 
     #[inline]
@@ -411,12 +410,12 @@ impl GuestCpu for Vcpu {
         let event = core::mem::take(&mut self.event);
         // An event that goes in ends it.
         let (rip, shadowed) = (self.save().rip, self.vmcb().control.shadow & 1 != 0 && event == 0);
-        let watched = self.watch_task_priority;
+        let (watched, others) = (self.watch_task_priority, self.paging.watched_writes());
         let control = &mut self.vmcb_mut().control;
         // While an interrupt is offered, CR8 is written in software: QEMU's emulation (7.2) looks at a pending V_IRQ in such a
         // write without the lock that it needs, and dies. Nothing depends on the guest not writing it itself.
         let offered = control.virtual_interrupt & virtual_interrupt::REQUEST != 0;
-        control.cr_writes = if offered || watched { CR8 } else { 0 };
+        control.cr_writes = others | if offered || watched { CR8 } else { 0 };
         control.event = event;
         control.tlb_control = tlb as u32;
         // SAFETY: `bind` was called on this CPU, so SVM is on; the controls set in `new` let the guest touch nothing but
@@ -551,14 +550,15 @@ impl GuestCpu for Vcpu {
         (save.gdtr.limit, save.gdtr.base) = (u32::from(init.gdtr.limit), init.gdtr.base);
         (save.idtr.limit, save.idtr.base) = (u32::from(init.idtr.limit), init.idtr.base);
         (save.rip, save.rsp, save.rflags) = (init.rip, init.rsp, init.rflags);
-        (save.cr0, save.cr3, save.cr4) = (init.cr0, init.cr3, init.cr4);
         (save.dr6, save.dr7, save.pat) = (init.dr6, init.dr7, init.pat);
         save.rax = init.rax;
-        self.set_efer(init.efer);
+        let VcpuInit { cr0, cr3, cr4, efer, .. } = *init;
+        P::set_registers(self, PagingRegisters { cr0, cr3, cr4, efer });
     }
 
     fn registers(&self) -> Registers {
         let save = self.save();
+        let PagingRegisters { cr0, cr3, cr4, efer } = P::registers(self);
         let mut general = [0; 16];
         for (index, register) in general.iter_mut().enumerate() {
             *register = self.register(index);
@@ -567,11 +567,11 @@ impl GuestCpu for Vcpu {
             rip: save.rip,
             rflags: save.rflags,
             general,
-            cr0: save.cr0,
+            cr0,
             cr2: save.cr2,
-            cr3: save.cr3,
-            cr4: save.cr4,
-            efer: self.efer(),
+            cr3,
+            cr4,
+            efer,
             cpl: save.cpl,
             segments: [&save.es, &save.cs, &save.ss, &save.ds, &save.fs, &save.gs].map(segment_out),
             tr: segment_out(&save.tr),
@@ -583,6 +583,7 @@ impl GuestCpu for Vcpu {
 
     fn emulated(&self, physical_bits: u32) -> emulate::Cpu {
         let save = self.save();
+        let PagingRegisters { cr0, cr3, cr4, efer } = P::registers(self);
         let mut general = [0; 16];
         for (index, register) in general.iter_mut().enumerate() {
             *register = self.register(index);
@@ -601,16 +602,16 @@ impl GuestCpu for Vcpu {
                 vectors: self.vectors(),
                 loaded: None,
             },
-            cr0: save.cr0,
-            cr3: save.cr3,
-            cr4: save.cr4,
-            efer: self.efer(),
+            cr0,
+            cr3,
+            cr4,
+            efer,
             cpl: save.cpl,
             segments: [&save.es, &save.cs, &save.ss, &save.ds, &save.fs, &save.gs].map(segment),
             gdtr: (save.gdtr.base, save.gdtr.limit),
             ldtr: segment(&save.ldtr),
             physical_bits,
-            pkru: if save.cr4 & CR4_PKE != 0 { extended::pkru() } else { 0 },
+            pkru: if cr4 & CR4_PKE != 0 { extended::pkru() } else { 0 },
         }
     }
 
@@ -636,7 +637,7 @@ impl GuestCpu for Vcpu {
     }
 
     fn cr4(&self) -> u64 {
-        self.save().cr4
+        P::cr4(self)
     }
 }
 
@@ -652,7 +653,7 @@ fn segment_out(from: &Segment) -> message::Segment {
     message::Segment { selector: from.selector, attributes: from.attributes, limit: from.limit, base: from.base }
 }
 
-impl Drop for Vcpu {
+impl<P> Drop for Vcpu<P> {
     fn drop(&mut self) {
         frames::free(self.switch.guest, 0);
         frames::free(self.switch.host, 0);

@@ -35,6 +35,8 @@ bitflags! {
         const INVD = 1 << 22;
         /// HLT.
         const HLT = 1 << 24;
+        /// INVLPG.
+        const INVLPG = 1 << 25;
         /// INVLPGA.
         const INVLPGA = 1 << 26;
         /// Port accesses marked in the I/O permission map.
@@ -80,6 +82,15 @@ bitflags! {
         const XSETBV = 1 << 13;
         /// RDPRU.
         const RDPRU = 1 << 14;
+    }
+}
+
+bitflags! {
+    /// Third word of instruction intercepts, offset 0x014.
+    #[derive(Clone, Copy, PartialEq, Eq, Debug)]
+    pub struct Intercepts3: u32 {
+        /// INVPCID.
+        const INVPCID = 1 << 2;
     }
 }
 
@@ -144,7 +155,7 @@ pub struct Control {
     pub intercepts_1: u32,
     /// See [`Intercepts2`].
     pub intercepts_2: u32,
-    /// More intercepts, unused.
+    /// See [`Intercepts3`].
     pub intercepts_3: u32,
     reserved_1: [u8; 0x03c - 0x018],
     /// Threshold of the pause filter.

@@ -24,7 +24,7 @@ use crate::emulate::{self, Bus, End, Exception, HostFailure, StatusWrite, TaskPr
 use crate::memory::guest::GuestRam;
 
 /// Guest RAM and ports, as one vCPU reaches them.
-struct GuestBus<'a> {
+pub(super) struct GuestBus<'a> {
     vm: &'a Shared,
     vcpu: usize,
     lapic: &'a mut Lapic,
@@ -128,6 +128,21 @@ impl Bus for GuestBus<'_> {
         self.write(gpa, bytes, new).map(|()| true)
     }
 
+    // A mark changes nothing of what was made of the entry, so that nothing is forgotten for it.
+    fn mark_entry(&mut self, gpa: u64, bytes: usize, old: u64, new: u64) -> Result<bool, HostFailure> {
+        if self.lapic.window_offset(gpa).is_some() {
+            return self.compare_exchange(gpa, bytes, old, new);
+        }
+        match self.ram().compare_exchange(Gpa(gpa), bytes, old, new) {
+            Ok(done) => {
+                self.vm.note_mark(gpa, bytes);
+                Ok(done)
+            }
+            Err(BackingError::OutOfMemory) => Err(HostFailure),
+            Err(BackingError::NotBacked | BackingError::Poisoned) => self.compare_exchange(gpa, bytes, old, new),
+        }
+    }
+
     fn input(&mut self, port: u16, bytes: usize) -> u32 {
         let Some(width) = Width::from_bytes(bytes) else { return u32::MAX };
         self.vm.with_ports(Some(self.vcpu), |platform, now| platform.io_read(now, port, width))
@@ -142,7 +157,7 @@ impl Bus for GuestBus<'_> {
 
 impl<C: GuestCpu> Vcpu<C> {
     /// This vCPU's memory and ports.
-    fn bus(&mut self) -> GuestBus<'_> {
+    pub(super) fn bus(&mut self) -> GuestBus<'_> {
         let now = self.now();
         let (vm, lapic) = (&*self.vm, &mut self.lapic);
         GuestBus { vm, vcpu: self.number, lapic, now, attend: false, timer_changed: false, lost: None }
@@ -209,7 +224,7 @@ impl<C: GuestCpu> Vcpu<C> {
     }
 
     /// What follows from how an instruction ended.
-    fn end_instruction(&mut self, end: End, instruction: [u8; MAX_INSTRUCTION_BYTES]) -> Next {
+    pub(super) fn end_instruction(&mut self, end: End, instruction: [u8; MAX_INSTRUCTION_BYTES]) -> Next {
         match end {
             End::Done => Next::Continue,
             End::Raise(exception) => {

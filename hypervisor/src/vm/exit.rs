@@ -1,6 +1,7 @@
 //! Why a guest was left, in no CPU vendor's numbers.
 
 use nestling::Fault;
+use nestling::guest::PageFault;
 
 /// The direction of a port access.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -107,8 +108,18 @@ pub enum Exit {
     SetExtendedControl,
     /// A write to CR8 while an interrupt is offered to the guest, or held back by its priority.
     WriteTaskPriority,
-    /// A write to CR0 that changes more than TS and MP, where the guest is not to make it itself.
+    /// A write to CR0 (MOV, LMSW, CLTS) that the guest is not to make itself: one that changes more than TS and MP, or any.
     WriteStatus,
+    /// A page fault in shadow tables; whether it is the guest's, its own tables say.
+    PageFault(PageFault),
+    /// MOV from CR0, CR3 or CR4, or SMSW, where the guest's is not the CPU's.
+    ReadControl,
+    /// MOV to CR3 or CR4.
+    WriteControl,
+    /// INVLPG or INVPCID.
+    Invalidate,
+    /// A task switch.
+    TaskSwitch,
     /// An exception that is only watched.
     Exception(Intercepted),
     /// Shutdown: a triple fault.
@@ -120,7 +131,7 @@ pub enum Exit {
 }
 
 /// How many kinds there are.
-pub const KINDS: usize = 23;
+pub const KINDS: usize = 28;
 
 /// A name a kind, by [`Exit::index`].
 pub const NAMES: [&str; KINDS] = [
@@ -147,6 +158,11 @@ pub const NAMES: [&str; KINDS] = [
     "invalid_opcode",
     "cr8_write",
     "cr0_write",
+    "page_fault",
+    "cr_read",
+    "cr_write",
+    "invlpg",
+    "task_switch",
 ];
 
 impl Exit {
@@ -178,6 +194,11 @@ impl Exit {
             Self::InvalidOpcode => 20,
             Self::WriteTaskPriority => 21,
             Self::WriteStatus => 22,
+            Self::PageFault(_) => 23,
+            Self::ReadControl => 24,
+            Self::WriteControl => 25,
+            Self::Invalidate => 26,
+            Self::TaskSwitch => 27,
         }
     }
 }

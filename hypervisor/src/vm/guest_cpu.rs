@@ -7,11 +7,15 @@
 use core::fmt::Debug;
 
 use nestling::Hpa;
+use nestling::guest::{PageFault, Privilege};
+use nestling::shadow::vcpu::ShadowFormat;
 use nestling_control::message::Registers;
 use serde::{Deserialize, Serialize};
 
 use super::exit::{Exit, Raised, RawExit};
 use super::policy::msr::VmcbMsrs;
+use super::translation::VcpuMemory;
+use super::walk::PagingRegisters;
 use crate::devices::saved::{BadState, bytes};
 use crate::emulate;
 use crate::guest::VcpuInit;
@@ -54,7 +58,10 @@ pub struct CpuState {
 }
 
 /// One virtual CPU.
-pub trait GuestCpu: VmcbMsrs + Debug + Send + 'static {
+pub trait GuestCpu: VmcbMsrs + Debug + Send + Sized + 'static {
+    /// The library's part of it, by the tables that the CPU walks.
+    type Memory: VcpuMemory<Self>;
+
     /// Takes the calling CPU for this vCPU. Once, before the first [`GuestCpu::run`], which is then called there only.
     fn bind(&mut self);
 
@@ -105,9 +112,6 @@ pub trait GuestCpu: VmcbMsrs + Debug + Send + 'static {
 
     /// Moves to `rip`, behind an instruction that was handled.
     fn advance_to(&mut self, rip: u64);
-
-    /// Sets the root of the second-stage table. Another one than before starts with no translation cached.
-    fn set_root(&mut self, root: Hpa);
 
     /// Drops the guest's translations before its next instruction.
     fn flush(&mut self);
@@ -160,4 +164,40 @@ pub trait GuestCpu: VmcbMsrs + Debug + Send + 'static {
 
     /// Whether an event is on its way in.
     fn has_event(&self) -> bool;
+}
+
+/// One that walks the guest's tables, and second-stage tables for each address in them.
+pub trait NestedCpu: GuestCpu {
+    /// Sets the root of the second-stage table. Another one than before starts with no translation cached.
+    fn set_root(&mut self, root: Hpa);
+}
+
+/// What became of a page fault of the guest's.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum PageFaultTaken {
+    /// The guest gets it, or the double fault that it is.
+    Raised,
+    /// The guest gets it, and an NMI whose delivery met it has to be given again.
+    BeforeNmi,
+    /// It met the delivery of a double fault: there is nothing more to deliver.
+    Shutdown,
+}
+
+/// One that walks shadow tables, and whose paging registers are not the guest's.
+pub trait ShadowCpu: GuestCpu {
+    /// The guest's paging registers.
+    fn paging(&self) -> PagingRegisters;
+
+    /// Sets them.
+    fn set_paging(&mut self, registers: PagingRegisters);
+
+    /// Sets the root of the shadow tables, and with it all that the CPU must know to walk them.
+    fn load_root(&mut self, root: Hpa, format: ShadowFormat);
+
+    /// On whose behalf the access was that met a page fault; `user` is what the error code says.
+    fn privilege(&self, user: bool) -> Privilege;
+
+    /// Gives the guest a page fault that is its own, met at the last exit, with respect to an event that was being
+    /// delivered.
+    fn take_page_fault(&mut self, fault: PageFault) -> PageFaultTaken;
 }

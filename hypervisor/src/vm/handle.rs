@@ -6,15 +6,17 @@ use nestling::{Access, Fault, FaultError, Outcome};
 use nestling_control::message::DeathReason;
 
 use super::exit::{Direction, Exit, PortAccess, Raised, RawExit};
-use super::guest_cpu::GuestCpu;
+use super::guest_cpu::{GuestCpu, NestedCpu};
 use super::policy;
 use super::policy::cpuid::{CpuidContext, CpuidPolicy};
 use super::policy::kvmclock::{CLOCK_BYTES, WALL_CLOCK_BYTES, write_wall_clock};
 use super::policy::msr::{MsrEffect, MsrState, UnknownMsr};
+use super::translation::VcpuMemory;
 use super::vcpu::Vcpu;
 use crate::cpu::extended::{self, XCR0_RESET};
 use crate::cpu::instructions;
 use crate::devices::{Gp, Now, Width};
+use crate::memory::embedder::Machine;
 
 /// Lengths of instructions that have no prefixes worth the name; used where the CPU does not give the next RIP.
 mod length {
@@ -40,7 +42,7 @@ pub(super) const RBX: usize = 3;
 
 /// What happens after an exit was handled.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub(super) enum Next {
+pub enum Next {
     /// The guest goes on.
     Continue,
     /// The vCPU sleeps until something comes.
@@ -67,7 +69,7 @@ impl<C: GuestCpu> Vcpu<C> {
     #[inline]
     pub(super) fn handle(&mut self, exit: Exit) -> Result<Next, FaultError> {
         match exit {
-            Exit::Fault(fault) => return self.second_stage_fault(fault),
+            Exit::Fault(_) => return C::Memory::translate(self, exit),
             Exit::Port(access) => return Ok(self.port(access)),
             Exit::WriteMsr => self.write_msr(),
             Exit::ReadMsr => self.read_msr(),
@@ -90,6 +92,9 @@ impl<C: GuestCpu> Vcpu<C> {
             Exit::SetExtendedControl => self.set_extended_control(),
             Exit::WriteTaskPriority => return Ok(self.write_task_priority()),
             Exit::WriteStatus => return Ok(self.write_status()),
+            Exit::PageFault(_) | Exit::ReadControl | Exit::WriteControl | Exit::Invalidate | Exit::TaskSwitch => {
+                return C::Memory::translate(self, exit);
+            }
             Exit::Exception(exception) => self.cpu.raise(Raised::Again(exception)),
             Exit::NoCounters => self.cpu.raise(Raised::GeneralProtection),
             Exit::Shutdown => return Ok(Next::Die(DeathReason::TripleFault)),
@@ -106,25 +111,10 @@ impl<C: GuestCpu> Vcpu<C> {
         Next::Die(DeathReason::UnexpectedExit { code, info1, info2 })
     }
 
-    #[inline]
-    fn second_stage_fault(&mut self, fault: Fault) -> Result<Next, FaultError> {
-        Ok(match self.memory.fault(fault)? {
-            Outcome::Fixed { .. } | Outcome::Spurious => Next::Continue,
-            Outcome::Retry => self.try_again(),
-            Outcome::Mmio if self.vm.storm.may_have_taken(&self.vm, fault.gpa) => self.try_again(),
-            // The instruction at RIP is not what met the device if an event was on its way in: its tables did.
-            Outcome::Mmio | Outcome::ReadOnly | Outcome::Tracked if !self.cpu.was_delivering() => self.emulate(),
-            Outcome::Mmio | Outcome::ReadOnly | Outcome::Tracked => {
-                let write = fault.access == Access::Write;
-                Next::Die(DeathReason::MmioWithoutDevice { gpa: fault.gpa.0, write })
-            }
-        })
-    }
-
     /// The guest will most likely fault again: a hint to the CPU (or the emulator) to let others go on with what this waits
     /// for.
     #[cold]
-    fn try_again(&self) -> Next {
+    pub(super) fn try_again(&self) -> Next {
         core::hint::spin_loop();
         Next::Continue
     }
@@ -289,5 +279,22 @@ impl<C: GuestCpu> Vcpu<C> {
     pub(super) fn now(&self) -> Now {
         let now = self.vm.clock.now();
         Now { ns: now.ns, tsc: now.tsc.wrapping_add(self.policy.msrs.tsc_offset()) }
+    }
+}
+
+impl<C: NestedCpu<Memory = nestling::Vcpu<Machine>>> Vcpu<C> {
+    #[inline]
+    pub(super) fn second_stage_fault(&mut self, fault: Fault) -> Result<Next, FaultError> {
+        Ok(match self.memory.fault(fault)? {
+            Outcome::Fixed { .. } | Outcome::Spurious => Next::Continue,
+            Outcome::Retry => self.try_again(),
+            Outcome::Mmio if self.vm.storm.may_have_taken(&self.vm, fault.gpa) => self.try_again(),
+            // The instruction at RIP is not what met the device if an event was on its way in: its tables did.
+            Outcome::Mmio | Outcome::ReadOnly | Outcome::Tracked if !self.cpu.was_delivering() => self.emulate(),
+            Outcome::Mmio | Outcome::ReadOnly | Outcome::Tracked => {
+                let write = fault.access == Access::Write;
+                Next::Die(DeathReason::MmioWithoutDevice { gpa: fault.gpa.0, write })
+            }
+        })
     }
 }

@@ -16,11 +16,14 @@ use core::arch::x86_64::__cpuid;
 use core::fmt::Display;
 use core::sync::atomic::{AtomicUsize, Ordering};
 
+use nestling::guest::CpuFeatures;
+use nestling::shadow::ShadowConfig;
 use nestling::{AddressSpace, Config, Counters, GfnRange, Gpa, Hpa, Level, Mmu, SlotConfig, SlotFlags, SlotId};
 use nestling_control::bundle::Bundle;
-use nestling_control::config::{GuestKind, HugePages, Origin, RunConfig};
+use nestling_control::config::{GuestKind, HugePages, MmuKind, Origin, RunConfig};
 use nestling_control::message::{
-    BytesByPageSize, DeathReason, DeathReport, GuestExit, Report, Span, TableFrames, ToCommand, ToHypervisor,
+    BytesByPageSize, DeathReason, DeathReport, GuestExit, Report, ShadowReport, Span, TableFrames, ToCommand,
+    ToHypervisor,
 };
 use nestling_control::window::FromHypervisor;
 use spin::Mutex;
@@ -37,7 +40,7 @@ use super::series;
 use super::shared::{CONSOLE_PIECE, End, Shared};
 use super::storm::{self, Storm};
 use super::time::VmClock;
-use super::vcpu::{Remains, Vcpu};
+use super::vcpu::{AnyVcpu, Remains, Vcpu};
 use super::walk;
 use crate::boot::ap;
 use crate::control::window::Window;
@@ -107,7 +110,7 @@ fn tell(finished: Finished) -> GuestExit {
 
 /// The part that can fail before a guest runs, and then the run.
 pub(super) fn start(bundle: &Bundle<'_>, cpus: usize, manner: Manner) -> Result<Finished, String> {
-    let features = svm::check().map_err(text)?;
+    let features = svm::check(bundle.config.mmu).map_err(text)?;
     let config = &bundle.config;
     let (needed, present) = (config.cpus() as usize, cpus + 1);
     if needed > present {
@@ -180,18 +183,22 @@ fn memory(config: &RunConfig) -> Result<Arc<Mmu<Machine>>, String> {
     let metered = (config.meter_pages > 0).then(|| meter::range(config.meter_pages));
     let banks: Vec<GfnRange> = ranges.iter().copied().chain(metered).collect();
     let ram = GuestRam::new(&banks, chunk).map_err(text)?;
-    let (storm, meter_pages) = (config.storm.is_some(), config.meter_pages);
+    let (storm, meter_pages, asked) = (config.storm.is_some(), config.meter_pages, config);
     let config = Config {
         vcpus: config.vcpus as u16,
         // For the guest's demands, for a storm, for a meter, and for whoever copies the VM.
         workers: 4,
         largest,
         // With 52 address bits an NPT entry has no reserved bit that could mark MMIO.
-        mmio_entries: __cpuid(0x8000_0008).eax & 0xff < 52,
+        mmio_entries: physical_bits() < 52,
         ..Config::default()
     };
     ghost::begin();
     let mmu = Mmu::new(Machine::new(ram), config).map_err(text)?;
+    if asked.mmu == MmuKind::Shadow {
+        let cpu = CpuFeatures { physical_bits: physical_bits() as u8, gigantic_pages: has_giant_pages() };
+        mmu.enable_shadow(ShadowConfig { pages: asked.shadow_pages(), cpu }).map_err(text)?;
+    }
     let mut worker = mmu.worker().map_err(text)?;
     let banks = ranges.iter().enumerate();
     let slots = banks.flat_map(|(bank, &range)| storm::cut(range, storm).map(move |range| (bank, range)));
@@ -213,10 +220,19 @@ fn memory(config: &RunConfig) -> Result<Arc<Mmu<Machine>>, String> {
     Ok(mmu)
 }
 
-/// What was asked for, or less if this CPU lacks it (CPUID 0x8000_0001, EDX bit 26).
+/// What was asked for, or less if this CPU lacks it.
 fn largest_page(asked: HugePages) -> HugePages {
-    let giant = __cpuid(0x8000_0001).edx & 1 << 26 != 0;
-    if asked == HugePages::G1 && !giant { HugePages::M2 } else { asked }
+    if asked == HugePages::G1 && !has_giant_pages() { HugePages::M2 } else { asked }
+}
+
+/// CPUID 0x8000_0001, EDX bit 26.
+fn has_giant_pages() -> bool {
+    __cpuid(0x8000_0001).edx & 1 << 26 != 0
+}
+
+/// Bits of a physical address, the guest's too.
+fn physical_bits() -> u32 {
+    __cpuid(0x8000_0008).eax & 0xff
 }
 
 /// A VM whose memory is loaded.
@@ -241,7 +257,7 @@ enum Begin {
 /// A VM that can be run.
 struct Built {
     shared: Arc<Shared>,
-    vcpus: Vec<Vcpu<svm::Vcpu>>,
+    vcpus: Vec<Box<dyn AnyVcpu>>,
     fixed: Fixed,
 }
 
@@ -310,8 +326,9 @@ impl Vm<'_> {
             }
         };
         let worker = self.mmu.worker().map_err(text)?;
-        let physical_bits = __cpuid(0x8000_0008).eax & 0xff;
+        let physical_bits = physical_bits();
         let mut shared = Shared::new(Arc::clone(&self.mmu), worker, clock, count, platform, &self.config.ready_marker);
+        shared.mmu_kind = self.config.mmu;
         shared.storm = Storm::new(self.config.storm);
         shared.silent = self.manner != Manner::Alone;
         if self.config.meter_pages > 0 {
@@ -323,12 +340,14 @@ impl Vm<'_> {
         let tsc_offset = shared.clock.started().wrapping_neg();
         let linear_bits = cpuid.linear_bits();
         let msrs = MsrConfig { tsc_khz, tsc_offset, physical_bits, linear_bits, ffxsr, tsc_aux };
-        let mut vcpus = Vec::new();
+        let mut vcpus: Vec<Box<dyn AnyVcpu>> = Vec::new();
         for number in 0..count {
-            let cpu = svm::Vcpu::new(self.features, &self.maps).ok_or("no memory for a vCPU")?;
             let (cpuid, wall_clock_s) = (Arc::clone(&cpuid), devices.wall_clock_s);
             let policy = Policy { cpuid, msrs: MsrState::new(msrs), tsc_aux, physical_bits, wall_clock_s };
-            vcpus.push(Vcpu::new(number, &shared, cpu, policy).ok_or("a vCPU's number is taken")?);
+            vcpus.push(match self.config.mmu {
+                MmuKind::Nested => self.vcpu::<svm::Nested>(number, &shared, policy)?,
+                MmuKind::Shadow => self.vcpu::<svm::Shadowed>(number, &shared, policy)?,
+            });
         }
         for (vcpu, saved) in vcpus.iter_mut().zip(saved) {
             vcpu.restore(saved).map_err(text)?;
@@ -340,6 +359,18 @@ impl Vm<'_> {
         Ok(Built { shared, vcpus, fixed })
     }
 
+    /// A vCPU that waits to be started.
+    fn vcpu<P: svm::Paging>(
+        &self,
+        number: usize,
+        shared: &Arc<Shared>,
+        policy: Policy,
+    ) -> Result<Box<dyn AnyVcpu>, String> {
+        let cpu = svm::Vcpu::<P>::new(self.features, &self.maps).ok_or("no memory for a vCPU")?;
+        let vcpu = Vcpu::new(number, shared, cpu, policy).ok_or("no memory for a vCPU, or its number is taken")?;
+        Ok(Box::new(vcpu))
+    }
+
     fn run_built(self, built: Built) -> Result<Finished, String> {
         let Built { shared, vcpus, fixed } = built;
         let count = vcpus.len();
@@ -348,6 +379,7 @@ impl Vm<'_> {
                 vcpus: self.config.vcpus,
                 memory_bytes: self.config.memory_bytes,
                 huge_pages: largest_page(self.config.huge_pages),
+                mmu: self.config.mmu,
             });
         }
         let storm = shared.storm.is_planned().then(|| self.mmu.worker()).transpose().map_err(text)?;
@@ -377,6 +409,25 @@ impl Vm<'_> {
         let copier = Copier { cpu: self.config.cpus() as usize, cpus: self.cpus, fixed };
         self.keep_house(&shared, &running, &copier);
         Ok(self.finish(shared, &left))
+    }
+
+    /// Takes shadow paging's tables down as a zap does, and counts what that leaves. Without a vCPU.
+    fn end_of_shadow(&self, counters: &Counters) -> Option<ShadowReport> {
+        let before = self.mmu.shadow_metadata()?;
+        // Without memory for a worker nothing is zapped, and all of it shows.
+        if let Ok(mut worker) = self.mmu.worker() {
+            worker.zap_all();
+        }
+        let left = self.mmu.shadow_metadata()?;
+        Some(ShadowReport {
+            pages: before.pages,
+            book_bytes: before.bytes(),
+            recycled: counters.shadow_recycled,
+            flooded: counters.shadow_flooded,
+            pages_left: left.pages,
+            mappings_left: left.mappings,
+            handles_left: left.handles,
+        })
     }
 
     /// Serves the ports until every vCPU has left.
@@ -449,7 +500,12 @@ impl Vm<'_> {
         let roots = remains.iter().map(|r| r.root).filter(|&root| root != Hpa(0));
         // SAFETY: no vCPU runs, `remains` holds the roots, nobody else changes the tables. An obsolete root, which a halted
         // vCPU may still have, is empty.
-        let touched_bytes = roots.map(|root| unsafe { walk::accessed_bytes(root.0) }).max().unwrap_or(0);
+        let touched = |root: Hpa| unsafe { walk::accessed_bytes(root.0) };
+        let touched_bytes = match self.config.mmu {
+            MmuKind::Nested => roots.map(touched).max().unwrap_or(0),
+            // A page is mapped there when it is used, and its mark means that it was used lately.
+            MmuKind::Shadow => counters.mapped_bytes().iter().sum(),
+        };
         let states = super::vcpu::states(&mut remains);
         let exits = exits(&remains);
         let (cause, ready) = (shared.cause(), shared.ready());
@@ -462,6 +518,7 @@ impl Vm<'_> {
         let began = instructions::rdtsc();
         drop(remains);
         drop(shared);
+        let shadow = self.end_of_shadow(&counters);
         drop(self.mmu);
         let ticks = instructions::rdtsc() - began;
         let teardown = Span { ns: clock.ns_in(ticks), ticks };
@@ -483,6 +540,8 @@ impl Vm<'_> {
             faults: faults(&counters),
             mapped_bytes: BytesByPageSize { size_4k, size_2m, size_1g },
             touched_bytes,
+            mmu: self.config.mmu,
+            shadow,
             table_frames: TableFrames { peak: tables_peak, left: tables_left },
             teardown,
             guest_frames_left: guest::frames_in_use(),

@@ -18,6 +18,7 @@ use alloc::vec::Vec;
 use core::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, AtomicUsize, Ordering, fence};
 
 use nestling::{AddressSpace, GfnRange, Gpa, Mmu, Worker};
+use nestling_control::config::MmuKind;
 use nestling_control::message::{DeathReason, GuestExit, ToCommand};
 use spin::Mutex;
 
@@ -120,6 +121,8 @@ pub struct Shared {
     pub vcpus: Box<[Reach]>,
     /// Where nothing answers, the bus floats; else such an access ends the guest.
     pub floating: bool,
+    /// What translates.
+    pub mmu_kind: MmuKind,
     /// What is fired at it.
     pub storm: Storm,
     /// What it prints is thrown away, and nothing is said of what it does.
@@ -165,6 +168,7 @@ impl Shared {
             clock,
             vcpus: (0..vcpus as u32).map(reach).collect(),
             floating: platform.has_board(),
+            mmu_kind: MmuKind::default(),
             storm: Storm::default(),
             silent: false,
             meter: None,
@@ -226,6 +230,13 @@ impl Shared {
         let _ = self.forgetter.lock().zap(GfnRange { start, end: nestling::Gfn(start.0 + 1) });
     }
 
+    #[cold]
+    fn forget_range(&self, gpa: u64, bytes: usize) {
+        let last = gpa.saturating_add(bytes.max(1) as u64 - 1);
+        let range = GfnRange { start: Gpa(gpa).gfn(), end: nestling::Gfn(Gpa(last).gfn().0 + 1) };
+        let _ = self.forgetter.lock().zap(range);
+    }
+
     /// Whether the hypervisor's own writes are to be reported to logs.
     pub(super) fn note_writes(&self, on: bool) {
         self.logged.store(on, Ordering::SeqCst);
@@ -234,6 +245,16 @@ impl Shared {
     /// The hypervisor has written to the guest's memory. Behind the write, and before the guest is told.
     #[inline]
     pub(super) fn note_write(&self, gpa: u64, bytes: usize) {
+        if self.mmu_kind == MmuKind::Shadow {
+            // What was made of a table that stood there is not right any more.
+            self.forget_range(gpa, bytes);
+        }
+        self.note_mark(gpa, bytes);
+    }
+
+    /// The same, of a mark in an entry of a page table.
+    #[inline]
+    pub(super) fn note_mark(&self, gpa: u64, bytes: usize) {
         // Either this sees that writes are to be reported, or whoever wants that sees what was written.
         fence(Ordering::SeqCst);
         if self.logged.load(Ordering::SeqCst) {

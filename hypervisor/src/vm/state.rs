@@ -3,13 +3,14 @@
 use alloc::vec::Vec;
 
 use nestling::{Gpa, Hpa};
+use nestling_control::config::MmuKind;
 use nestling_control::message::{MAX_INSTRUCTION_BYTES, VcpuState, WalkStep};
 
 use super::exit::Exit;
 use super::guest_cpu::GuestCpu;
 use super::ring::Ring;
 use super::vcpu::Vcpu;
-use super::walk::{self, Paging, Walk};
+use super::walk::{self, PagingRegisters, Walk};
 
 const CR0_PG: u64 = 1 << 31;
 
@@ -17,7 +18,7 @@ const CR0_PG: u64 = 1 << 31;
 /// has stopped, and others change nothing but their own registers from here on.
 pub(super) fn report<C: GuestCpu>(vcpu: &Vcpu<C>, root: Hpa, ring: &Ring) -> VcpuState {
     let registers = vcpu.cpu.registers();
-    let paging = Paging { cr0: registers.cr0, cr3: registers.cr3, cr4: registers.cr4, efer: registers.efer };
+    let paging = PagingRegisters { cr0: registers.cr0, cr3: registers.cr3, cr4: registers.cr4, efer: registers.efer };
     let ram = vcpu.vm.mmu.host().ram();
     let read = |at: u64| {
         let mut bytes = [0; 8];
@@ -44,7 +45,9 @@ pub(super) fn report<C: GuestCpu>(vcpu: &Vcpu<C>, root: Hpa, ring: &Ring) -> Vcp
         registers,
         instruction,
         guest_walk,
-        nested_walk: gpa.map_or_else(Vec::new, |gpa| nested_steps(root, gpa)),
+        nested_walk: gpa
+            .filter(|_| vcpu.vm.mmu_kind == MmuKind::Nested)
+            .map_or_else(Vec::new, |gpa| nested_steps(root, gpa)),
         last_exits: ring.to_vec(),
     }
 }

@@ -152,6 +152,8 @@ impl Stall {
         }
         let gpa = match exit {
             Exit::Fault(Fault { gpa, .. }) => Some(gpa),
+            // An address that the guest means, and tries again as well.
+            Exit::PageFault(fault) => Some(Gpa(fault.address)),
             Exit::Interrupt => None,
             _ => return *self = Self::default(),
         };

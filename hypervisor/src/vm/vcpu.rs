@@ -9,8 +9,10 @@
 
 use core::sync::atomic::Ordering;
 
+use alloc::boxed::Box;
 use alloc::sync::Arc;
 use alloc::vec::Vec;
+use core::fmt::Debug;
 
 use nestling::{FaultError, Hpa, VcpuId};
 use nestling_control::message::{DeathReason, VcpuState};
@@ -24,13 +26,14 @@ use super::ring::Ring;
 use super::saved::SavedVcpu;
 use super::shared::{End, Place, Shared};
 use super::storm::Stall;
+use super::translation::{Inside, VcpuMemory};
 use crate::cpu::extended::{self, XCR0_RESET};
 use crate::cpu::{apic, clock, instructions, local};
 use crate::devices::lapic::{Lapic, LapicConfig};
 use crate::devices::saved::{BadState, require};
 use crate::ghost;
 use crate::guest::VcpuInit;
-use crate::memory::embedder::{self, Machine};
+use crate::memory::embedder;
 
 /// How long a guest runs in which something waits for the next instruction.
 const SHADOW_NS: u64 = 10_000;
@@ -46,9 +49,39 @@ pub struct Remains {
     /// Its state, if the guest died and the vCPU was ever started.
     pub state: Option<VcpuState>,
     /// The library's vCPU: its tables and counters are there until this is dropped.
-    pub memory: nestling::Vcpu<Machine>,
+    pub memory: Box<dyn Debug + Send>,
     /// The root it ran on last; 0 if it never ran.
     pub root: Hpa,
+}
+
+/// A vCPU of either kind, for whoever makes it and starts it.
+pub trait AnyVcpu: Send {
+    /// See [`Vcpu::start`].
+    fn start(&mut self, init: &VcpuInit);
+
+    /// See [`Vcpu::restore`].
+    ///
+    /// # Errors
+    /// What of that is impossible.
+    fn restore(&mut self, saved: SavedVcpu) -> Result<(), BadState>;
+
+    /// See [`Vcpu::run`].
+    #[must_use]
+    fn run(self: Box<Self>) -> Remains;
+}
+
+impl<C: GuestCpu> AnyVcpu for Vcpu<C> {
+    fn start(&mut self, init: &VcpuInit) {
+        Self::start(self, init);
+    }
+
+    fn restore(&mut self, saved: SavedVcpu) -> Result<(), BadState> {
+        Self::restore(self, saved)
+    }
+
+    fn run(self: Box<Self>) -> Remains {
+        Self::run(*self)
+    }
 }
 
 /// Whether the vCPU runs instructions.
@@ -64,11 +97,11 @@ pub(super) enum Activity {
 
 /// One vCPU.
 #[derive(Debug)]
-pub struct Vcpu<C> {
+pub struct Vcpu<C: GuestCpu> {
     pub(super) number: usize,
     pub(super) vm: Arc<Shared>,
     pub(super) cpu: C,
-    pub(super) memory: nestling::Vcpu<Machine>,
+    pub(super) memory: C::Memory,
     pub(super) lapic: Lapic,
     pub(super) policy: Policy,
     pub(super) activity: Activity,
@@ -77,7 +110,7 @@ pub struct Vcpu<C> {
     /// The guest's next deadline may have changed.
     pub(super) timer_changed: bool,
     /// NMIs that wait: at most one while the guest handles one, at most two otherwise.
-    nmis: u8,
+    pub(super) nmis: u8,
     /// The guest is to be left as soon as it is entered: behind the event that goes in, there is another.
     leave_at_once: bool,
     /// It is to be left soon: something waits for the end of an interrupt shadow.
@@ -100,7 +133,7 @@ impl<C: GuestCpu> Vcpu<C> {
     /// A vCPU that waits to be started; `None` without memory, or if the number is taken.
     #[must_use]
     pub(super) fn new(number: usize, vm: &Arc<Shared>, mut cpu: C, policy: Policy) -> Option<Self> {
-        let memory = vm.mmu.vcpu(VcpuId(number as u16))?;
+        let memory = C::Memory::new(&vm.mmu, VcpuId(number as u16))?;
         cpu.set_tsc_offset(policy.msrs.tsc_offset());
         // As firmware leaves it. A kernel goes on to x2APIC mode by itself; one that was told not to, or to do without its
         // APIC at all, could not come back from there.
@@ -187,7 +220,7 @@ impl<C: GuestCpu> Vcpu<C> {
         self.vm.wait_for_workers();
         let died = matches!(self.vm.cause(), Some(End::Death(..)));
         let state = (died && self.started).then(|| super::state::report(&self, self.root, &self.ring));
-        Remains { exits: self.exits, state, memory: self.memory, root: self.root }
+        Remains { exits: self.exits, state, memory: Box::new(self.memory), root: self.root }
     }
 
     /// Takes over where the VM's time begins; it may have been moved.
@@ -257,7 +290,7 @@ impl<C: GuestCpu> Vcpu<C> {
         let vm = &*self.vm;
         let reach = &vm.vcpus[self.number];
         reach.go(Place::Guest);
-        let mut inside = self.memory.enter()?;
+        let mut inside = self.memory.enter(&mut self.cpu)?;
         // Also when the guest is not entered after all: the root before this one may be gone.
         self.root = inside.root();
         // The last look: what is seen to be missing here comes with a kick.
@@ -267,9 +300,8 @@ impl<C: GuestCpu> Vcpu<C> {
             reach.back();
             return Ok(());
         }
-        self.cpu.set_root(self.root);
-        // One ASID serves all roots of the guest: whichever flush it is, it is this one.
-        let flushes = inside.take_flush().is_some();
+        inside.load(&mut self.cpu);
+        let flushes = inside.take_flush();
         ghost::entering(self.number, self.root, flushes);
         if flushes {
             self.cpu.flush();

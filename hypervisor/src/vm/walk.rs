@@ -17,15 +17,15 @@ const CR4_LA57: u64 = 1 << 12;
 const EFER_LMA: u64 = 1 << 10;
 
 /// The registers that say how a guest translates.
-#[derive(Clone, Copy, Debug)]
-pub struct Paging {
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct PagingRegisters {
     /// CR0.
     pub cr0: u64,
     /// CR3.
     pub cr3: u64,
     /// CR4.
     pub cr4: u64,
-    /// EFER.
+    /// EFER, without the bit that belongs to the hypervisor.
     pub efer: u64,
 }
 
@@ -40,8 +40,8 @@ pub struct Walk {
 
 /// Walks the guest's tables for a linear address; `read` gives 8 bytes of guest-physical memory.
 #[must_use]
-pub fn guest(paging: Paging, linear: u64, read: impl Fn(u64) -> Option<u64>) -> Walk {
-    let Paging { cr0, cr3, cr4, efer } = paging;
+pub fn guest(paging: PagingRegisters, linear: u64, read: impl Fn(u64) -> Option<u64>) -> Walk {
+    let PagingRegisters { cr0, cr3, cr4, efer } = paging;
     if cr0 & CR0_PG == 0 {
         return Walk { steps: Vec::new(), address: Some(linear & 0xffff_ffff) };
     }
@@ -156,7 +156,7 @@ mod tests {
         move |at| entries.get(&at).copied()
     }
 
-    const LONG: Paging = Paging { cr0: CR0_PG, cr3: 0x1000, cr4: CR4_PAE, efer: EFER_LMA };
+    const LONG: PagingRegisters = PagingRegisters { cr0: CR0_PG, cr3: 0x1000, cr4: CR4_PAE, efer: EFER_LMA };
 
     #[test]
     fn four_levels_and_large_pages() {
@@ -169,16 +169,16 @@ mod tests {
 
     #[test]
     fn older_modes() {
-        let off = guest(Paging { cr0: 0, ..LONG }, 0x1_0000_7c00, |_| None);
+        let off = guest(PagingRegisters { cr0: 0, ..LONG }, 0x1_0000_7c00, |_| None);
         assert_eq!(off.address, Some(0x7c00));
         let pae = guest(
-            Paging { efer: 0, cr3: 0x1020, ..LONG },
+            PagingRegisters { efer: 0, cr3: 0x1020, ..LONG },
             0xc000_1000,
             memory(&[(0x1038, 0x2001), (0x2000, 0x3001), (0x3008, 0x7001)]),
         );
         assert_eq!((pae.steps.len(), pae.address), (3, Some(0x7000)));
         let old = guest(
-            Paging { efer: 0, cr4: 0, ..LONG },
+            PagingRegisters { efer: 0, cr4: 0, ..LONG },
             0x0040_3004,
             memory(&[(0x1000, 0x2001 << 32), (0x2008, 0x9001 << 32)]),
         );

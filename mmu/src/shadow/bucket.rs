@@ -101,6 +101,11 @@ impl Buckets {
         }
         (bytes as u64, rmaps as u64)
     }
+
+    /// Entries in all reverse maps.
+    pub(super) fn mappings(&self, relax: impl Fn()) -> u64 {
+        self.all().map(|bucket| bucket.lock(&relax).rmap.count()).sum()
+    }
 }
 
 impl Bucket {

@@ -149,6 +149,10 @@ pub struct Metadata {
     pub reverse_maps: u64,
     /// Buckets.
     pub buckets: u64,
+    /// Entries in the reverse maps now.
+    pub mappings: u64,
+    /// Handles of roots that vCPUs keep, of pages in use or not.
+    pub handles: u64,
 }
 
 impl Metadata {
@@ -173,6 +177,8 @@ impl<H: Host> Mmu<H> {
         let shadow = self.shadow.get()?;
         let (pages, page_books) = shadow.arena.usage(|| self.host.relax());
         let (buckets, reverse_maps) = shadow.buckets.usage(|| self.host.relax());
-        Some(Metadata { pages, page_books, reverse_maps, buckets })
+        let mappings = shadow.buckets.mappings(|| self.host.relax());
+        let handles = shadow.arena.pages().map(|(_, page)| u64::from(page.loads())).sum();
+        Some(Metadata { pages, page_books, reverse_maps, buckets, mappings, handles })
     }
 }

@@ -217,6 +217,12 @@ impl Rmap {
         Some((0..RUN).map(move |word| Key { chunk, word }))
     }
 
+    /// All frames' places.
+    pub(super) fn count(&self) -> u64 {
+        let keys = (0..self.chunks.len()).filter_map(|chunk| self.keys(chunk)).flatten();
+        keys.map(|key| self.places(key).count() as u64).sum()
+    }
+
     pub(super) fn bytes(&self) -> usize {
         self.chunks.capacity() * size_of::<(u32, Box<[u32; RUN]>)>()
             + self.chunks.len() * size_of::<[u32; RUN]>()

@@ -2,7 +2,7 @@
 //! tables; and the firmware configuration device, which a guest reads byte by byte.
 
 use nestling_control::bundle::Bundle;
-use nestling_control::config::{GuestKind, HugePages, RunConfig};
+use nestling_control::config::{GuestKind, HugePages, MmuKind, RunConfig};
 use nestling_control::frame::{self, Decoder, MAX_FRAME_BYTES};
 use nestling_control::message::{GuestExit, LogLevel, Report, ToCommand, ToHypervisor};
 use nestling_hypervisor::boot::acpi;
@@ -71,6 +71,7 @@ pub(super) fn bundle_seeds() -> Vec<Vec<u8>> {
         vcpus: 2,
         memory_bytes: 64 << 20,
         huge_pages: HugePages::M2,
+        mmu: MmuKind::Nested,
         silence_timeout_ms: Some(1000),
         command_line: "words".into(),
         ready_marker: "up".into(),

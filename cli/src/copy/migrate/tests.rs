@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use nestling_control::{
-    config::{GuestKind, HugePages, Origin, RunConfig},
+    config::{GuestKind, HugePages, MmuKind, Origin, RunConfig},
     window::{self, Copied, FromCommand, FromHypervisor, PAGE_BYTES, Receiver, Sender, Way, runs},
 };
 
@@ -22,6 +22,7 @@ fn header() -> Header {
         vcpus: 1,
         memory_bytes: 64 << 20,
         huge_pages: HugePages::M2,
+        mmu: MmuKind::Nested,
         silence_timeout_ms: None,
         command_line: String::new(),
         ready_marker: String::new(),

@@ -9,7 +9,9 @@
 //! *held*: everybody who asks for the guest's EFER gets it with the bit, and writes to CR0 are made here (the selective
 //! intercept), so that the bit arrives with PG, and goes with it. The guest may do with CR4 what it likes.
 
+use super::paging::{Nested, Paging};
 use super::{EFER_SVME, Vcpu};
+use crate::vm::walk::PagingRegisters;
 
 const CR0_PG: u64 = 1 << 31;
 const CR0_WP: u64 = 1 << 16;
@@ -17,28 +19,35 @@ const CR0_PE: u64 = 1 << 0;
 const EFER_LME: u64 = 1 << 8;
 const EFER_LMA: u64 = 1 << 10;
 
-impl Vcpu {
+impl Vcpu<Nested> {
     /// EFER as the guest has it.
-    pub(super) fn efer(&self) -> u64 {
+    pub(super) fn held_efer(&self) -> u64 {
         let held = if self.long_mode_held { EFER_LME } else { 0 };
         self.save().efer & !EFER_SVME | held
     }
 
     /// Sets EFER as the guest has it. CR0 is to be in place.
-    pub(super) fn set_efer(&mut self, efer: u64) {
+    pub(super) fn hold_efer(&mut self, efer: u64) {
         let paging = self.save().cr0 & CR0_PG != 0;
         self.long_mode_held = self.features.emulated() && !paging && efer & EFER_LME != 0;
         let held = if self.long_mode_held { EFER_LME } else { 0 };
         self.save_mut().efer = efer & !held | EFER_SVME;
     }
+}
+
+impl<P: Paging> Vcpu<P> {
+    /// Sets EFER as the guest has it. CR0 is to be in place.
+    pub(super) fn set_efer(&mut self, efer: u64) {
+        P::set_registers(self, PagingRegisters { efer, ..P::registers(self) });
+    }
 
     /// Sets CR0, which has changed by a write of the guest's, and EFER.LMA after it (14.6.1).
     pub(super) fn write_cr0(&mut self, cr0: u64) {
-        let changed = self.save().cr0 ^ cr0;
-        self.save_mut().cr0 = cr0;
-        let efer = self.efer();
+        let before = P::registers(self);
+        let (changed, efer) = (before.cr0 ^ cr0, before.efer);
         let active = cr0 & CR0_PG != 0 && efer & EFER_LME != 0;
-        self.set_efer(if active { efer | EFER_LMA } else { efer & !EFER_LMA });
+        let efer = if active { efer | EFER_LMA } else { efer & !EFER_LMA };
+        P::set_registers(self, PagingRegisters { cr0, efer, ..before });
         // What translations depend on.
         self.flush |= changed & (CR0_PG | CR0_WP | CR0_PE) != 0;
     }

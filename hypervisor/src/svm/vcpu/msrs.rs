@@ -1,15 +1,16 @@
 //! The MSRs that the control block holds, as the guest has them.
 
 use super::Vcpu;
+use super::paging::Paging;
 use crate::vm::policy::msr::VmcbMsrs;
 use crate::vm::policy::msr_list::VmcbField;
 
-impl VmcbMsrs for Vcpu {
+impl<P: Paging> VmcbMsrs for Vcpu<P> {
     fn get(&self, field: VmcbField) -> u64 {
         let save = self.save();
         match field {
-            VmcbField::Cr0 => save.cr0,
-            VmcbField::Efer => self.efer(),
+            VmcbField::Cr0 => P::registers(self).cr0,
+            VmcbField::Efer => P::registers(self).efer,
             VmcbField::Pat => save.pat,
             VmcbField::Star => save.star,
             VmcbField::Lstar => save.lstar,

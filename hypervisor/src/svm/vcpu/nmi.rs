@@ -16,6 +16,7 @@
 //! step ends otherwise than by its trap (the IRET faults, or another CPU has written another instruction there), the flag is
 //! taken back before anybody looks.
 
+use super::paging::Paging;
 use super::{DR6_BS, EXCEPTIONS, Intercepts1, RFLAGS_TF, Vcpu, event, virtual_interrupt};
 use crate::vm::exit::{Exit, Intercepted, Raised};
 use crate::vm::guest_cpu::{GuestCpu, NmiWindow};
@@ -48,7 +49,7 @@ pub(super) struct Step {
     held: Option<u8>,
 }
 
-impl Vcpu {
+impl<P: Paging> Vcpu<P> {
     pub(super) fn is_stepping(&self) -> bool {
         matches!(self.nmi, NmiState::Stepping(_))
     }
@@ -79,11 +80,17 @@ impl Vcpu {
     /// be one: an interrupt that waits asks for its window.
     #[inline]
     pub(super) fn keep_shadow(&mut self, rip: u64, exit: Exit) {
-        let before = matches!(exit, Exit::Interrupt | Exit::Nmi | Exit::Fault(_));
+        let before = matches!(exit, Exit::Interrupt | Exit::Nmi | Exit::Fault(_)) || Self::is_translation(exit);
         let vmcb = self.vmcb_mut();
         if before && vmcb.save.rip == rip {
             vmcb.control.shadow |= 1;
         }
+    }
+
+    /// A page fault of which it is not known yet whether it is the guest's.
+    #[inline]
+    fn is_translation(exit: Exit) -> bool {
+        P::WATCHES_FAULTS && matches!(exit, Exit::PageFault(_))
     }
 
     fn step_over(&mut self) {
@@ -129,7 +136,9 @@ impl Vcpu {
         let found = self.save().dr6 & (DR6_BREAKPOINTS | DR6_BS);
         let trapped = exit == Exit::Exception(Intercepted::Debug) && found & DR6_BS != 0;
         // These say nothing of the instruction, which is still to be executed.
-        if matches!(exit, Exit::Interrupt | Exit::Nmi | Exit::Fault(_) | Exit::InterruptWindow) {
+        if matches!(exit, Exit::Interrupt | Exit::Nmi | Exit::Fault(_) | Exit::InterruptWindow)
+            || Self::is_translation(exit)
+        {
             return exit;
         }
         self.end_step(step, trapped);
@@ -150,7 +159,7 @@ impl Vcpu {
     fn end_step(&mut self, step: Step, trapped: bool) {
         self.nmi = NmiState::Open;
         let vmcb = self.vmcb_mut();
-        vmcb.control.exceptions = EXCEPTIONS;
+        vmcb.control.exceptions = EXCEPTIONS | P::EXCEPTIONS;
         // Behind an IRET the flags are those that it took from its stack.
         if !(step.stepped || trapped) {
             vmcb.save.rflags &= !RFLAGS_TF;

@@ -302,6 +302,26 @@ impl CpuidPolicy {
         self.linear_bits
     }
 
+    /// The bits that the guest may set in CR4 (APM vol. 2, 3.1.3): those of the features that it is offered.
+    pub fn cr4_bits(&self) -> u64 {
+        // TSD, PCE.
+        const ALWAYS: u64 = 1 << 2 | 1 << 8;
+        let context = CpuidContext { apic_id: 0, cr4: 0, xcr0: 1 };
+        let (one, seven) = (self.query(1, 0, context), self.query(7, 0, context));
+        // Bits of the feature word, and of CR4: VME and PVI, DE, PSE, PAE, MCE, PGE, OSFXSR, OSXMMEXCPT; PCIDE, OSXSAVE; FSGSBASE,
+        // SMEP, SMAP; UMIP, PKE, LA57.
+        let edx = [(1, 0), (1, 1), (2, 3), (3, 4), (6, 5), (7, 6), (13, 7), (24, 9), (25, 10)];
+        let words = [
+            (one.edx, &edx[..]),
+            (one.ecx, &[(17, 17), (26, 18)]),
+            (seven.ebx, &[(0, 16), (7, 20), (20, 21)]),
+            (seven.ecx, &[(2, 11), (3, 22), (16, 12)]),
+        ];
+        let offered =
+            words.into_iter().flat_map(|(word, bits)| bits.iter().filter(move |(bit, _)| word >> bit & 1 != 0));
+        offered.fold(ALWAYS, |cr4, (_, bit)| cr4 | 1 << bit)
+    }
+
     /// Bytes of the XSAVE area for `xcr0` in the standard format, and in the compacted one.
     fn xsave_bytes(&self, xcr0: u64) -> (u32, u32) {
         let enabled = self.components.iter().filter(|component| xcr0 & component.bit != 0);

@@ -1,0 +1,90 @@
+//! The library's part of a vCPU, of either kind: nested tables, or shadow tables ([`super::shadow`]).
+//!
+//! The kind follows from the type of the CPU ([`GuestCpu::Memory`]), so the loop that runs a vCPU is compiled once for
+//! each, and neither has a branch for the other. What an exit means that only one kind has is decided here.
+
+use alloc::sync::Arc;
+use core::fmt::Debug;
+
+use nestling::{FaultError, Hpa, InGuest, Mmu, VcpuId};
+
+use super::exit::Exit;
+use super::guest_cpu::{GuestCpu, NestedCpu};
+use super::handle::Next;
+use super::vcpu::Vcpu;
+use crate::memory::embedder::Machine;
+
+/// A vCPU, as the library knows it.
+pub trait VcpuMemory<C: GuestCpu>: Debug + Send + Sized + 'static {
+    /// The vCPU in guest mode.
+    type Inside<'a>: Inside<C>
+    where
+        Self: 'a;
+
+    /// The vCPU of this number; `None` without memory, or if the number is taken.
+    fn new(mmu: &Arc<Mmu<Machine>>, id: VcpuId) -> Option<Self>;
+
+    /// Gets it ready to run guest code on `cpu`, whose registers count.
+    ///
+    /// # Errors
+    /// The library's.
+    fn enter(&mut self, cpu: &mut C) -> Result<Self::Inside<'_>, FaultError>;
+
+    /// Handles an exit that is about translation.
+    ///
+    /// # Errors
+    /// The library's.
+    fn translate(vcpu: &mut Vcpu<C>, exit: Exit) -> Result<Next, FaultError>;
+}
+
+/// A vCPU in guest mode.
+pub trait Inside<C> {
+    /// The root that it runs on.
+    fn root(&self) -> Hpa;
+
+    /// Gives it to the CPU.
+    fn load(&self, cpu: &mut C);
+
+    /// Whether the guest's translations must be flushed before it runs.
+    fn take_flush(&mut self) -> bool;
+}
+
+/// Nested tables.
+impl<C: NestedCpu<Memory = Self>> VcpuMemory<C> for nestling::Vcpu<Machine> {
+    type Inside<'a> = InGuest<'a, Machine>;
+
+    fn new(mmu: &Arc<Mmu<Machine>>, id: VcpuId) -> Option<Self> {
+        mmu.vcpu(id)
+    }
+
+    #[inline(always)]
+    fn enter(&mut self, _cpu: &mut C) -> Result<InGuest<'_, Machine>, FaultError> {
+        self.enter()
+    }
+
+    #[inline(always)]
+    fn translate(vcpu: &mut Vcpu<C>, exit: Exit) -> Result<Next, FaultError> {
+        match exit {
+            Exit::Fault(fault) => vcpu.second_stage_fault(fault),
+            _ => Ok(vcpu.unexpected()),
+        }
+    }
+}
+
+impl<C: NestedCpu> Inside<C> for InGuest<'_, Machine> {
+    #[inline(always)]
+    fn root(&self) -> Hpa {
+        InGuest::root(self)
+    }
+
+    #[inline(always)]
+    fn load(&self, cpu: &mut C) {
+        cpu.set_root(InGuest::root(self));
+    }
+
+    // One ASID serves all roots of the guest: whichever flush it is, it is this one.
+    #[inline(always)]
+    fn take_flush(&mut self) -> bool {
+        InGuest::take_flush(self).is_some()
+    }
+}
