@@ -4,6 +4,7 @@ use std::{path::PathBuf, time::Duration};
 
 use crate::copy::link::Address;
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use nestling_conformance::Paging;
 use nestling_control::config::{HugePages, MmuKind, StormKind};
 
 /// Boots unmodified Linux guests on a hypervisor whose guest memory is managed by the library `nestling`.
@@ -24,7 +25,7 @@ pub struct Cli {
 const STATUSES: &str = "\
 Exit status: 0 the guest powered off or reset (in check mode: and passed); an odd number is the guest's own, \
 (value << 1) | 1 for the value it wrote to port 0xf4; 2 options or files that cannot be used; 64 no verdict; \
-66 self-check failed; 70 the guest died; 72 QEMU or the hypervisor failed; 74 timeout; 76 something is missing; \
+66 self-check failed, or not what the CPU alone does; 70 the guest died; 72 QEMU or the hypervisor failed; 74 timeout; 76 something is missing; \
 78 any other error; 80 worse than the baseline; 128 + n ended by signal n.";
 
 /// The subcommands.
@@ -36,6 +37,8 @@ pub enum Command {
     Fuzz(FuzzArgs),
     /// Measure what memory management costs, in instructions, beside KVM on the same emulated machine.
     Bench(BenchArgs),
+    /// Compare how a guest's CPU walks page tables with how the CPU alone does, case by case.
+    Conformance(ConformanceArgs),
     /// Make an image that boots the guest on a machine of its own: by GRUB, from a CD or a USB stick.
     Image(Box<ImageArgs>),
     /// Say what is there, what is missing and how to get it.
@@ -204,6 +207,50 @@ pub struct FuzzArgs {
     /// Show all that the hypervisor says, and QEMU's command line
     #[arg(long, short)]
     pub verbose: bool,
+}
+
+/// What can be said about cases of paging.
+#[derive(Args, Clone, Debug)]
+pub struct ConformanceArgs {
+    /// Cases of each kind of paging, taken at random
+    #[arg(long, value_name = "N", default_value_t = 20_000, value_parser = clap::value_parser!(u64).range(1..=1 << 32))]
+    pub cases: u64,
+    /// Where the random choices begin
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub seed: u64,
+    /// Instead of a sample, all combinations: millions of cases, in hours
+    #[arg(long, conflicts_with_all = ["cases", "seed"])]
+    pub all: bool,
+    /// Of all, this part of so many
+    #[arg(long, value_name = "I/N", default_value = "1/1", requires = "all", value_parser = part)]
+    pub part: (u64, u64),
+    /// Kinds of paging: legacy, pae, long4, long5 [default: each]
+    #[arg(long, value_name = "KIND,…", value_delimiter = ',', value_parser = paging)]
+    pub paging: Vec<Paging>,
+    /// The largest page with which guest memory is mapped
+    #[arg(long, value_name = "SIZE", value_enum, default_value_t = PageSize::M2)]
+    pub huge_pages: PageSize,
+    /// A hypervisor that is built already [default: built from this source tree]
+    #[arg(long, value_name = "FILE")]
+    pub hypervisor: Option<PathBuf>,
+    /// End a boot after this long and fail
+    #[arg(long, value_name = "SECONDS", default_value = "1800", value_parser = seconds)]
+    pub timeout: Duration,
+    /// Show QEMU's command lines, and all that the hypervisor says
+    #[arg(long, short)]
+    pub verbose: bool,
+}
+
+fn paging(text: &str) -> Result<Paging, String> {
+    Paging::named(text).ok_or_else(|| format!("there are {}", Paging::ALL.map(Paging::name).join(", ")))
+}
+
+/// A part of how many.
+fn part(text: &str) -> Result<(u64, u64), String> {
+    let numbers = text.split_once('/').and_then(|(part, of)| Some((part.parse().ok()?, of.parse().ok()?)));
+    numbers
+        .filter(|(part, of)| (1..=*of).contains(part) && *of <= 1_000_000)
+        .ok_or_else(|| "a part and how many there are are needed, as 1/8".into())
 }
 
 /// What can be said about an image.
@@ -404,6 +451,14 @@ mod tests {
         assert_eq!(run.guest.storm, [(StormKind::ZapAll, default), (StormKind::TakePage, 7)]);
         for bad in ["", "zap", "zap-all=", "zap-all=0", "zap-all=-1", "zap-all=x", "zap-all,,", "zap-all=4294967296"] {
             assert!(storm(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_part_is_one_of_as_many_as_are_said() {
+        assert_eq!((part("1/1"), part("8/8")), (Ok((1, 1)), Ok((8, 8))));
+        for bad in ["", "1", "/", "0/1", "2/1", "1/0", "-1/2", "1/2/3", "1/1000001"] {
+            assert!(part(bad).is_err(), "{bad}");
         }
     }
 

@@ -1,6 +1,10 @@
 //! The guest's console: what its output says about the run, and what its user's keys mean.
 
-use std::collections::VecDeque;
+use std::{
+    collections::VecDeque,
+    io::{self, Write},
+    sync::{Arc, Mutex},
+};
 
 use nestling_control::verdict::{Lines, Verdict};
 
@@ -95,6 +99,31 @@ impl Escape {
             }
         }
         if keys.is_empty() { Vec::new() } else { vec![Typed::Keys(keys)] }
+    }
+}
+
+/// A console that is read when all is over.
+#[derive(Clone, Debug, Default)]
+pub struct Kept(Arc<Mutex<Vec<u8>>>);
+
+impl Kept {
+    /// What was printed.
+    #[must_use]
+    pub fn bytes(&self) -> Vec<u8> {
+        self.0.lock().map(|bytes| bytes.clone()).unwrap_or_default()
+    }
+}
+
+impl Write for Kept {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        if let Ok(mut kept) = self.0.lock() {
+            kept.extend_from_slice(bytes);
+        }
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
     }
 }
 

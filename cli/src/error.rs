@@ -1,6 +1,6 @@
 //! What can go wrong before a guest runs. The exit statuses are [`nestling_control::verdict`]'s.
 
-use std::{io, path::PathBuf};
+use std::{fmt, io, path::PathBuf};
 
 use nestling_control::{bundle::BundleError, config::ConfigError};
 use thiserror::Error;
@@ -63,6 +63,21 @@ pub enum Error {
         earlier: u32,
         /// Of this run.
         now: u32,
+    },
+    /// The image that tries cases of paging did not do what it was asked for.
+    #[error("{0}")]
+    Conformance(String),
+    /// What cases of paging came to is not the same everywhere.
+    #[error("{cases} cases: {}", Unlike(*.blocks, *.differences, *.unlike_manuals))]
+    Differences {
+        /// Cases tried.
+        cases: u64,
+        /// Blocks of them that differ between a guest and the CPU alone.
+        blocks: usize,
+        /// Cases that do, in the first of these blocks.
+        differences: u64,
+        /// Blocks in which the CPU alone is not as the manuals say.
+        unlike_manuals: usize,
     },
     /// An operation that is not measured here.
     #[error("--profile: no such operation; there are {}", known.join(", "))]
@@ -171,6 +186,23 @@ pub enum Error {
     },
 }
 
+/// What is to be said of cases of paging that differ.
+struct Unlike(usize, u64, usize);
+
+impl fmt::Display for Unlike {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self(blocks, differences, unlike_manuals) = *self;
+        write!(
+            f,
+            "{blocks} blocks differ from the CPU alone ({differences} differences in those that were looked at)"
+        )?;
+        if unlike_manuals > 0 {
+            write!(f, "; in {unlike_manuals} blocks the CPU alone is not as the manuals say")?;
+        }
+        Ok(())
+    }
+}
+
 impl Error {
     /// For `map_err`: the system refused what was being done.
     pub fn io(doing: impl Into<String>) -> impl FnOnce(io::Error) -> Self {
@@ -196,8 +228,9 @@ impl Error {
             | Self::WhichGuest(_)
             | Self::NoKvm(_) => Status::Usage,
             Self::Worse { .. } => Status::Worse,
+            Self::Differences { .. } => Status::CheckFailed,
             Self::HostMemory { .. } | Self::Missing { .. } | Self::Fetch { .. } => Status::Missing,
-            Self::Qemu(_) => Status::HypervisorFailed,
+            Self::Qemu(_) | Self::Conformance(_) => Status::HypervisorFailed,
             Self::Measuring { .. }
             | Self::Refused(_)
             | Self::Build { .. }

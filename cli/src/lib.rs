@@ -17,6 +17,7 @@ pub mod accel;
 pub mod args;
 pub mod artifacts;
 pub mod bench;
+pub mod conformance;
 pub mod console;
 pub mod copy;
 pub mod doctor;

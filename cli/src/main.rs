@@ -12,7 +12,7 @@ use std::{
 use clap::Parser;
 use nestling_cli::{
     args::{Cli, Command, FuzzArgs, MigrateArgs, RunArgs, SnapshotArgs},
-    bench,
+    bench, conformance,
     copy::{
         door::{Figures, Request},
         knock,
@@ -41,6 +41,7 @@ fn main() -> ExitCode {
         Some(Command::Run(args)) => run_guest(&args),
         Some(Command::Fuzz(args)) => fuzz_guests(&args),
         Some(Command::Bench(args)) => ended(bench::run(&args, Progress::for_stderr())),
+        Some(Command::Conformance(args)) => ended(conformance::run(&args, Progress::for_stderr())),
         Some(Command::Snapshot(args)) => snapshot(&args),
         Some(Command::Migrate(args)) => migrate(&args),
         None => run_guest(&cli.run),

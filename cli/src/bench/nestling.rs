@@ -1,10 +1,6 @@
 //! This hypervisor's side.
 
-use std::{
-    io::{self, Write},
-    sync::{Arc, Mutex},
-    thread,
-};
+use std::thread;
 
 use clap::Parser;
 use rustix::fs::{CWD, Mode, mkfifoat};
@@ -16,6 +12,7 @@ use super::{
 use crate::{
     args::{BenchArgs, Cli},
     artifacts,
+    console::Kept,
     error::Error,
     guest::plan::Seat,
     plan::Plan,
@@ -70,27 +67,9 @@ fn run(prepared: Prepared) -> Result<Figures, Error> {
     let console = Kept::default();
     let output = console.clone();
     let outcome = prepared.run(|_| Ok(Box::new(output)))?;
-    let said = console.0.lock().map(|bytes| bytes.clone()).unwrap_or_default();
-    let mut figures = figures(&said)?;
+    let mut figures = figures(&console.bytes())?;
     if let Some(report) = &outcome.record.report {
         figures.insert("vm_destroy".into(), (1, report.teardown.ticks));
     }
     Ok(figures)
-}
-
-/// A console that is read when all is over.
-#[derive(Clone, Default)]
-struct Kept(Arc<Mutex<Vec<u8>>>);
-
-impl Write for Kept {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        if let Ok(mut kept) = self.0.lock() {
-            kept.extend_from_slice(bytes);
-        }
-        Ok(bytes.len())
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
 }

@@ -4,7 +4,7 @@
 //! that fw_cfg tells of, runs the check on them, prints what it found on the serial port, and ends the machine through
 //! port 0xf4 (but for [`random`], which ends with the machine): with 0 if all was right, 1 if not, 2 if it was asked for something that it does not know.
 //!
-//! `meter` is no check: it measures ([`meter`]).
+//! `meter` is no check: it measures ([`meter`]). Nor is `conformance`: it tries things and tells ([`conformance`]).
 //!
 //! Memory is mapped to itself. Interrupt and exception handlers have stacks of their own (IST): compiled code keeps data
 //! below the stack pointer.
@@ -16,6 +16,7 @@ compile_error!("there is no unwinder here: build this binary with `--profile bar
 
 mod apic;
 mod boot;
+mod conformance;
 mod cpu;
 mod machine;
 mod meter;
@@ -47,6 +48,11 @@ extern "C" fn rust_start() -> ! {
     if name == "meter" {
         // On whatever machine: nothing but memory, ports and a clock is asked of it.
         meter::run(words);
+        machine::exit(0);
+    }
+    if name == "conformance" {
+        // On a CPU without any hypervisor too.
+        conformance::run(words);
         machine::exit(0);
     }
     apic::enable();
