@@ -2,7 +2,7 @@
 
 use nestling_control::{
     bundle::{BLOB_ALIGNMENT, Blob, Bundle, BundleError, MAGIC},
-    config::{ConfigError, HugePages, MmuKind, MAX_VCPUS, MIN_MEMORY_BYTES, Origin, RunConfig},
+    config::{ConfigError, HugePages, MAX_VCPUS, MIN_MEMORY_BYTES, MmuKind, Origin, RunConfig},
 };
 use proptest::prelude::*;
 
