@@ -18,6 +18,11 @@
 //! interrupt, and delivers it a second time when its thread is kicked at that moment. And why the vector is compared
 //! below: when a nested fault interrupts the delivery of a virtual interrupt, QEMU reports it in EXITINTINFO *and* leaves
 //! V_IRQ set, while the manual has only one of them. One event must come out of it, not two.
+//!
+//! **Plain runs.** Most entries deliver nothing, flush nothing and watch nothing, and then the control block is as it
+//! was. `unusual` is set with whatever makes an entry another one; only such an entry looks at all of it, and it
+//! alone takes the mark back, when it has put the control block in its plain form again. So a mark too many costs some
+//! instructions; what must not be is a way to put in an event, to owe a flush or to mask NMIs without one.
 
 mod long_mode;
 mod msrs;
@@ -100,6 +105,8 @@ pub struct Vcpu<P = Nested> {
     flush: bool,
     /// Writes to CR8 exit.
     watch_task_priority: bool,
+    /// The next entry is not a plain one.
+    unusual: bool,
     /// The guest's EFER.LME is kept from the CPU ([`long_mode`]).
     long_mode_held: bool,
     paging: P,
@@ -133,6 +140,7 @@ impl<P: Paging> Vcpu<P> {
             nmi: NmiState::Open,
             flush: true,
             watch_task_priority: false,
+            unusual: true,
             long_mode_held: false,
             paging: P::new(),
         };
@@ -200,7 +208,17 @@ impl<P: Paging> Vcpu<P> {
         save.pat = PAT_RESET;
         P::set_registers(self, PagingRegisters { cr0: CR0_RESET, cr3: 0, cr4: 0, efer: 0 });
         self.switch.registers[2] = 0x0060_0f00;
-        self.flush = true;
+        self.owe_flush();
+    }
+
+    /// The next entry flushes what the TLB holds of the guest.
+    fn owe_flush(&mut self) {
+        (self.flush, self.unusual) = (true, true);
+    }
+
+    /// The next entry puts this in, as EVENTINJ has it.
+    fn put_in(&mut self, event: u64) {
+        (self.event, self.unusual) = (event, true);
     }
 
     fn save(&self) -> &Save {
@@ -237,7 +255,7 @@ impl<P: Paging> Vcpu<P> {
             event::EXCEPTION if matches!(interrupted as u8, 3 | 4) => {}
             // QEMU calls an external interrupt an exception when its delivery faults; real exceptions end at 31.
             event::EXCEPTION if interrupted as u8 > 31 => self.latch(interrupted as u8),
-            _ => self.event = interrupted,
+            _ => self.put_in(interrupted),
         }
     }
 
@@ -248,7 +266,7 @@ impl<P: Paging> Vcpu<P> {
     }
 
     fn latch(&mut self, vector: u8) {
-        self.latched = Some(vector);
+        (self.latched, self.unusual) = (Some(vector), true);
         let control = &mut self.vmcb_mut().control;
         control.virtual_interrupt = control.virtual_interrupt & !(0xff << virtual_interrupt::VECTOR_SHIFT)
             | virtual_interrupt::REQUEST
@@ -276,11 +294,57 @@ impl<P: Paging> Vcpu<P> {
         *register = segment_in(loaded);
     }
 
+    /// As [`GuestCpu::run`], when the entry may be any but a plain one.
+    #[inline(never)]
+    fn run_unusual(&mut self) -> Exit {
+        let tlb = match (self.flush, self.features.flush_by_asid()) {
+            (false, _) => TlbControl::Keep,
+            (true, true) => TlbControl::FlushAsid,
+            (true, false) => TlbControl::FlushAll,
+        };
+        self.flush = false;
+        let event = core::mem::take(&mut self.event);
+        // An event that goes in ends it.
+        let (rip, shadowed) = (self.save().rip, self.vmcb().control.shadow & 1 != 0 && event == 0);
+        let (watched, others) = (self.watch_task_priority, self.paging.watched_writes());
+        let control = &mut self.vmcb_mut().control;
+        // While an interrupt is offered, CR8 is written in software: QEMU's emulation (7.2) looks at a pending V_IRQ in such a
+        // write without the lock that it needs, and dies. Nothing depends on the guest not writing it itself.
+        let offered = control.virtual_interrupt & virtual_interrupt::REQUEST != 0;
+        control.cr_writes = others | if offered || watched { CR8 } else { 0 };
+        control.event = event;
+        control.tlb_control = tlb as u32;
+        // SAFETY: `bind` was called on this CPU, so SVM is on; the controls set in `new` let the guest touch nothing but
+        // what the nested table maps; both pages belong to this value.
+        unsafe { entry::enter(&mut self.switch) };
+        self.settle_events();
+        let RawExit { code, info1, info2 } = self.raw_exit();
+        let exit = self.settle_nmi(exit::decode(code, info1, info2));
+        if shadowed {
+            self.keep_shadow(rip, exit);
+        }
+        self.settle_control();
+        exit
+    }
+
+    /// Puts the control block in its plain form, if the next entry may be a plain one.
+    fn settle_control(&mut self) {
+        let waits = self.event != 0 || self.flush || self.latched.is_some() || self.nmi != NmiState::Open;
+        let offered = self.vmcb().control.virtual_interrupt & virtual_interrupt::REQUEST != 0;
+        if waits || offered || self.watch_task_priority {
+            return;
+        }
+        let others = self.paging.watched_writes();
+        let control = &mut self.vmcb_mut().control;
+        (control.cr_writes, control.event, control.tlb_control) = (others, 0, TlbControl::Keep as u32);
+        self.unusual = false;
+    }
+
     /// Puts in a fault, `what` of EVENTINJ. Its frame says that the instruction at RIP was met already: a breakpoint there
     /// does not come again when it is tried again (13.1.2).
     fn raise_fault(&mut self, what: u64) {
         self.save_mut().rflags |= RFLAGS_RF;
-        self.event = event::VALID | event::EXCEPTION | what;
+        self.put_in(event::VALID | event::EXCEPTION | what);
     }
 }
 
@@ -338,7 +402,7 @@ impl<P: Paging> GuestCpu for Vcpu<P> {
         unsafe {
             entry::save_host(self.switch.host);
         }
-        self.flush = true;
+        self.owe_flush();
     }
 
     fn export(&mut self) -> CpuState {
@@ -378,7 +442,7 @@ impl<P: Paging> GuestCpu for Vcpu<P> {
         (save.dr6, save.dr7) = (state.dr6, state.dr7);
         let Registers { cr0, cr3, cr4, efer, .. } = *registers;
         P::set_registers(self, PagingRegisters { cr0, cr3, cr4, efer });
-        self.event = state.event;
+        self.put_in(state.event);
         let control = &mut self.vmcb_mut().control;
         control.shadow = u64::from(state.shadow);
         if state.nmis_masked {
@@ -396,48 +460,29 @@ impl<P: Paging> GuestCpu for Vcpu<P> {
 
     #[inline]
     fn flush(&mut self) {
-        self.flush = true;
+        self.owe_flush();
     }
 
     #[inline]
     fn run(&mut self) -> Exit {
-        let tlb = match (self.flush, self.features.flush_by_asid()) {
-            (false, _) => TlbControl::Keep,
-            (true, true) => TlbControl::FlushAsid,
-            (true, false) => TlbControl::FlushAll,
-        };
-        self.flush = false;
-        let event = core::mem::take(&mut self.event);
-        // An event that goes in ends it.
-        let (rip, shadowed) = (self.save().rip, self.vmcb().control.shadow & 1 != 0 && event == 0);
-        let (watched, others) = (self.watch_task_priority, self.paging.watched_writes());
-        let control = &mut self.vmcb_mut().control;
-        // While an interrupt is offered, CR8 is written in software: QEMU's emulation (7.2) looks at a pending V_IRQ in such a
-        // write without the lock that it needs, and dies. Nothing depends on the guest not writing it itself.
-        let offered = control.virtual_interrupt & virtual_interrupt::REQUEST != 0;
-        control.cr_writes = others | if offered || watched { CR8 } else { 0 };
-        control.event = event;
-        control.tlb_control = tlb as u32;
-        // SAFETY: `bind` was called on this CPU, so SVM is on; the controls set in `new` let the guest touch nothing but
-        // what the nested table maps; both pages belong to this value.
-        unsafe { entry::enter(&mut self.switch) };
-        self.settle_events();
-        let RawExit { code, info1, info2 } = self.raw_exit();
-        let exit = self.settle_nmi(exit::decode(code, info1, info2));
-        if shadowed {
-            self.keep_shadow(rip, exit);
+        if self.unusual || self.vmcb().control.shadow & 1 != 0 {
+            return self.run_unusual();
         }
-        exit
+        // SAFETY: as in `run_unusual`.
+        unsafe { entry::enter(&mut self.switch) };
+        if self.was_delivering() {
+            self.settle_events();
+        }
+        let RawExit { code, info1, info2 } = self.raw_exit();
+        exit::decode(code, info1, info2)
     }
 
-    #[inline]
     fn can_take_interrupt(&self) -> bool {
         let vmcb = self.vmcb();
         let free = self.latched.is_none() && self.event == 0 && !self.is_stepping();
         free && vmcb.save.rflags & RFLAGS_IF != 0 && vmcb.control.shadow & 1 == 0
     }
 
-    #[inline]
     fn interrupt(&mut self, vector: u8) {
         self.close_interrupt_window();
         self.latch(vector);
@@ -449,6 +494,7 @@ impl<P: Paging> GuestCpu for Vcpu<P> {
             let control = &mut self.vmcb_mut().control;
             control.intercepts_1 |= Intercepts1::VINTR.bits();
             control.virtual_interrupt |= virtual_interrupt::REQUEST;
+            self.unusual = true;
         }
     }
 
@@ -502,7 +548,7 @@ impl<P: Paging> GuestCpu for Vcpu<P> {
             // A trap, or the fault of a breakpoint, whose frame has what the flags have.
             Raised::Again(Intercepted::Debug) => {
                 self.save_mut().dr7 &= !DR7_GD;
-                self.event = event::VALID | event::EXCEPTION | 1;
+                self.put_in(event::VALID | event::EXCEPTION | 1);
                 return;
             }
             // The code of #AC is always 0.
@@ -531,7 +577,9 @@ impl<P: Paging> GuestCpu for Vcpu<P> {
     }
 
     fn watch_task_priority(&mut self, watch: bool) {
-        self.watch_task_priority = watch;
+        if watch != self.watch_task_priority {
+            (self.watch_task_priority, self.unusual) = (watch, true);
+        }
     }
 
     fn raw_exit(&self) -> RawExit {

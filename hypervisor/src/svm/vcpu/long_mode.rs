@@ -49,7 +49,9 @@ impl<P: Paging> Vcpu<P> {
         let efer = if active { efer | EFER_LMA } else { efer & !EFER_LMA };
         P::set_registers(self, PagingRegisters { cr0, efer, ..before });
         // What translations depend on.
-        self.flush |= changed & (CR0_PG | CR0_WP | CR0_PE) != 0;
+        if changed & (CR0_PG | CR0_WP | CR0_PE) != 0 {
+            self.owe_flush();
+        }
     }
 }
 

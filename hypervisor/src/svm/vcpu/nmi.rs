@@ -56,12 +56,12 @@ impl<P: Paging> Vcpu<P> {
 
     /// Puts an NMI in, and masks others.
     pub(super) fn inject_nmi(&mut self) {
-        self.event = event::VALID | event::NMI | 2;
+        self.put_in(event::VALID | event::NMI | 2);
         self.mask_nmis();
     }
 
     pub(super) fn mask_nmis(&mut self) {
-        self.nmi = NmiState::Masked;
+        (self.nmi, self.unusual) = (NmiState::Masked, true);
         self.vmcb_mut().control.intercepts_1 |= Intercepts1::IRET.bits();
     }
 

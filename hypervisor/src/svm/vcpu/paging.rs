@@ -91,7 +91,7 @@ impl NestedCpu for Vcpu<Nested> {
     fn set_root(&mut self, root: Hpa) {
         if self.vmcb().control.nested_root != root.0 {
             self.vmcb_mut().control.nested_root = root.0;
-            self.flush = true;
+            self.owe_flush();
         }
     }
 }

@@ -150,7 +150,7 @@ impl Vcpu<Shadowed> {
         control.cr_reads = CR3 | if same_cr0 { 0 } else { CR0 } | if same_cr4 { 0 } else { CR4 };
         let save = self.save_mut();
         (save.cr4, save.efer) = (cr4, efer);
-        self.flush = true;
+        self.owe_flush();
     }
 }
 

@@ -1,7 +1,10 @@
 //! A vCPU's events and state, without a CPU.
 
+use nestling::Hpa;
+
 use super::*;
 use crate::memory::frames::testing;
+use crate::vm::guest_cpu::NestedCpu;
 
 const WINDOW: u32 = Intercepts1::VINTR.bits();
 
@@ -202,4 +205,41 @@ fn loading_a_state_forgets_events() {
     let registers = vcpu.registers();
     assert_eq!((registers.segments[1].base, registers.rip, registers.efer), (0x9_a000, 0, 0));
     assert_eq!(vcpu.save().efer, EFER_SVME);
+}
+
+#[test]
+fn whatever_makes_an_entry_another_one_marks_it() {
+    let ways: [fn(&mut Vcpu); 9] = [
+        |vcpu| vcpu.interrupt(0x40),
+        |vcpu| vcpu.nmi(),
+        |vcpu| vcpu.raise(Raised::InvalidOpcode),
+        |vcpu| vcpu.raise(Raised::Again(Intercepted::Debug)),
+        |vcpu| vcpu.flush(),
+        |vcpu| vcpu.set_root(Hpa(0x5000)),
+        |vcpu| vcpu.open_interrupt_window(),
+        |vcpu| vcpu.watch_task_priority(true),
+        |vcpu| vcpu.set_status(1),
+    ];
+    for (index, way) in ways.into_iter().enumerate() {
+        let mut vcpu = vcpu();
+        vcpu.flush = false;
+        vcpu.settle_control();
+        assert!(!vcpu.unusual, "nothing waits");
+        way(&mut vcpu);
+        assert!(vcpu.unusual, "way {index}");
+        vcpu.settle_control();
+        assert!(vcpu.unusual, "way {index}: it is still to come");
+    }
+}
+
+#[test]
+fn a_plain_entry_finds_nothing_of_the_one_before() {
+    let mut vcpu = vcpu();
+    vcpu.flush = false;
+    let control = &mut vcpu.vmcb_mut().control;
+    (control.event, control.tlb_control, control.cr_writes) = (event::VALID, TlbControl::FlushAll as u32, CR8);
+    vcpu.settle_control();
+    let control = &vcpu.vmcb().control;
+    assert_eq!((control.event, control.tlb_control, control.cr_writes), (0, TlbControl::Keep as u32, 0));
+    assert!(!vcpu.unusual);
 }
