@@ -106,6 +106,16 @@ impl Request {
     }
 }
 
+/// What a vCPU finds when it has said that it is in guest mode.
+#[derive(Clone, Copy, Debug)]
+#[must_use]
+pub(crate) struct Entered {
+    /// It must flush before the guest runs.
+    pub(crate) must_flush: bool,
+    /// It is asked for something, and has to leave again and serve that.
+    pub(crate) has_requests: bool,
+}
+
 /// Whether to wait for a request that is made.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Wait {
@@ -302,10 +312,10 @@ impl Tlb {
         }
     }
 
-    /// The vCPU is about to run guest code. Returns whether it must flush first. `flushed` is the vCPU's own copy of the
-    /// generation that it last flushed for; 0 at first.
+    /// The vCPU is about to run guest code. `flushed` is the vCPU's own copy of the generation that it last flushed for;
+    /// 0 at first.
     #[inline]
-    pub(crate) fn enter(&self, id: VcpuId, flushed: &mut u64) -> bool {
+    pub(crate) fn enter(&self, id: VcpuId, flushed: &mut u64) -> Entered {
         let vcpu = &self.vcpus[usize::from(id.0)];
         let mut generation = if mutants::is(Mutant::ModeAfterTheLook) { self.generation() } else { 0 };
         vcpu.mode.swap(IN_GUEST, Ordering::SeqCst);
@@ -313,13 +323,14 @@ impl Tlb {
         if !mutants::is(Mutant::ModeAfterTheLook) {
             generation = self.generation();
         }
-        if *flushed == generation {
-            return false;
+        let must_flush = *flushed != generation;
+        if must_flush {
+            *flushed = generation;
+            // Said before it is done: between here and the flush no guest instruction runs.
+            vcpu.flushed.store(generation, Ordering::SeqCst);
         }
-        *flushed = generation;
-        // Said before it is done: between here and the flush no guest instruction runs.
-        vcpu.flushed.store(generation, Ordering::SeqCst);
-        true
+        // After "in guest mode" was said: whoever makes a request later waits for this turn's end.
+        Entered { must_flush, has_requests: peek(&vcpu.requests) != 0 }
     }
 
     #[inline]
@@ -327,8 +338,7 @@ impl Tlb {
         self.generation.load(Ordering::SeqCst)
     }
 
-    /// Whether the vCPU is asked for anything. To be looked at after [`Tlb::enter`].
-    #[inline]
+    /// Whether the vCPU is asked for anything. What counts is what [`Tlb::enter`] finds.
     pub(crate) fn has_requests(&self, id: VcpuId) -> bool {
         peek(&self.vcpus[usize::from(id.0)].requests) != 0
     }

@@ -32,7 +32,7 @@ use crate::slots::{Slot, SlotFlags, SlotState};
 use crate::tdp::fault::{Mapping, Obstructed, TableCache, Watch, fix_protected, map_mmio, map_page, needed};
 use crate::tdp::inspect::{translate, walk};
 use crate::tdp::protect::Logged;
-use crate::tlb::{FLUSH, FLUSH_CURRENT, FREE_OBSOLETE_ROOTS, Flush, RELOAD};
+use crate::tlb::{Entered, FLUSH, FLUSH_CURRENT, FREE_OBSOLETE_ROOTS, Flush, RELOAD};
 
 /// Why the CPU reported a second-stage fault.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -286,23 +286,23 @@ impl<H: Host> Vcpu<H> {
             return Err(FaultError::DirtyRingFull);
         }
         loop {
-            if self.roots.current().is_none() {
+            let Some(root) = self.roots.current() else {
                 self.load_root()?;
-            }
+                continue;
+            };
+            let root = root.frame().hpa();
             let early = mutants::is(Mutant::RequestsBeforeMode).then(|| self.mmu.tlb.has_requests(self.id));
-            if self.mmu.tlb.enter(self.id, &mut self.flushed) {
+            let Entered { must_flush, has_requests } = self.mmu.tlb.enter(self.id, &mut self.flushed);
+            if must_flush {
                 self.ticket.counters().add(Counter::Flush, 1);
                 self.flush_owed = Some(Flush::All);
             }
-            // After "in guest mode" was said: whoever makes a request later waits for this turn's end.
-            if !early.unwrap_or_else(|| self.mmu.tlb.has_requests(self.id)) {
-                break;
+            if !early.unwrap_or(has_requests) {
+                return Ok(InGuest { vcpu: self, root });
             }
             self.mmu.tlb.leave(self.id);
             self.serve_requests();
         }
-        let root = self.roots.current().ok_or(FaultError::NoRoot)?.frame().hpa();
-        Ok(InGuest { vcpu: self, root })
     }
 
     /// Turns to another kind of root, for the turns to come: another address space (system-management mode), another

@@ -37,6 +37,7 @@ use crate::format::long_mode::Top;
 use crate::guest::{Controls, Mode, PageFault, Refused, Request, Translation, walk};
 use crate::host::{Access, GuestMemory, Host, VcpuId};
 use crate::lock::{Shared, Ticket};
+use crate::tlb::Entered;
 use crate::vcpu::FaultError;
 use crate::{Mmu, OutOfMemory};
 
@@ -300,14 +301,15 @@ impl<H: Host + GuestMemory> ShadowVcpu<H> {
                     hold(mmu, shadow, ticket, debts, |inside, order, _| all_in_step(inside, order));
                 }
             }
-            if self.mmu.tlb.enter(self.id, &mut self.flushed) {
+            let Entered { must_flush, has_requests } = self.mmu.tlb.enter(self.id, &mut self.flushed);
+            if must_flush {
                 self.ticket.counters().add(Counter::Flush, 1);
                 self.flush_owed = true;
             }
             let alive = |root: Root| self.shadow().arena.page(root.handle.index).is(root.handle);
             // A root may have ended without a request yet: whoever ended it has not come to its flush. To run on it would
             // be safe, and of no use.
-            if !self.mmu.tlb.has_requests(self.id) && self.root.is_some_and(alive) {
+            if !has_requests && self.root.is_some_and(alive) {
                 break;
             }
             self.mmu.tlb.leave(self.id);
