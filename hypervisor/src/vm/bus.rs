@@ -16,7 +16,7 @@ use super::exit::{Intercepted, Raised};
 use super::guest_cpu::GuestCpu;
 use super::handle::Next;
 use super::shared::Shared;
-use super::vcpu::Vcpu;
+use super::vcpu::{Due, Vcpu};
 use crate::devices::lapic::{Lapic, LapicEffect};
 use crate::devices::platform::Platform;
 use crate::devices::{Now, Width};
@@ -26,13 +26,10 @@ use crate::memory::guest::GuestRam;
 /// Guest RAM and ports, as one vCPU reaches them.
 pub(super) struct GuestBus<'a> {
     vm: &'a Shared,
-    vcpu: usize,
     lapic: &'a mut Lapic,
     now: Now,
-    /// What can be delivered may have changed.
-    attend: bool,
-    /// The next deadline may have changed.
-    timer_changed: bool,
+    /// What the vCPU has to look at.
+    due: Due,
     /// The first access that nothing answered: where, and whether it was a write.
     lost: Option<(u64, bool)>,
 }
@@ -57,8 +54,8 @@ impl GuestBus<'_> {
         let Some(offset) = self.lapic.window_offset(gpa) else { return false };
         match self.lapic.window_write(self.now, offset, bytes, value) {
             LapicEffect::None => {}
-            LapicEffect::Interrupts => self.attend = true,
-            LapicEffect::Timer => (self.attend, self.timer_changed) = (true, true),
+            LapicEffect::Interrupts => self.due |= Due::EVENTS,
+            LapicEffect::Timer => self.due |= Due::EVENTS | Due::TIMER,
             LapicEffect::Ipi(command) => self.vm.send(self.lapic.id(), &command),
         }
         true
@@ -84,7 +81,7 @@ impl Bus for GuestBus<'_> {
             Err(BackingError::OutOfMemory) => return Err(HostFailure),
             Err(BackingError::NotBacked | BackingError::Poisoned) => {}
         }
-        let answer = self.vm.with_ports(Some(self.vcpu), |platform, now| platform.memory_read(now, gpa, bytes));
+        let answer = self.vm.with_ports(|platform, now| platform.memory_read(now, gpa, bytes));
         if answer.is_none() {
             self.float(gpa, false);
         }
@@ -104,7 +101,7 @@ impl Bus for GuestBus<'_> {
             Err(BackingError::NotBacked | BackingError::Poisoned) => {}
         }
         let write = |platform: &mut Platform, now| platform.memory_write(now, gpa, bytes, value);
-        if !self.vm.with_ports(Some(self.vcpu), write) {
+        if !self.vm.with_ports(write) {
             self.float(gpa, true);
         }
         Ok(())
@@ -121,7 +118,7 @@ impl Bus for GuestBus<'_> {
                 Err(BackingError::NotBacked | BackingError::Poisoned) => {}
             }
             let exchange = |platform: &mut Platform, _| platform.memory_exchange(gpa, bytes, old, new);
-            if let Some(done) = self.vm.with_ports(Some(self.vcpu), exchange) {
+            if let Some(done) = self.vm.with_ports(exchange) {
                 return Ok(done);
             }
         }
@@ -145,12 +142,12 @@ impl Bus for GuestBus<'_> {
 
     fn input(&mut self, port: u16, bytes: usize) -> u32 {
         let Some(width) = Width::from_bytes(bytes) else { return u32::MAX };
-        self.vm.with_ports(Some(self.vcpu), |platform, now| platform.io_read(now, port, width))
+        self.vm.with_ports(|platform, now| platform.io_read(now, port, width))
     }
 
     fn output(&mut self, port: u16, bytes: usize, value: u32) {
         if let Some(width) = Width::from_bytes(bytes) {
-            self.vm.with_ports(Some(self.vcpu), |platform, now| platform.io_write(now, port, width, value));
+            self.vm.with_ports(|platform, now| platform.io_write(now, port, width, value));
         }
     }
 }
@@ -160,7 +157,7 @@ impl<C: GuestCpu> Vcpu<C> {
     pub(super) fn bus(&mut self) -> GuestBus<'_> {
         let now = self.now();
         let (vm, lapic) = (&*self.vm, &mut self.lapic);
-        GuestBus { vm, vcpu: self.number, lapic, now, attend: false, timer_changed: false, lost: None }
+        GuestBus { vm, lapic, now, due: Due::empty(), lost: None }
     }
 
     /// What is at RIP, if it can be fetched and is an instruction.
@@ -175,9 +172,8 @@ impl<C: GuestCpu> Vcpu<C> {
         let state = self.cpu.emulated(self.policy.physical_bits);
         let mut bus = self.bus();
         let outcome = emulate::step(&state, &mut bus);
-        let GuestBus { attend, timer_changed, lost, .. } = bus;
-        self.attend |= attend;
-        self.timer_changed |= timer_changed;
+        let GuestBus { due, lost, .. } = bus;
+        self.due |= due;
         self.settle_lapic();
         if let Some((gpa, write)) = lost {
             return Next::Die(DeathReason::MmioWithoutDevice { gpa, write });
@@ -192,13 +188,13 @@ impl<C: GuestCpu> Vcpu<C> {
         let state = self.cpu.emulated(self.policy.physical_bits);
         let now = self.now();
         let (vm, lapic) = (&*self.vm, &mut self.lapic);
-        let mut bus = GuestBus { vm, vcpu: self.number, lapic, now, attend: false, timer_changed: false, lost: None };
+        let mut bus = GuestBus { vm, lapic, now, due: Due::empty(), lost: None };
         match emulate::task_priority_write(&state, &mut bus) {
             Ok(TaskPriorityWrite { class, next_rip }) => {
                 self.lapic.set_cr8(class);
                 // Or the next look at the CPU's own would take the old one for the guest's.
                 self.cpu.set_task_priority(class);
-                self.attend = true;
+                self.due |= Due::EVENTS;
                 self.cpu.advance_to(next_rip);
                 Next::Continue
             }
@@ -212,7 +208,7 @@ impl<C: GuestCpu> Vcpu<C> {
         let state = self.cpu.emulated(self.policy.physical_bits);
         let now = self.now();
         let (vm, lapic) = (&*self.vm, &mut self.lapic);
-        let mut bus = GuestBus { vm, vcpu: self.number, lapic, now, attend: false, timer_changed: false, lost: None };
+        let mut bus = GuestBus { vm, lapic, now, due: Due::empty(), lost: None };
         match emulate::status_write(&state, &mut bus) {
             Ok(StatusWrite { cr0, next_rip }) => {
                 self.cpu.set_status(cr0);

@@ -12,7 +12,7 @@ use super::policy::cpuid::{CpuidContext, CpuidPolicy};
 use super::policy::kvmclock::{CLOCK_BYTES, WALL_CLOCK_BYTES, write_wall_clock};
 use super::policy::msr::{MsrEffect, MsrState, UnknownMsr};
 use super::translation::VcpuMemory;
-use super::vcpu::Vcpu;
+use super::vcpu::{Due, Vcpu};
 use crate::cpu::extended::{self, XCR0_RESET};
 use crate::cpu::instructions;
 use crate::devices::{Gp, Now, Width};
@@ -80,9 +80,9 @@ impl<C: GuestCpu> Vcpu<C> {
             }
             Exit::InterruptWindow => {
                 self.cpu.close_interrupt_window();
-                self.attend = true;
+                self.due |= Due::EVENTS;
             }
-            Exit::NmiWindow => self.attend = true,
+            Exit::NmiWindow => self.due |= Due::EVENTS,
             // Both came for the host; an NMI was taken when the exit set GIF again.
             Exit::Interrupt | Exit::Nmi => {}
             Exit::CacheFlush => self.cpu.advance(length::INVD_WBINVD),
@@ -135,10 +135,10 @@ impl<C: GuestCpu> Vcpu<C> {
         }
         match access.direction {
             Direction::Out => {
-                self.vm.with_ports(Some(self.number), |p, now| p.io_write(now, port, width, rax as u32));
+                self.vm.with_ports(|p, now| p.io_write(now, port, width, rax as u32));
             }
             Direction::In => {
-                let value = self.vm.with_ports(Some(self.number), |p, now| p.io_read(now, port, width));
+                let value = self.vm.with_ports(|p, now| p.io_read(now, port, width));
                 // A 32-bit result clears the upper half, smaller ones leave the rest alone.
                 let kept = if width == Width::Dword { 0 } else { rax & !u64::from(width.mask()) };
                 self.cpu.set_register(RAX, kept | u64::from(value & width.mask()));
@@ -224,7 +224,7 @@ impl<C: GuestCpu> Vcpu<C> {
     pub(super) fn settle_lapic(&mut self) {
         self.lapic.publish(&self.vm.vcpus[self.number].lapic);
         if let Some(vector) = self.lapic.take_ended() {
-            self.vm.with_ports(Some(self.number), |platform, _| platform.end_of_interrupt(vector));
+            self.vm.with_ports(|platform, _| platform.end_of_interrupt(vector));
         }
     }
 
@@ -243,12 +243,12 @@ impl<C: GuestCpu> Vcpu<C> {
     fn msr_effect(&mut self, effect: MsrEffect) {
         match effect {
             MsrEffect::None => {}
-            MsrEffect::Interrupts => self.attend = true,
-            MsrEffect::Timer => (self.timer_changed, self.attend) = (true, true),
+            MsrEffect::Interrupts => self.due |= Due::EVENTS,
+            MsrEffect::Timer => self.due |= Due::EVENTS | Due::TIMER,
             MsrEffect::Ipi(command) => self.vm.send(self.lapic.id(), &command),
             MsrEffect::TscOffset => {
                 self.cpu.set_tsc_offset(self.policy.msrs.tsc_offset());
-                self.timer_changed = true;
+                self.due |= Due::TIMER;
                 self.publish_clock();
             }
             // SAFETY: RDTSCP is offered only where the host has it, and with it the register; the host does not use it.

@@ -7,37 +7,53 @@ use nestling_control::message::ExitRecord;
 /// How many are kept.
 const KEPT: usize = 16;
 
-/// The last exits; equal neighbours count as one entry, so that a guest that spins does not push out how it came there.
-#[derive(Debug)]
-pub struct Ring {
-    records: [ExitRecord; KEPT],
-    /// Position of the newest.
-    newest: usize,
+/// An exit as often as it came in a row.
+#[derive(Clone, Copy, Debug, Default)]
+struct Record {
+    code: u64,
+    rip: u64,
+    info1: u64,
+    /// 0: none.
+    count: u64,
 }
 
-impl Default for Ring {
-    fn default() -> Self {
-        Self { records: [ExitRecord { code: 0, rip: 0, info1: 0, count: 0 }; KEPT], newest: 0 }
-    }
+/// The last exits; equal neighbours count as one entry, so that a guest that spins does not push out how it came there.
+#[derive(Debug, Default)]
+pub struct Ring {
+    /// Beside the others, so that the next exit is compared with no look for it.
+    newest: Record,
+    older: [Record; KEPT - 1],
+    /// Position of the oldest among those.
+    oldest: usize,
 }
 
 impl Ring {
     /// Notes an exit.
     #[inline]
     pub fn note(&mut self, code: u64, rip: u64, info1: u64) {
-        let newest = &mut self.records[self.newest];
-        if newest.rip == rip && newest.code == code && newest.info1 == info1 && newest.count > 0 {
-            newest.count = newest.count.saturating_add(1);
-            return;
+        let newest = &mut self.newest;
+        if newest.rip == rip && newest.code == code && newest.info1 == info1 {
+            newest.count += 1;
+        } else {
+            self.begin(Record { code, rip, info1, count: 1 });
         }
-        self.newest = (self.newest + 1) % KEPT;
-        self.records[self.newest] = ExitRecord { code, rip, info1, count: 1 };
+    }
+
+    fn begin(&mut self, record: Record) {
+        self.older[self.oldest] = core::mem::replace(&mut self.newest, record);
+        self.oldest = (self.oldest + 1) % self.older.len();
     }
 
     /// All that are kept, oldest first.
     #[must_use]
     pub fn to_vec(&self) -> Vec<ExitRecord> {
-        (1..=KEPT).map(|age| self.records[(self.newest + age) % KEPT]).filter(|record| record.count > 0).collect()
+        let (newer, older) = self.older.split_at(self.oldest);
+        let all = older.iter().chain(newer).chain([&self.newest]).filter(|record| record.count > 0);
+        let shown = |record: &Record| {
+            let Record { code, rip, info1, count } = *record;
+            ExitRecord { code, rip, info1, count: u32::try_from(count).unwrap_or(u32::MAX) }
+        };
+        all.map(shown).collect()
     }
 }
 

@@ -27,7 +27,7 @@ use super::exit::{Exit, Raised};
 use super::guest_cpu::{PageFaultTaken, ShadowCpu};
 use super::handle::Next;
 use super::translation::{Inside, VcpuMemory};
-use super::vcpu::Vcpu;
+use super::vcpu::{Due, Vcpu};
 use super::walk::PagingRegisters;
 use crate::cpu::extended;
 use crate::emulate::{self, ControlMove, Invalidated};
@@ -169,7 +169,10 @@ impl<C: ShadowCpu<Memory = ShadowMemory>> Vcpu<C> {
     fn take_page_fault(&mut self, fault: PageFault) -> Next {
         match self.cpu.take_page_fault(fault) {
             PageFaultTaken::Raised => {}
-            PageFaultTaken::BeforeNmi => (self.nmis, self.attend) = ((self.nmis + 1).min(2), true),
+            PageFaultTaken::BeforeNmi => {
+                self.nmis = (self.nmis + 1).min(2);
+                self.due |= Due::EVENTS;
+            }
             PageFaultTaken::Shutdown => return Next::Die(DeathReason::TripleFault),
         }
         Next::Continue

@@ -1,10 +1,17 @@
 //! What a VM's vCPUs and its housekeeper share.
 //!
 //! **Reaching a vCPU.** Whoever has something for a vCPU makes it visible first (a posted vector, the interrupt line, the
-//! end) and then calls [`Shared::wake`], which sends an IPI if that vCPU has said that it is in the guest or halted. The
-//! vCPU says so first and looks for work second. All four operations are sequentially consistent, so either the vCPU sees
-//! the work, or the other side sees where the vCPU is. The IPI itself is never lost: interrupts are off between the
-//! look and guest entry or HLT, so it stays pending and ends either at once.
+//! port devices' next deadline, a phase, the end) and then calls [`Shared::wake`], which sets that vCPU's *news*, one flag
+//! for all of these, and sends an IPI if the vCPU has said that it is in the guest or halted. The vCPU says so first and
+//! looks at the flag second. All of it is sequentially consistent, so either the vCPU sees the flag, or the other side sees
+//! where the vCPU is. The IPI itself is never lost: interrupts are off between the look and guest entry or HLT, so it stays
+//! pending and ends either at once.
+//!
+//! The flag says no more than that something may have come, so that a turn in which nothing has looks at nothing else. The
+//! vCPU takes it back *before* it looks at what it stands for: what was made visible before that it finds, and what comes
+//! later sets the flag again. A vCPU that has done something of this kind to itself, as vCPU 0 does when it moves the port
+//! devices' line or deadline, sets it too. A vector that finds another one posted wakes nobody: the flag is about to be set
+//! by whoever posted that, or the vCPU has not yet taken in what it was set for.
 //!
 //! **The port devices** are behind one lock. Console output leaves them in pieces, as far as the queue of
 //! [`crate::control`] has room; what has no room stays in the UART, whose transmitter then looks busy to the guest. So no
@@ -53,6 +60,7 @@ pub enum Place {
 #[repr(align(128))]
 pub struct Reach {
     place: AtomicU8,
+    news: AtomicBool,
     /// Its APIC's outer half.
     pub lapic: LapicShared,
 }
@@ -68,6 +76,18 @@ impl Reach {
     #[inline]
     pub fn back(&self) {
         self.place.store(Place::Host as u8, Ordering::Release);
+    }
+
+    /// Whether something may have come for the vCPU since it last took that.
+    #[inline]
+    #[must_use]
+    pub fn has_news(&self) -> bool {
+        self.news.load(Ordering::SeqCst)
+    }
+
+    /// Takes that back. By the vCPU, which looks at everything next.
+    pub fn take_news(&self) {
+        self.news.swap(false, Ordering::SeqCst);
     }
 }
 
@@ -162,7 +182,11 @@ impl Shared {
         platform: Platform,
         marker: &str,
     ) -> Self {
-        let reach = |id: u32| Reach { place: AtomicU8::new(Place::Host as u8), lapic: LapicShared::new(id) };
+        let reach = |id: u32| Reach {
+            place: AtomicU8::new(Place::Host as u8),
+            news: AtomicBool::new(true),
+            lapic: LapicShared::new(id),
+        };
         Self {
             mmu,
             clock,
@@ -193,10 +217,12 @@ impl Shared {
         }
     }
 
-    /// Makes a vCPU look for work, if it is where it would not look by itself.
+    /// Makes a vCPU look for work; it is kicked if it is where it would not look by itself.
     #[inline]
     pub fn wake(&self, vcpu: usize) {
-        if self.vcpus[vcpu].place.load(Ordering::SeqCst) != Place::Host as u8 {
+        let reach = &self.vcpus[vcpu];
+        reach.news.store(true, Ordering::SeqCst);
+        if reach.place.load(Ordering::SeqCst) != Place::Host as u8 {
             embedder::kick(vcpu);
         }
     }
@@ -269,13 +295,13 @@ impl Shared {
         self.forgetter.lock().mark_dirty(AddressSpace::Main, range);
     }
 
-    /// Uses the port devices, then carries what they did to where it belongs. `vcpu` is who asks, if a vCPU does.
+    /// Uses the port devices, then carries what they did to where it belongs.
     #[inline]
-    pub fn with_ports<R>(&self, vcpu: Option<usize>, work: impl FnOnce(&mut Platform, u64) -> R) -> R {
+    pub fn with_ports<R>(&self, work: impl FnOnce(&mut Platform, u64) -> R) -> R {
         let now = self.clock.now().ns;
         let mut ports = self.ports.lock();
         let result = work(&mut ports.platform, now);
-        let forget = self.settle(&mut ports, vcpu, now);
+        let forget = self.settle(&mut ports, now);
         // A zap waits for vCPUs to leave the guest, and must not do so while they may wait for the ports.
         drop(ports);
         if let Some(gpa) = forget {
@@ -294,12 +320,12 @@ impl Shared {
         let now = self.clock.now().ns;
         work(&mut ports.platform, now);
         // Only a vCPU's access can ask for a page to be forgotten.
-        let _ = self.settle(&mut ports, None, now);
+        let _ = self.settle(&mut ports, now);
         true
     }
 
     #[inline]
-    fn settle(&self, ports: &mut Ports, vcpu: Option<usize>, now: u64) -> Option<u64> {
+    fn settle(&self, ports: &mut Ports, now: u64) -> Option<u64> {
         if !ports.platform.take_news() {
             return None;
         }
@@ -320,7 +346,8 @@ impl Shared {
             self.ports_due.store(due, Ordering::SeqCst);
             wake_first = true;
         }
-        if wake_first && vcpu != Some(0) {
+        if wake_first {
+            // Also if it is vCPU 0 that asks: it is outside its guest, and is not kicked.
             self.wake(0);
         }
         if effects.console_output {

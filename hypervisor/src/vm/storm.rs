@@ -66,7 +66,7 @@ pub struct Storm {
     without_slot: AtomicU64,
     /// In ticks of the TSC.
     longest_stall: AtomicU64,
-    /// Stalls are measured without a storm, too.
+    /// Stalls are measured: always in a storm, now and then without one.
     measuring: AtomicBool,
 }
 
@@ -74,7 +74,8 @@ impl Storm {
     /// A storm that blows from now on, or none.
     #[must_use]
     pub fn new(plan: Option<config::Storm>) -> Self {
-        Self { plan, blowing: AtomicBool::new(plan.is_some()), ..Self::default() }
+        let planned = plan.is_some();
+        Self { plan, blowing: AtomicBool::new(planned), measuring: AtomicBool::new(planned), ..Self::default() }
     }
 
     /// Whether there is one.
@@ -102,11 +103,7 @@ impl Storm {
         if on {
             self.longest_stall.store(0, Ordering::Relaxed);
         }
-        self.measuring.store(on, Ordering::Relaxed);
-    }
-
-    fn measures(&self) -> bool {
-        self.plan.is_some() || self.measuring.load(Ordering::Relaxed)
+        self.measuring.store(on || self.plan.is_some(), Ordering::Relaxed);
     }
 
     /// The longest time that a vCPU was kept from its guest, in ticks of the TSC.
@@ -145,11 +142,17 @@ pub(super) struct Stall {
 
 impl Stall {
     /// The guest was left.
+    #[inline]
     pub(super) fn left(&mut self, storm: &Storm, exit: Exit) {
-        if !storm.measures() {
+        if storm.measuring.load(Ordering::Relaxed) {
+            self.note(exit);
+        } else {
             self.since = None;
-            return;
         }
+    }
+
+    #[cold]
+    fn note(&mut self, exit: Exit) {
         let gpa = match exit {
             Exit::Fault(Fault { gpa, .. }) => Some(gpa),
             // An address that the guest means, and tries again as well.
@@ -163,6 +166,7 @@ impl Stall {
     }
 
     /// The guest is about to be entered.
+    #[inline]
     pub(super) fn entering(&self, storm: &Storm) {
         if let Some(since) = self.since {
             storm.longest_stall.fetch_max(instructions::rdtsc().wrapping_sub(since), Ordering::Relaxed);

@@ -4,6 +4,10 @@
 //! timer for the guest's next deadline, enter, and handle the exit. Work that came too late for its place in the turn is
 //! seen by the last look before entry, and the turn starts again.
 //!
+//! Most turns have nothing to do but the last two. Whatever asks for more says so in one of two words: others in the
+//! vCPU's news ([`super::shared`]), the vCPU itself in [`Due`]. A turn looks at these two and at nothing else, so
+//! whoever adds something to be looked at sees to it that one of them is set.
+//!
 //! A physical interrupt only ends the guest's run; it is taken in a window right behind ([`instructions::interrupt_window`])
 //! and has no other effect than that turn and, if it was the timer, a look at the deadlines.
 
@@ -95,6 +99,19 @@ pub(super) enum Activity {
     WaitingForStartup,
 }
 
+bitflags::bitflags! {
+    /// What a vCPU has to look at before it enters again.
+    #[derive(Clone, Copy, PartialEq, Eq, Debug)]
+    pub(super) struct Due: u8 {
+        /// Something may have been posted, or the CPU's timer may have fired.
+        const POSTED = 1 << 0;
+        /// There may be an event to deliver.
+        const EVENTS = 1 << 1;
+        /// The guest's next deadline may have changed.
+        const TIMER = 1 << 2;
+    }
+}
+
 /// One vCPU.
 #[derive(Debug)]
 pub struct Vcpu<C: GuestCpu> {
@@ -105,10 +122,7 @@ pub struct Vcpu<C: GuestCpu> {
     pub(super) lapic: Lapic,
     pub(super) policy: Policy,
     pub(super) activity: Activity,
-    /// There may be an event to deliver.
-    pub(super) attend: bool,
-    /// The guest's next deadline may have changed.
-    pub(super) timer_changed: bool,
+    pub(super) due: Due,
     /// NMIs that wait: at most one while the guest handles one, at most two otherwise.
     pub(super) nmis: u8,
     /// The guest is to be left as soon as it is entered: behind the event that goes in, there is another.
@@ -147,8 +161,7 @@ impl<C: GuestCpu> Vcpu<C> {
             lapic,
             policy,
             activity: Activity::WaitingForStartup,
-            attend: true,
-            timer_changed: true,
+            due: Due::all(),
             nmis: 0,
             leave_at_once: false,
             leave_soon: false,
@@ -204,11 +217,7 @@ impl<C: GuestCpu> Vcpu<C> {
             unsafe { instructions::wrmsr(MSR_TSC_AUX, u64::from(self.policy.msrs.tsc_aux())) };
         }
         self.take_time();
-        while !self.vm.stopping() {
-            if self.vm.pause.phase() != Phase::Run {
-                self.wait();
-                continue;
-            }
+        while self.goes_on() {
             if let Err(error) = self.turn() {
                 let text = alloc::format!("{error}");
                 self.die(DeathReason::Internal { text });
@@ -227,7 +236,24 @@ impl<C: GuestCpu> Vcpu<C> {
     fn take_time(&mut self) {
         self.policy.msrs.rebase(self.vm.clock.started().wrapping_neg());
         self.cpu.set_tsc_offset(self.policy.msrs.tsc_offset());
-        (self.attend, self.timer_changed, self.armed) = (true, true, u64::MAX);
+        self.due = Due::all();
+        self.armed = u64::MAX;
+    }
+
+    /// Whether the VM has not ended. If it is held, this takes as long.
+    #[inline]
+    fn goes_on(&mut self) -> bool {
+        !self.vm.vcpus[self.number].has_news() || self.hear()
+    }
+
+    #[cold]
+    fn hear(&mut self) -> bool {
+        self.vm.vcpus[self.number].take_news();
+        self.due |= Due::POSTED;
+        if !self.vm.stopping() && self.vm.pause.phase() != Phase::Run {
+            self.wait();
+        }
+        !self.vm.stopping()
     }
 
     /// Does what whoever holds the VM wants, until the guest may run or the VM ends.
@@ -280,22 +306,18 @@ impl<C: GuestCpu> Vcpu<C> {
 
     #[inline]
     fn turn(&mut self) -> Result<(), FaultError> {
-        self.serve();
-        if self.activity == Activity::WaitingForStartup || !self.deliver() {
+        if !self.due.is_empty() && !self.prepare() {
             self.rest();
             return Ok(());
         }
-        self.arm_timer();
-        self.cpu.set_task_priority(self.lapic.cr8());
         let vm = &*self.vm;
         let reach = &vm.vcpus[self.number];
         reach.go(Place::Guest);
         let mut inside = self.memory.enter(&mut self.cpu)?;
         // Also when the guest is not entered after all: the root before this one may be gone.
         self.root = inside.root();
-        // The last look: what is seen to be missing here comes with a kick.
-        let news = self.number == 0 && vm.ports_due() != self.ports_seen;
-        if news || reach.lapic.has_pending() || vm.stopping() || vm.pause.phase() != Phase::Run {
+        // The last look: what is not seen here comes with a kick.
+        if reach.has_news() {
             drop(inside);
             reach.back();
             return Ok(());
@@ -322,11 +344,14 @@ impl<C: GuestCpu> Vcpu<C> {
         self.ring.note(raw.code, self.cpu.rip(), raw.info1);
         if self.cpu.task_priority() != self.lapic.cr8() {
             self.lapic.set_cr8(self.cpu.task_priority());
-            self.attend = true;
+            self.due |= Due::EVENTS;
         }
         match exit {
-            // SAFETY: ring 0, interrupts off, and no lock is held.
-            Exit::Interrupt => unsafe { instructions::interrupt_window() },
+            Exit::Interrupt => {
+                // SAFETY: ring 0, interrupts off, and no lock is held.
+                unsafe { instructions::interrupt_window() };
+                self.due |= Due::POSTED;
+            }
             exit => self.act_on(exit)?,
         }
         Ok(())
@@ -337,27 +362,46 @@ impl<C: GuestCpu> Vcpu<C> {
             Next::Continue => {}
             Next::Halt => {
                 self.activity = Activity::Halted;
-                self.attend = true;
+                self.due |= Due::EVENTS;
             }
             Next::Die(reason) => self.die(reason),
         }
         Ok(())
     }
 
+    /// Looks at what is due; says whether the guest has something to run.
+    #[inline(never)]
+    fn prepare(&mut self) -> bool {
+        if self.due.contains(Due::POSTED) {
+            self.due.remove(Due::POSTED);
+            self.serve();
+        }
+        if self.activity == Activity::WaitingForStartup || !self.deliver() {
+            return false;
+        }
+        self.arm_timer();
+        // Whatever changes the APIC's own makes events due.
+        self.cpu.set_task_priority(self.lapic.cr8());
+        true
+    }
+
     /// Takes in what others posted and what time has brought.
-    #[inline]
     fn serve(&mut self) {
         let vm = &*self.vm;
         let fired = &local::this().timer_fired;
         if fired.load(Ordering::Relaxed) {
             fired.store(false, Ordering::Relaxed);
             self.armed = u64::MAX;
-            (self.timer_changed, self.attend) = (true, true);
+            self.due |= Due::EVENTS | Due::TIMER;
             let now = self.now();
             self.lapic.poll(now);
             if self.number == 0 && vm.ports_due() <= now.ns {
-                vm.with_ports(Some(0), |platform, now| platform.poll(now));
+                vm.with_ports(|platform, now| platform.poll(now));
             }
+        }
+        if self.number == 0 {
+            self.due.set(Due::TIMER, self.due.contains(Due::TIMER) || vm.ports_due() != self.ports_seen);
+            self.due.set(Due::EVENTS, self.due.contains(Due::EVENTS) || vm.line());
         }
         if vm.vcpus[self.number].lapic.has_pending() {
             self.receive();
@@ -367,14 +411,14 @@ impl<C: GuestCpu> Vcpu<C> {
     /// Takes in what other vCPUs sent.
     #[cold]
     fn receive(&mut self) {
-        self.attend = true;
+        self.due |= Due::EVENTS;
         let pending = self.lapic.sync(&self.vm.vcpus[self.number].lapic);
         if pending.init {
             self.lapic.init();
             extended::clear_breakpoints();
             self.activity = Activity::WaitingForStartup;
             self.nmis = 0;
-            self.timer_changed = true;
+            self.due |= Due::TIMER;
         }
         if let Some(page) = pending.startup
             && self.activity == Activity::WaitingForStartup
@@ -389,15 +433,19 @@ impl<C: GuestCpu> Vcpu<C> {
 
     /// Gives the guest the most important event that it can take; says whether it has something to run.
     ///
-    /// Looks only when something may have come: what is there and could not be taken keeps `attend` set. The guest alone
-    /// can make an event that was refused acceptable (IF, the shadow, IRET, CR8), and each of these is noticed: by the
-    /// window that was asked for, or by the next look.
-    #[inline]
+    /// Looks only when something may have come: what is there and could not be taken keeps events due. The guest alone
+    /// can make an event that was refused acceptable (IF, the shadow, IRET, CR8, its APIC's registers), and each of these is
+    /// noticed: by the window that was asked for, or by the next look.
     fn deliver(&mut self) -> bool {
-        if self.attend || (self.number == 0 && self.vm.line()) {
-            self.attend = self.deliver_one();
+        if self.due.contains(Due::EVENTS) {
+            let more = self.deliver_one();
+            self.due.set(Due::EVENTS, more);
         }
-        self.activity == Activity::Running || self.cpu.has_event()
+        if self.cpu.has_event() {
+            // A halted one as well, if it stepped over its HLT: the trap behind that ends it.
+            self.activity = Activity::Running;
+        }
+        self.activity == Activity::Running
     }
 
     /// Gives the guest one event; says whether there may be more.
@@ -422,7 +470,7 @@ impl<C: GuestCpu> Vcpu<C> {
         }
         if self.cpu.can_take_interrupt() {
             let vector = if external {
-                self.vm.with_ports(Some(0), |platform, _| platform.interrupt_acknowledge())
+                self.vm.with_ports(|platform, _| platform.interrupt_acknowledge())
             } else {
                 self.lapic.acknowledge().unwrap_or(SPURIOUS)
             };
@@ -442,14 +490,14 @@ impl<C: GuestCpu> Vcpu<C> {
 
     /// Has the CPU's timer end the next run after a few instructions.
     fn look_soon(&mut self) {
-        (self.leave_soon, self.timer_changed) = (true, true);
+        self.leave_soon = true;
+        self.due |= Due::TIMER;
     }
 
     /// Starts the CPU's timer for what the guest waits for next, if that may have changed.
-    #[inline]
     fn arm_timer(&mut self) {
-        if self.timer_changed || (self.number == 0 && self.vm.ports_due() != self.ports_seen) {
-            self.timer_changed = false;
+        if self.due.contains(Due::TIMER) {
+            self.due.remove(Due::TIMER);
             self.start_timer();
         }
     }
@@ -477,32 +525,19 @@ impl<C: GuestCpu> Vcpu<C> {
         }
     }
 
-    /// Whether the port devices' next deadline, or their interrupt line, is not what vCPU 0 has acted on.
-    #[inline]
-    fn first_has_news(&self) -> bool {
-        self.number == 0 && self.vm.ports_due() != self.ports_seen
-    }
-
     /// Halts the CPU until something comes, unless something has.
     #[cold]
     fn rest(&mut self) {
         self.arm_timer();
-        let vm = &*self.vm;
-        let reach = &vm.vcpus[self.number];
+        let reach = &self.vm.vcpus[self.number];
         reach.go(Place::Halted);
-        let line = self.number == 0 && vm.line() && self.line_wakes();
-        let timer = local::this().timer_fired.load(Ordering::Relaxed);
-        let held = vm.pause.phase() != Phase::Run;
-        if !(reach.lapic.has_pending() || vm.stopping() || held || self.first_has_news() || line || timer) {
+        if !reach.has_news() {
             // SAFETY: ring 0, interrupts off, and no lock is held.
             local::this().away(|| unsafe { instructions::halt() });
         }
         reach.back();
-    }
-
-    /// Whether the interrupt line would wake a halted vCPU 0.
-    fn line_wakes(&self) -> bool {
-        self.activity == Activity::Halted && self.lapic.accepts_extint() && self.cpu.can_take_interrupt()
+        // The timer may have been what ended it; and it goes on resting until something else is found.
+        self.due |= Due::POSTED;
     }
 }
 
