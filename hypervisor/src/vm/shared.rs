@@ -256,13 +256,6 @@ impl Shared {
         let _ = self.forgetter.lock().zap(GfnRange { start, end: nestling::Gfn(start.0 + 1) });
     }
 
-    #[cold]
-    fn forget_range(&self, gpa: u64, bytes: usize) {
-        let last = gpa.saturating_add(bytes.max(1) as u64 - 1);
-        let range = GfnRange { start: Gpa(gpa).gfn(), end: nestling::Gfn(Gpa(last).gfn().0 + 1) };
-        let _ = self.forgetter.lock().zap(range);
-    }
-
     /// Whether the hypervisor's own writes are to be reported to logs.
     pub(super) fn note_writes(&self, on: bool) {
         self.logged.store(on, Ordering::SeqCst);
@@ -273,7 +266,7 @@ impl Shared {
     pub(super) fn note_write(&self, gpa: u64, bytes: usize) {
         if self.mmu_kind == MmuKind::Shadow {
             // What was made of a table that stood there is not right any more.
-            self.forget_range(gpa, bytes);
+            return self.report_write(gpa, bytes);
         }
         self.note_mark(gpa, bytes);
     }

@@ -138,6 +138,24 @@ pub(crate) fn zap_range<H: Host>(
     leaves
 }
 
+/// Zaps the pages that stand for tables in `range`, which was written by the embedder: nobody saw the write.
+///
+/// A page that becomes visible in its bucket after the look there reads the guest's entries later still, under a lock that
+/// was taken later: it is made of what was written. Nothing is flushed for this: what a CPU still has of the old entries is
+/// the guest's business, as with any write to its tables.
+pub(crate) fn zap_tables<H: Host>(
+    mmu: &Mmu<H>,
+    shadow: &Shadow,
+    ticket: &mut Ticket,
+    debts: &mut ShadowDebts,
+    range: GfnRange,
+) {
+    for gfn in (range.start.0..range.end.min(super::GFN_LIMIT).0).map(Gfn) {
+        let number = shadow.buckets.number(gfn);
+        zap_pages(mmu, shadow, ticket, debts, number, GfnRange { start: gfn, end: Gfn(gfn.0 + 1) });
+    }
+}
+
 /// Zaps the pages of a bucket that stand for tables in `range`.
 fn zap_pages<H: Host>(
     mmu: &Mmu<H>,

@@ -198,10 +198,17 @@ impl<H: Host> Worker<H> {
 
     /// The embedder itself has written to `range`: a device, a loader, an instruction that it carried out for the guest.
     ///
-    /// To be called after the write, and before anyone is told that it is done. Frames without a log are left out.
+    /// To be called after the write, and before anyone is told that it is done. Frames without a log are not logged.
+    ///
+    /// A guest that is shadowed may have page tables there: what was made of them goes. To such a guest's memory every write
+    /// of the embedder's is to be told, but for marks in entries of its tables.
     pub fn mark_dirty(&mut self, space: AddressSpace, range: GfnRange) {
         let inside = Shared::enter(&self.mmu, &mut self.ticket);
         self.mmu.slots.read(&inside).mark_dirty(space, range);
+        drop(inside);
+        if let Some(shadow) = self.mmu.shadow.get() {
+            crate::shadow::zap::zap_tables(&self.mmu, shadow, &mut self.ticket, &mut self.shadow, range);
+        }
     }
 
     /// Tracks writes to a page: from the return on, each ends in [`crate::Outcome::Tracked`]. Calls add up; each is undone
