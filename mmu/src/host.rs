@@ -15,6 +15,9 @@ use crate::guest::Width;
 use crate::slots::Slot;
 use crate::sync::AtomicU64;
 
+/// Frames below 4 GiB: see [`TableFrames::alloc_low_table`].
+pub const LOW_FRAMES: u64 = 1 << 20;
+
 /// Names a vCPU of one MMU: the number its embedder gave it, below [`crate::Config::vcpus`].
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
 pub struct VcpuId(pub u16);
@@ -30,6 +33,18 @@ pub unsafe trait TableFrames {
     /// A frame of zeros, or `None` when there is none; then the operation that wanted it fails with an error and
     /// nothing is changed. Called outside the MMU lock.
     fn alloc_table(&self) -> Option<Hfn>;
+
+    /// The same for a table that the CPU can only reach below 4 GiB: the top one of a shadowed guest that runs without long
+    /// mode, whose CR3 has 32 bits. Rare. An embedder whose frames may lie above has a better answer than this one, which
+    /// is that there is none.
+    fn alloc_low_table(&self) -> Option<Hfn> {
+        let frame = self.alloc_table()?;
+        if frame.0 < LOW_FRAMES {
+            return Some(frame);
+        }
+        self.free_table(frame);
+        None
+    }
 
     /// Takes a frame back. The library calls this once for each frame, after no CPU can reach it any more: neither a
     /// software walker (a grace period has passed) nor a TLB or paging-structure cache (they were flushed).

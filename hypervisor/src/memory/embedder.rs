@@ -10,11 +10,13 @@ use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use nestling::events::Event;
 use nestling::format::Npt;
 use nestling::guest::Width;
-use nestling::host::{Access, Backing, BackingError, Extent, GuestMemory, Host, TableFrames, Time, VcpuId, Vcpus};
+use nestling::host::{
+    Access, Backing, BackingError, Extent, GuestMemory, Host, LOW_FRAMES, TableFrames, Time, VcpuId, Vcpus,
+};
 use nestling::sync::AtomicU64 as Entry;
 use nestling::{Gfn, Hfn, Hpa, Slot};
 
-use super::frames;
+use super::frames::{self, FRAME};
 use super::guest::GuestRam;
 use crate::cpu::apic::{self, Command};
 use crate::cpu::{MAX_CPUS, barrier, instructions, local, vector};
@@ -79,12 +81,11 @@ impl Machine {
 // on every CPU.
 unsafe impl TableFrames for Machine {
     fn alloc_table(&self) -> Option<Hfn> {
-        let frame = frames::alloc(0)?;
-        // SAFETY: just allocated.
-        unsafe { frames::block(frame, 0) }.fill(0);
-        let now = TABLES.fetch_add(1, Ordering::Relaxed) + 1;
-        TABLES_PEAK.fetch_max(now, Ordering::Relaxed);
-        Some(Hpa(frame).hfn())
+        Some(clean_table(frames::alloc(0)?))
+    }
+
+    fn alloc_low_table(&self) -> Option<Hfn> {
+        Some(clean_table(frames::alloc_below(0, LOW_FRAMES * FRAME)?))
     }
 
     fn free_table(&self, frame: Hfn) {
@@ -99,6 +100,16 @@ unsafe impl TableFrames for Machine {
         // SAFETY: no table lies at address 0: the first MiB is not in the allocator.
         unsafe { NonNull::new_unchecked(table) }
     }
+}
+
+/// A frame that was just allocated, for a table.
+#[inline]
+fn clean_table(frame: u64) -> Hfn {
+    // SAFETY: just allocated.
+    unsafe { frames::block(frame, 0) }.fill(0);
+    let now = TABLES.fetch_add(1, Ordering::Relaxed) + 1;
+    TABLES_PEAK.fetch_max(now, Ordering::Relaxed);
+    Hpa(frame).hfn()
 }
 
 impl Backing for Machine {

@@ -86,13 +86,31 @@ impl Buddy {
     pub fn alloc(&mut self, order: u32) -> Option<u64> {
         let from = (order..=MAX_ORDER).find(|&o| self.heads[o as usize] != NONE)?;
         let block = self.heads[from as usize];
+        self.take(block, from, order);
+        Some(block)
+    }
+
+    /// The same, of memory that ends at or below `limit`. Looks through the lists of free blocks: rare.
+    pub fn alloc_below(&mut self, order: u32, limit: u64) -> Option<u64> {
+        let (block, from) = (order..=MAX_ORDER).find_map(|from| {
+            let mut block = self.heads[from as usize];
+            while block != NONE && block + (FRAME << order) > limit {
+                block = self.links(block).next;
+            }
+            (block != NONE).then_some((block, from))
+        })?;
+        self.take(block, from, order);
+        Some(block)
+    }
+
+    /// Takes the lower end of a free block.
+    fn take(&mut self, block: u64, from: u32, order: u32) {
         self.unlink(block, from);
         // The upper halves go back, from large to small.
         for half in (order..from).rev() {
             self.link(block + (FRAME << half), half);
         }
         self.free -= 1 << order;
-        Some(block)
     }
 
     /// Takes a block back that [`Buddy::alloc`] gave for the same order.
@@ -211,6 +229,12 @@ pub fn alloc(order: u32) -> Option<u64> {
     FRAMES.lock().alloc(order)
 }
 
+/// The same, of memory that ends at or below `limit`.
+#[must_use]
+pub fn alloc_below(order: u32, limit: u64) -> Option<u64> {
+    FRAMES.lock().alloc_below(order, limit)
+}
+
 /// Gives a block back to the machine's allocator.
 pub fn free(block: u64, order: u32) {
     FRAMES.lock().free(block, order);
@@ -300,6 +324,20 @@ mod tests {
         for order in [11, 10, 9, 8] {
             assert!(buddy.alloc(order).is_some(), "order {order} did not merge back");
         }
+    }
+
+    #[test]
+    fn low_memory_is_found_behind_what_was_added_last() {
+        let (start, mut buddy) = arena(0x40_0000, 0x40_0000, &[0..0x10_0000, 0x20_0000..0x30_0000]);
+        let limit = start + 0x10_0000;
+        assert!(buddy.alloc(0).is_some_and(|block| block >= limit), "high memory goes first");
+        let mut taken = Vec::new();
+        while let Some(block) = buddy.alloc_below(0, limit) {
+            taken.push(block);
+        }
+        assert!(taken.iter().all(|block| *block < limit) && taken.len() == 0x100);
+        assert_eq!(buddy.alloc_below(3, start + 0x20_7000), None, "one frame too low");
+        assert!(buddy.alloc_below(3, start + 0x21_0000).is_some());
     }
 
     #[test]

@@ -12,7 +12,7 @@ use super::page::{Blank, Handle};
 use super::zap::zap_page;
 use crate::Mmu;
 use crate::events::{Counter, SeatCounters};
-use crate::host::Host;
+use crate::host::{Host, LOW_FRAMES};
 use crate::lock::Ticket;
 use crate::sync::{AtomicU32, Ordering};
 use crate::vcpu::FaultError;
@@ -60,6 +60,20 @@ pub(super) fn top_up<H: Host>(
         ticket.counters().add(Counter::TableFrames, 1);
         blanks.push(Blank { index, frame });
     }
+    Ok(())
+}
+
+/// Sees to it that the blank that is taken next has a frame below 4 GiB, for the root of a guest without long mode. All such
+/// roots are made of these.
+pub(super) fn have_low<H: Host>(mmu: &Mmu<H>, blanks: &mut Blanks) -> Result<(), FaultError> {
+    let Some(last) = blanks.len().checked_sub(1) else { return Ok(()) };
+    if let Some(low) = blanks.iter().rposition(|blank| blank.frame.0 < LOW_FRAMES) {
+        blanks.swap(low, last);
+        return Ok(());
+    }
+    let low = mmu.host.alloc_low_table().ok_or(FaultError::OutOfTables)?;
+    // Nobody has seen either.
+    mmu.host.free_table(core::mem::replace(&mut blanks[last].frame, low));
     Ok(())
 }
 

@@ -46,9 +46,6 @@ const PREVIOUS: usize = 3;
 /// Times that a fault comes back to the lock with what it lacked there, before the guest is let to try again.
 const ATTEMPTS: usize = 32;
 
-/// First frame that a PAE root can not be in: the CPU's CR3 has 32 bits there.
-const PAE_LIMIT: u64 = 1 << 20;
-
 /// How a fault ended.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum ShadowOutcome {
@@ -355,6 +352,9 @@ impl<H: Host + GuestMemory> ShadowVcpu<H> {
             let Self { mmu, ticket, debts, blanks, .. } = self;
             let shadow = mmu.shadow.get().ok_or(FaultError::NoRoot)?;
             quota::top_up(mmu, shadow, ticket, debts, blanks)?;
+            if wanted.role.top() == Top::Pointers {
+                quota::have_low(mmu, blanks)?;
+            }
             let table = match wanted.role.source() {
                 Source::Identity => None,
                 Source::Guest(_) => match back(mmu, ticket, wanted.gfn, Access::Read) {
@@ -382,10 +382,6 @@ impl<H: Host + GuestMemory> ShadowVcpu<H> {
             });
             match step {
                 Ok(root) => {
-                    if root.frame.0 >= PAE_LIMIT && wanted.role.top() == Top::Pointers {
-                        self.put(root);
-                        return Err(FaultError::OutOfTables);
-                    }
                     self.root = Some(root);
                     self.ticket.counters().add(Counter::RootMade, 1);
                     // What is out of step is not to be used under a root that did not have it.
