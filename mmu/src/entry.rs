@@ -37,6 +37,7 @@ use crate::reclaim::Owed;
 use crate::sync::{AtomicU64, Ordering, load_for_update};
 use crate::tlb::{Debt, Flushed};
 use crate::watch::watched;
+use core::ops::Range;
 
 /// One entry of a table that the CPU may be walking. Read anywhere inside the lock, changed by the functions below.
 #[derive(Debug)]
@@ -212,46 +213,77 @@ pub(crate) fn freeze<F: Format>(
     Ok(())
 }
 
-/// What [`seize`] met.
+/// What [`seize`] met in a table.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(crate) enum Seized {
-    /// The way to another table.
-    Table(u64),
-    /// A mapping with the dirty bit set.
-    Dirty,
+pub(crate) struct Seized {
+    /// Leaves.
+    pub(crate) leaves: u64,
+    /// A bit for each of them that had the dirty bit set.
+    dirty: [u64; WORDS],
 }
 
-/// Freezes all entries of a table of `level` that the caller has unlinked, whatever they hold; returns how many leaves
-/// they were, and hands what led to tables, and mappings that are dirty, to `take` with their index. A fault that is
-/// still walking the table loses its compare-and-swap against this, or won before and is undone by it.
+const WORD: usize = u64::BITS as usize;
+/// Of a bitmap of a table's entries. (A model checker's tables are small.)
+const WORDS: usize = ENTRIES.div_ceil(WORD);
+
+impl Seized {
+    /// Whether any leaf was dirty.
+    pub(crate) fn any_dirty(&self) -> bool {
+        self.dirty != [0; WORDS]
+    }
+
+    /// The entries that held dirty leaves, those that follow each other together.
+    pub(crate) fn dirty(&self) -> impl Iterator<Item = Range<usize>> + '_ {
+        let next = |from: usize, flip: u64| {
+            let mut at = from;
+            while at < ENTRIES {
+                let left = (self.dirty[at / WORD] ^ flip) >> (at % WORD);
+                if left != 0 {
+                    return ENTRIES.min(at + left.trailing_zeros() as usize);
+                }
+                at = (at / WORD + 1) * WORD;
+            }
+            ENTRIES
+        };
+        let mut at = 0;
+        core::iter::from_fn(move || {
+            let start = next(at, 0);
+            at = next(start, u64::MAX);
+            (start < at).then_some(start..at)
+        })
+    }
+}
+
+/// Freezes all entries of a table of `level` that the caller has unlinked, whatever they hold; says what leaves they were,
+/// and hands what led to tables to `take` with its index. A fault that is still walking the table loses its
+/// compare-and-swap against this, or won before and is undone by it.
+///
+/// Of leaves nothing is said one by one: this is what a zap costs a page.
 pub(crate) fn seize<F: Format>(
     entries: &[Entry; ENTRIES],
     level: Level,
     seat: &SeatCounters,
     _owed: Owed<'_>,
-    mut take: impl FnMut(usize, Seized),
-) -> u64 {
-    let mut leaves = 0u64;
-    for (index, cell) in entries.iter().enumerate() {
-        let old = cell.swap(level, F::DEAD);
-        if old == F::ABSENT {
-            continue;
-        }
-        match F::decode(old, level) {
-            State::Leaf(leaf) | State::AccessTracked(leaf) => {
-                leaves += 1;
-                if leaf.dirty {
-                    take(index, Seized::Dirty);
-                }
+    mut take: impl FnMut(usize, u64),
+) -> Seized {
+    let mut seized = Seized { leaves: 0, dirty: [0; WORDS] };
+    for (word, (dirty, cells)) in seized.dirty.iter_mut().zip(entries.chunks(WORD)).enumerate() {
+        for (bit, cell) in cells.iter().enumerate() {
+            let old = cell.swap(level, F::DEAD);
+            // In tables of level 1, which most are, the compiler makes two tests of a bit of this.
+            let is_leaf = if level == Level::K4 { F::is_mapping(old, Level::K4) } else { F::is_mapping(old, level) };
+            if is_leaf {
+                seized.leaves += 1;
+                *dirty |= u64::from(old & F::DIRTY != 0) << bit;
+            } else if F::next_table(old, level).is_some() {
+                take(word * WORD + bit, old);
             }
-            State::Table(_) => take(index, Seized::Table(old)),
-            State::Absent | State::Mmio { .. } | State::Frozen => {}
         }
     }
     // Booked once a table and not once an entry.
-    seat.leaf(level, leaves.wrapping_neg());
-    seat.add(Counter::Zapped, leaves);
-    leaves
+    seat.leaf(level, seized.leaves.wrapping_neg());
+    seat.add(Counter::Zapped, seized.leaves);
+    seized
 }
 
 /// What a frozen entry becomes.
@@ -294,6 +326,8 @@ mod tests {
     use super::*;
     use crate::addr::Hfn;
     use crate::format::{Leaf, MemoryType, Npt, Rights};
+    use alloc::vec;
+    use alloc::vec::Vec;
 
     fn leaf(hfn: u64, rights: Rights) -> u64 {
         let memory = MemoryType::WriteBack;
@@ -343,9 +377,10 @@ mod tests {
         fill::<Npt>(&entries[3], Level::K4, leaf(1, Rights::all()), &seat).unwrap();
         fill::<Npt>(&entries[511], Level::K4, leaf(2, Rights::READ), &seat).unwrap();
         entries[4].0.store(Npt::FROZEN, Ordering::Relaxed);
-        let leaves = seize::<Npt>(&entries, Level::K4, &seat, owed, |index, met| panic!("{index}: {met:?}"));
+        let seized = seize::<Npt>(&entries, Level::K4, &seat, owed, |index, met| panic!("{index}: {met:?}"));
         let booked = crate::events::Counters::sum([&seat].into_iter());
-        assert_eq!((leaves, booked.leaves_4k, booked.leaves_zapped), (2, 0, 2));
+        assert_eq!((seized.leaves, booked.leaves_4k, booked.leaves_zapped), (2, 0, 2));
+        assert!(!seized.any_dirty() && seized.dirty().next().is_none());
         thaw::<Npt>(&entries[4], Thaw::Absent, &flushed, &seat);
         assert!(entries.iter().all(|cell| cell.read() == Npt::DEAD), "dead entries stay dead");
         let new = leaf(1, Rights::all());
@@ -353,7 +388,23 @@ mod tests {
         let tables = core::cell::Cell::new(None);
         let upper = [const { Entry(AtomicU64::new(Npt::ABSENT)) }; ENTRIES];
         upper[7].0.store(Npt::table(Hfn(9)), Ordering::Relaxed);
-        assert_eq!(seize::<Npt>(&upper, Level::M2, &seat, owed, |index, met| tables.set(Some((index, met)))), 0);
-        assert_eq!(tables.get(), Some((7, Seized::Table(Npt::table(Hfn(9))))));
+        let seized = seize::<Npt>(&upper, Level::M2, &seat, owed, |index, met| tables.set(Some((index, met))));
+        assert_eq!((seized.leaves, tables.get()), (0, Some((7, Npt::table(Hfn(9))))));
+    }
+
+    #[test]
+    fn dirty_leaves_of_a_seized_table_are_told_in_runs() {
+        let (seat, owed) = (SeatCounters::new(), Owed::in_a_test());
+        let whole = Range { start: 0, end: ENTRIES };
+        for runs in [vec![0..1, 2..3], vec![whole], vec![63..65, 128..192, 511..512], vec![], vec![5..300, 302..303]] {
+            let entries = [const { Entry(AtomicU64::new(Npt::ABSENT)) }; ENTRIES];
+            let clean = leaf(1, Rights::READ);
+            entries.iter().step_by(3).for_each(|cell| cell.0.store(clean, Ordering::Relaxed));
+            let dirty = clean | Npt::DIRTY;
+            runs.iter().cloned().flatten().for_each(|index| entries[index].0.store(dirty, Ordering::Relaxed));
+            let seized = seize::<Npt>(&entries, Level::K4, &seat, owed, |_, _| {});
+            assert_eq!(seized.dirty().collect::<Vec<_>>(), runs);
+            assert_eq!(seized.any_dirty(), !runs.is_empty());
+        }
     }
 }

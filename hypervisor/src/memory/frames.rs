@@ -74,8 +74,7 @@ impl Buddy {
     pub unsafe fn add(&mut self, range: Range<u64>) {
         let (mut at, end) = (range.start.div_ceil(FRAME).max(self.base), (range.end / FRAME).min(self.end()));
         while at < end {
-            let aligned = if at == 0 { MAX_ORDER } else { at.trailing_zeros().min(MAX_ORDER) };
-            let order = aligned.min((end - at).ilog2());
+            let order = largest_at(at, end);
             self.total += 1 << order;
             self.free(at * FRAME, order);
             at += 1 << order;
@@ -131,6 +130,18 @@ impl Buddy {
             order += 1;
         }
         self.link(frame * FRAME, order);
+    }
+
+    /// Takes back frames that follow each other, whatever blocks [`Buddy::alloc`] gave them in.
+    pub fn free_run(&mut self, run: Range<u64>) {
+        let (mut at, end) = (run.start / FRAME, run.end / FRAME);
+        assert!(at >= self.base && end <= self.end(), "a block that was never given");
+        assert!((at..end).all(|frame| self.state(frame) & FREE == 0), "a frame came back twice");
+        while at < end {
+            let order = largest_at(at, end);
+            self.free(at * FRAME, order);
+            at += 1 << order;
+        }
     }
 
     /// Frames that are free now.
@@ -190,6 +201,12 @@ impl Buddy {
     }
 }
 
+/// The order of the largest block that begins at frame `at` and does not reach past frame `end`.
+fn largest_at(at: u64, end: u64) -> u32 {
+    let aligned = if at == 0 { MAX_ORDER } else { at.trailing_zeros().min(MAX_ORDER) };
+    aligned.min((end - at).ilog2())
+}
+
 static FRAMES: Mutex<Buddy> = Mutex::new(Buddy::empty());
 
 /// Sets up the machine's allocator with `usable` memory and room for `frames` frames (counted from address 0) in its
@@ -238,6 +255,11 @@ pub fn alloc_below(order: u32, limit: u64) -> Option<u64> {
 /// Gives a block back to the machine's allocator.
 pub fn free(block: u64, order: u32) {
     FRAMES.lock().free(block, order);
+}
+
+/// Gives frames back that follow each other, as [`Buddy::free_run`].
+pub fn free_run(run: Range<u64>) {
+    FRAMES.lock().free_run(run);
 }
 
 /// A block's bytes.
@@ -347,6 +369,36 @@ mod tests {
         let block = buddy.alloc(0).unwrap();
         buddy.free(block, 0);
         buddy.free(start, 0);
+    }
+
+    #[test]
+    fn a_run_comes_back_whatever_it_was_given_as() {
+        let (_, mut buddy) = arena(16 << 20, 16 << 20, &[0x3000..0x9f000, 0x10_0000..0x100_0000]);
+        let before = buddy.free_frames();
+        let mut taken: Vec<_> = core::iter::from_fn(|| buddy.alloc(0)).collect();
+        taken.sort_unstable();
+        let mut left = &taken[..];
+        // Cut at odd places, and where memory has a hole.
+        for length in [1, 2, 3, 50, 100, 700, 1, 2000].into_iter().cycle() {
+            let Some(&first) = left.first() else { break };
+            let follows = |(frame, expected): &(&u64, u64)| **frame == *expected;
+            let run = left.iter().zip((first..).step_by(FRAME as usize)).take(length).take_while(follows).count();
+            buddy.free_run(first..first + run as u64 * FRAME);
+            left = &left[run..];
+        }
+        assert_eq!(buddy.free_frames(), before);
+        for order in [11, 10, 9, 8] {
+            assert!(buddy.alloc(order).is_some(), "order {order} did not merge back");
+        }
+    }
+
+    #[test]
+    #[should_panic(expected = "came back twice")]
+    fn a_run_with_a_free_frame_in_it_is_noticed() {
+        let (start, mut buddy) = arena(0x4_0000, 0x4_0000, &[0..0x2_0000, 0x2_0000..0x4_0000]);
+        while buddy.alloc(0).is_some() {}
+        buddy.free(start + 5 * FRAME, 0);
+        buddy.free_run(start..start + 8 * FRAME);
     }
 
     #[test]

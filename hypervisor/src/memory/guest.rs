@@ -29,6 +29,7 @@ use alloc::boxed::Box;
 use alloc::vec::Vec;
 use core::arch::asm;
 use core::hint::spin_loop;
+use core::ops::Range;
 use core::ptr;
 use core::sync::atomic::{AtomicPtr, AtomicU32, AtomicU64, Ordering};
 
@@ -473,20 +474,53 @@ impl GuestRam {
 
     /// Gives every frame back. The caller owns the RAM alone: no guest runs on it and no table maps it any more.
     pub fn release(&mut self) {
+        let mut run = Run::default();
         for bank in &mut self.banks {
             let mut index = 0;
             while index < bank.chunks.len() {
                 let word = core::mem::take(bank.chunks[index].get_mut());
-                let (order, step) = if word & GIANT != 0 { (ORDER_1G, CHUNKS_1G) } else { (self.order, 1) };
-                if word & BROKEN != 0 {
-                    let pages = bank.table(index).into_iter().flat_map(|table| &table.0);
+                index += 1;
+                if word & PRESENT != 0 {
+                    let giant = word & GIANT != 0;
+                    run.give(address(word), if giant { ORDER_1G } else { self.order });
+                    index += if giant { CHUNKS_1G - 1 } else { 0 };
+                } else if word & BROKEN != 0 {
+                    let pages = bank.table(index - 1).into_iter().flat_map(|table| &table.0);
                     pages.for_each(|page| give_back(page.swap(0, Ordering::Relaxed), 0));
-                } else {
-                    give_back(word, order);
+                } else if word != 0 {
+                    give_back(word, self.order);
                 }
-                index += step;
             }
         }
+    }
+}
+
+/// Blocks of a guest's that follow each other in memory, on their way back: one visit to the allocator for all of them.
+/// What the guest touched in order mostly lies in order.
+#[derive(Default)]
+struct Run(Range<u64>);
+
+impl Run {
+    fn give(&mut self, block: u64, order: u32) {
+        if block != self.0.end {
+            self.end();
+            self.0.start = block;
+        }
+        self.0.end = block + (FRAME << order);
+    }
+
+    fn end(&mut self) {
+        if !self.0.is_empty() {
+            frames::free_run(self.0.clone());
+            FRAMES.fetch_sub((self.0.end - self.0.start) / FRAME, Ordering::Relaxed);
+            self.0.start = self.0.end;
+        }
+    }
+}
+
+impl Drop for Run {
+    fn drop(&mut self) {
+        self.end();
     }
 }
 

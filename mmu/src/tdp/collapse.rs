@@ -19,7 +19,7 @@
 
 use crate::Mmu;
 use crate::addr::{ENTRIES, Gfn, GfnRange, Hfn, Level};
-use crate::entry::{Seized, seize};
+use crate::entry::seize;
 use crate::events::Counter;
 use crate::format::{Format, Leaf, Rights, State};
 use crate::host::{Access, Extent, Host};
@@ -163,9 +163,8 @@ impl Want {
             return self.block.end;
         }
         // From here on what the parts hold is nobody else's; what the CPU set in them until now is seen.
-        seize::<H::Format>(parts.entries(), parts.level, debts.counters, debts.owed(), |_, met| {
-            leaf.dirty |= met == Seized::Dirty;
-        });
+        let seized = seize::<H::Format>(parts.entries(), parts.level, debts.counters, debts.owed(), |_, _| {});
+        leaf.dirty |= seized.any_dirty();
         // Without dirty bits a leaf counts as written while it may be.
         leaf.dirty |= root.role().ad_bits() == AdBits::Off && leaf.rights.contains(Rights::WRITE);
         debts.replace_by(H::Format::leaf(self.level, leaf));

@@ -25,7 +25,7 @@ use core::marker::PhantomData;
 
 use crate::Mmu;
 use crate::addr::{ENTRIES, Gfn, GfnRange, Level};
-use crate::entry::{Entry, Seized, seize};
+use crate::entry::{Entry, seize};
 use crate::events::{Counter, Event};
 use crate::format::{Format, State};
 use crate::host::Host;
@@ -216,7 +216,7 @@ impl<H: Host> Step<'_, '_, H> {
             match self.debts.freeze::<H>(table.entry(gfn), table.level, gfn, raw) {
                 Ok(()) => {
                     if raw & H::Format::DIRTY != 0 && H::Format::is_mapping(raw, table.level) {
-                        self.was_dirty(table.level, gfn);
+                        self.were_dirty(GfnRange::block(table.level, gfn));
                     }
                     self.zapped.leaves += u64::from(!matches!(H::Format::decode(raw, table.level), State::Mmio { .. }));
                     return;
@@ -236,12 +236,12 @@ impl<H: Host> Step<'_, '_, H> {
         self.bury(table, gfn, raw);
     }
 
-    /// What was mapped by a leaf of `level` at `gfn`, and is no more, was written through it.
+    /// What was mapped in `range`, and is no more, was written through its leaves.
     ///
-    /// After the entry changed and before the lock is left: `slots::dirty` says why.
-    fn was_dirty(&self, level: Level, gfn: Gfn) {
+    /// After the entries changed and before the lock is left: `slots::dirty` says why.
+    fn were_dirty(&self, range: GfnRange) {
         if !mutants::is(Mutant::DirtyBitDroppedByZap) {
-            self.inside.mmu.slots.read(self.inside).mark_dirty(self.space, GfnRange::block(level, gfn));
+            self.inside.mmu.slots.read(self.inside).mark_dirty(self.space, range);
         }
     }
 
@@ -252,15 +252,15 @@ impl<H: Host> Step<'_, '_, H> {
         if mutants::is(Mutant::UnlinkedTableNotSeized) {
             return self.debts.unlinked(frame);
         }
-        let first = parent.level.align_down(gfn).0;
-        let leaves = seize::<H::Format>(table.entries(), table.level, counters, owed, |index, met| {
-            let gfn = Gfn(first + index as u64 * table.level.pages());
-            match met {
-                Seized::Table(raw) => self.bury(&table, gfn, raw),
-                Seized::Dirty => self.was_dirty(table.level, gfn),
-            }
+        let (first, each) = (parent.level.align_down(gfn).0, table.level.pages());
+        let at = |index: usize| Gfn(first + index as u64 * each);
+        let seized = seize::<H::Format>(table.entries(), table.level, counters, owed, |index, raw| {
+            self.bury(&table, at(index), raw);
         });
-        self.zapped.leaves += leaves;
+        for run in seized.dirty() {
+            self.were_dirty(GfnRange { start: at(run.start), end: at(run.end) });
+        }
+        self.zapped.leaves += seized.leaves;
         self.zapped.tables += 1;
         self.debts.unlinked(frame);
     }
