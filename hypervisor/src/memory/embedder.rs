@@ -33,6 +33,11 @@ pub fn kick(vcpu: usize) {
     apic::send(local::all()[cpu_of(vcpu)].apic_id(), Command::Fixed(vector::KICK));
 }
 
+/// Makes the CPU of a vCPU leave guest mode by an NMI, if it is in it.
+pub fn insist(vcpu: usize) {
+    apic::send(local::all()[cpu_of(vcpu)].apic_id(), Command::Nmi);
+}
+
 /// Makes CPU 0 look around.
 pub fn kick_housekeeper() {
     apic::send(local::all()[0].apic_id(), Command::Fixed(vector::KICK));

@@ -31,6 +31,7 @@ use spin::Mutex;
 use super::copy::{self, Fixed, Incoming, Purpose};
 use super::exit;
 use super::handle::Policy;
+use super::leave::{self, Leave};
 use super::meter::{self, Meter};
 use super::pause::Phase;
 use super::policy::cpuid::{CpuidConfig, CpuidPolicy, ThisCpu};
@@ -59,9 +60,6 @@ use crate::svm::{self, permission::Maps};
 
 /// How often CPU 0 looks at its ports while nobody wakes it.
 const TICK_US: u64 = 2_000;
-/// How long the vCPUs may take to leave, in such looks: 20 s. Not by the clock: where CPUs are threads of a machine that has
-/// far more to do, they all wait for their turn, and this one with them.
-const LEAVE_LOOKS: u64 = 20_000_000 / TICK_US;
 /// Memory that must be free beside the guest's RAM: tables, vCPUs, queues.
 const RESERVE_BYTES: u64 = 16 << 20;
 
@@ -432,7 +430,7 @@ impl Vm<'_> {
 
     /// Serves the ports until every vCPU has left.
     fn keep_house(&self, vm: &Arc<Shared>, running: &Arc<AtomicUsize>, copier: &Copier) {
-        let mut looks = 0;
+        let mut leave = Leave::default();
         let mut wanted = None;
         let timer = &local::this().timer_fired;
         let mut typed: Vec<u8> = Vec::new();
@@ -462,10 +460,9 @@ impl Vm<'_> {
             control::pump();
             self.watch_time(vm);
             if vm.stopping() {
-                vm.wake_all();
-                // Its memory can't be taken down under it: this is a defect of ours, and the end.
-                assert!(looks < LEAVE_LOOKS, "vCPUs did not leave: {:?}", vm.places());
-                looks += u64::from(timer.load(Ordering::Relaxed));
+                leave.look(vm, timer.load(Ordering::Relaxed));
+            } else if self.features.emulated() {
+                leave::forgotten(vm);
             }
             timer.store(false, Ordering::Relaxed);
             clock::set_timer_at(instructions::rdtsc() + clock::tsc_from_us(TICK_US));
