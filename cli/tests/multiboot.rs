@@ -97,6 +97,11 @@ fn delivery_of_events() {
     passes("delivery");
 }
 
+#[test]
+fn sleep_and_wake() {
+    passes("sleep");
+}
+
 /// Random machine code, guest after guest: the hypervisor ends them all, and nothing of them is left.
 #[test]
 fn random_guests_leave_nothing_behind() {

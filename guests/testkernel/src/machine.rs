@@ -35,6 +35,16 @@ pub(crate) fn set_word(address: u64, value: u32) {
     unsafe { core::ptr::with_exposed_provenance_mut::<u32>(address as usize).write_volatile(value) };
 }
 
+/// The ACPI table of that signature.
+pub(crate) fn acpi_table(signature: &[u8; 4]) -> Option<u64> {
+    let root = (0xe_0000..0x10_0000).step_by(16).find(|at| (word(*at), word(at + 4)) == (0x2044_5352, 0x2052_5450))?;
+    let tables = u64::from(word(root + 16));
+    let count = (u64::from(word(tables + 4)) - 36) / 4;
+    let mut all = (0..count).map(|index| u64::from(word(tables + 36 + 4 * index)));
+    let listed = all.find(|table| word(*table) == u32::from_le_bytes(*signature));
+    if word(tables) == u32::from_le_bytes(*b"RSDT") { listed } else { None }
+}
+
 /// A word of the Multiboot information.
 pub(crate) fn information(offset: u64) -> u32 {
     word(u64::from(BOOT_INFO.load(Ordering::Relaxed)) + offset)

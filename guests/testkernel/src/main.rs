@@ -24,6 +24,7 @@ mod random;
 mod runtime;
 mod serial;
 mod smp;
+mod tasks;
 mod tests;
 mod traps;
 mod visit;
@@ -68,6 +69,10 @@ extern "C" fn rust_start() -> ! {
 extern "C" fn rust_start_other(number: usize) -> ! {
     traps::set_up(number);
     apic::enable();
+    if number == 0 {
+        // The first starts this way only where it wakes.
+        tests::woken();
+    }
     random::again(number);
     smp::work(number)
 }

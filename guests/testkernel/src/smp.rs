@@ -38,14 +38,7 @@ pub(crate) fn start_all() {
 
 /// Starts one processor and waits until it runs.
 pub(crate) fn start(number: usize) {
-    let code = trampoline();
-    // SAFETY: the page is below what the loader uses and above what anybody else does.
-    unsafe {
-        core::ptr::with_exposed_provenance_mut::<u8>(TRAMPOLINE).copy_from_nonoverlapping(code.as_ptr(), code.len());
-    }
-    let stack = (&raw mut STACKS).expose_provenance() + (number + 1) * STACK_BYTES;
-    NEXT_STACK.store(stack as u32, Ordering::SeqCst);
-    NEXT_NUMBER.store(number as u32, Ordering::SeqCst);
+    prepare(number, 0);
     let before = count();
     apic::send(number as u32, apic::INIT | apic::ASSERT);
     apic::send(number as u32, apic::STARTUP | (TRAMPOLINE >> 12) as u32);
@@ -53,6 +46,19 @@ pub(crate) fn start(number: usize) {
     while count() == before {
         core::hint::spin_loop();
     }
+}
+
+/// Puts the start code of a processor in its page, so far from its beginning.
+pub(crate) fn prepare(number: usize, offset: usize) {
+    let code = trampoline();
+    // SAFETY: the page is below what the loader uses and above what anybody else does.
+    unsafe {
+        let page = core::ptr::with_exposed_provenance_mut::<u8>(TRAMPOLINE + offset);
+        page.copy_from_nonoverlapping(code.as_ptr(), code.len());
+    }
+    let stack = (&raw mut STACKS).expose_provenance() + (number + 1) * STACK_BYTES;
+    NEXT_STACK.store(stack as u32, Ordering::SeqCst);
+    NEXT_NUMBER.store(number as u32, Ordering::SeqCst);
 }
 
 /// A processor that has been started counts itself less: it will be started anew.

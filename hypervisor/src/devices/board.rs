@@ -123,6 +123,11 @@ impl Board {
         }
     }
 
+    /// The board loses its power and gets it back. Memory is kept, the test device's too.
+    pub fn power_cycle(&mut self) {
+        (self.ioapic, self.pci, self.shutdown) = (IoApic::new(), PciPorts::new(), ShutdownPort::new());
+    }
+
     /// Refuses what no such board was ever in.
     ///
     /// # Errors

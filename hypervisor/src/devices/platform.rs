@@ -14,6 +14,8 @@
 //! * `console_output`: there is something for [`Platform::console_take`]. Not taking it stops the guest's console but
 //!   loses nothing.
 //!
+//! * `suspended`, `resumed`: the guest has gone to sleep (ACPI S3), or wakes. What is not memory, clock or ACPI has lost its
+//!   power then, and so are the vCPUs to: all of them at the one, of which none runs until the other.
 //! * `messages`: the I/O APIC has something for the local APICs, which [`Platform::take_message`] gives.
 //! * `flush`: the mapping of a guest page is to be forgotten.
 //!
@@ -97,6 +99,10 @@ pub struct Effects {
     pub messages: bool,
     /// Guest-physical address of a page whose mapping the host is to forget.
     pub flush: Option<u64>,
+    /// The machine has gone to sleep.
+    pub suspended: bool,
+    /// It wakes.
+    pub resumed: bool,
 }
 
 /// The port devices of one VM. Serialised, it is their saved state (see [`super::saved`]).
@@ -114,6 +120,8 @@ pub struct Platform {
     unclaimed: UnclaimedPorts,
     now_ns: u64,
     interrupt: bool,
+    /// Suspended to RAM.
+    asleep: bool,
     /// What the serial port, the clock and ACPI last said to their lines.
     wires: [bool; 3],
     /// Before this time no device does anything by itself. Known when all were looked at last; 0: not known.
@@ -141,6 +149,7 @@ impl Platform {
             unclaimed: UnclaimedPorts::default(),
             now_ns: 0,
             interrupt: false,
+            asleep: false,
             wires: [false; 3],
             calm_until_ns: 0,
             news: true,
@@ -216,9 +225,8 @@ impl Platform {
         }
         match decode(port) {
             Some(Claim::Pm(offset)) => {
-                if self.pm.write(self.now_ns, offset, width, value) == PmRequest::PowerOff {
-                    self.end(GuestEnd::PowerOff);
-                }
+                let request = self.pm.write(self.now_ns, offset, width, value);
+                self.go_to(request);
             }
             Some(Claim::DebugExit) => self.end(GuestEnd::Exit { status: debug_exit::exit_status(value) }),
             Some(Claim::Reset) if port == RESET_CONTROL && width != Width::Byte => {
@@ -394,8 +402,37 @@ impl Platform {
         }
     }
 
+    /// Carries out what was asked of the power management.
+    fn go_to(&mut self, request: PmRequest) {
+        match request {
+            PmRequest::None => {}
+            PmRequest::PowerOff => self.end(GuestEnd::PowerOff),
+            PmRequest::Suspend => self.suspend(),
+        }
+    }
+
+    /// Suspend to RAM, where the tables offer it: on a machine with a board.
+    fn suspend(&mut self) {
+        let Some(board) = &mut self.board else { return };
+        if self.asleep {
+            return;
+        }
+        self.asleep = true;
+        self.effects.suspended = true;
+        board.power_cycle();
+        (self.pic, self.pit, self.reset) = (PicPair::new(), Pit::new(), ResetPorts::new());
+        self.uart.power_cycle();
+        // Whatever is high finds its way to the new controllers.
+        self.wires = [false; 3];
+    }
+
     /// Carries every level along its wire.
     fn settle(&mut self) {
+        if self.asleep && self.pm.wakes(self.cmos.alarm()) {
+            self.pm.wake(self.cmos.alarm());
+            self.asleep = false;
+            self.effects.resumed = true;
+        }
         let levels = [(IRQ_COM1, self.uart.interrupt()), (IRQ_CLOCK, self.cmos.interrupt()), (IRQ_SCI, self.pm.sci())];
         for (wire, (line, high)) in levels.into_iter().enumerate() {
             // Only a device's own change moves its line: the test device may be pulling at it.
@@ -467,9 +504,8 @@ impl Platform {
             Claim::CmosData => self.cmos.write(now_ns, value),
             Claim::Uart(offset) => self.uart.write(offset, value),
             Claim::Pm(offset) => {
-                if self.pm.write(now_ns, offset, Width::Byte, u32::from(value)) == PmRequest::PowerOff {
-                    self.end(GuestEnd::PowerOff);
-                }
+                let request = self.pm.write(now_ns, offset, Width::Byte, u32::from(value));
+                self.go_to(request);
             }
             Claim::Reset => {
                 if self.reset.write(port, value) {

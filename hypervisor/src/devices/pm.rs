@@ -4,8 +4,9 @@
 //! 8. The machine starts in ACPI mode (SCI_EN reads 1, there is no SMI command port), so the guest has nothing to switch.
 //! The interrupt, [`Pm::sci`], is a level: any status bit whose enable bit is set.
 //!
-//! Writing SLP_EN with the sleep type that the DSDT's `\_S5` names ends the guest. Other sleep types are not offered and
-//! do nothing.
+//! Writing SLP_EN with a sleep type that the DSDT names, by `\_S5` or `\_S3`, is for the caller to carry out. Other sleep
+//! types are not offered and do nothing. Out of S3 a machine is woken by the clock's alarm, if its enable bit is set, or by
+//! the power button; the status bits say by which ([`Pm::wake`]).
 
 use serde::{Deserialize, Serialize};
 
@@ -26,9 +27,13 @@ pub const PM_TIMER: u16 = 8;
 pub const PM_TIMER_HZ: u64 = 3_579_545;
 /// SLP_TYP of soft-off, which `\_S5` gives to the guest.
 pub const SLEEP_TYPE_S5: u8 = 5;
+/// SLP_TYP of suspend to RAM, which `\_S3` gives to the guest where it is offered.
+pub const SLEEP_TYPE_S3: u8 = 1;
 
 const STATUS_TIMER: u16 = 1 << 0;
 const STATUS_POWER_BUTTON: u16 = 1 << 8;
+const STATUS_ALARM: u16 = 1 << 10;
+const STATUS_WAKE: u16 = 1 << 15;
 const ENABLE_MASK: u16 = 1 << 0 | 1 << 5 | 1 << 8 | 1 << 9 | 1 << 10;
 const CONTROL_SCI_EN: u16 = 1 << 0;
 const CONTROL_SLP_EN: u16 = 1 << 13;
@@ -52,6 +57,8 @@ pub enum PmRequest {
     None,
     /// Soft-off.
     PowerOff,
+    /// Suspend to RAM.
+    Suspend,
 }
 
 impl Pm {
@@ -89,6 +96,16 @@ impl Pm {
     /// The level of the system control interrupt.
     pub fn sci(&self) -> bool {
         self.status & self.enable != 0
+    }
+
+    /// Whether a machine that sleeps is to wake, where the clock's alarm goes off or does not.
+    pub fn wakes(&self, alarm: bool) -> bool {
+        alarm && self.enable & STATUS_ALARM != 0 || self.status & STATUS_POWER_BUTTON != 0
+    }
+
+    /// It wakes: the status says so, and whether it was by the alarm.
+    pub fn wake(&mut self, alarm: bool) {
+        self.status |= STATUS_WAKE | if alarm { STATUS_ALARM } else { 0 };
     }
 
     /// The operator presses the power button.
@@ -135,7 +152,11 @@ impl Pm {
                 _ => {}
             }
         }
-        if sleep && (self.control >> 10 & 7) as u8 == SLEEP_TYPE_S5 { PmRequest::PowerOff } else { PmRequest::None }
+        match (self.control >> 10 & 7) as u8 {
+            SLEEP_TYPE_S5 if sleep => PmRequest::PowerOff,
+            SLEEP_TYPE_S3 if sleep => PmRequest::Suspend,
+            _ => PmRequest::None,
+        }
     }
 }
 
@@ -184,6 +205,25 @@ mod tests {
         assert_eq!(pm.read(0, PM_EVENT, Width::Dword), 0x0100_0100);
         pm.write(0, PM_EVENT, Width::Word, 1 << 8);
         assert!(!pm.sci());
+    }
+
+    #[test]
+    fn sleep_and_what_ends_it() {
+        let mut pm = Pm::new();
+        let suspend = u32::from(SLEEP_TYPE_S3) << 10 | 1 << 13;
+        assert_eq!(pm.write(0, PM_CONTROL, Width::Word, suspend), PmRequest::Suspend);
+        assert!(!pm.wakes(true) && !pm.wakes(false), "the alarm is not enabled");
+        pm.write(0, 2, Width::Word, 1 << 10);
+        assert!(pm.wakes(true) && !pm.wakes(false));
+        pm.wake(true);
+        assert_eq!(pm.read(0, PM_EVENT, Width::Word), 1 << 15 | 1 << 10);
+        assert!(pm.sci(), "the alarm is an event like others");
+        pm.write(0, PM_EVENT, Width::Word, 1 << 15 | 1 << 10);
+        assert!(!pm.sci());
+        pm.press_power_button();
+        assert!(pm.wakes(false));
+        pm.wake(false);
+        assert_eq!(pm.read(0, PM_EVENT, Width::Word), 1 << 15 | 1 << 8);
     }
 
     #[test]

@@ -107,6 +107,14 @@ impl Uart {
         }
     }
 
+    /// The port loses its power and gets it back. What it has sent is sent; what was typed waits at the other end of the line.
+    pub fn power_cycle(&mut self) {
+        let (input, output) = (core::mem::take(&mut self.input), core::mem::take(&mut self.output));
+        let fresh = Self::new(self.output_limit, self.input_limit);
+        *self = Self { input, output, lost: self.lost, ..fresh };
+        self.refill();
+    }
+
     /// Refuses what no port made with these limits was ever in.
     ///
     /// # Errors

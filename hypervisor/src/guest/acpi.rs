@@ -1,5 +1,5 @@
-//! The guest's ACPI tables (ACPI 6.5): RSDP, XSDT (and RSDT for old software), FADT, FACS, MADT and a DSDT whose only
-//! object is `\_S5`.
+//! The guest's ACPI tables (ACPI 6.5): RSDP, XSDT (and RSDT for old software), FADT, FACS, MADT and a DSDT that knows
+//! sleep types only: `\_S5`, and `\_S3` on a machine with an I/O APIC, which is one for test kernels.
 //!
 //! The machine is described as what it is: PC hardware without PCI devices, without a keyboard controller and with an I/O
 //! APIC or without one ([`Controllers`]). MADT says PCAT_COMPAT, so a kernel knows about the pair of 8259s. FADT names the reset register, the ACPI registers of [`crate::devices::pm`], and no SMI command port,
@@ -7,6 +7,7 @@
 
 use alloc::vec::Vec;
 
+use super::GuestMemory;
 use crate::devices::platform::{IRQ_SCI, TIMER_INPUT};
 use crate::devices::{cmos, ioapic, lapic, pm, reset};
 
@@ -21,6 +22,10 @@ const CHECKSUM_AT: usize = 9;
 const RSDP_BYTES: u64 = 36;
 /// Tables start at multiples of this; FACS asks for it.
 const ALIGN: usize = 64;
+/// Where FACS is, from the RSDP on.
+const FACS_AT: u64 = RSDP_BYTES.next_multiple_of(ALIGN as u64);
+/// The waking vector in it: a physical address that real mode reaches.
+const WAKING_VECTOR_AT: u64 = 12;
 
 /// `WBINVD` works; there is no sleep button; PM_TMR has 32 bits; RESET_REG exists.
 const FADT_FLAGS: u32 = 1 << 0 | 1 << 5 | 1 << 8 | 1 << 10;
@@ -46,7 +51,7 @@ pub fn build(base: u64, processors: u32, controllers: Controllers) -> Vec<u8> {
     let mut image = Image { base, bytes: Vec::new() };
     image.place(&[0; RSDP_BYTES as usize]);
     let facs = image.place(&facs());
-    let dsdt = image.place(&dsdt());
+    let dsdt = image.place(&dsdt(controllers));
     let fadt = image.place(&fadt(facs, dsdt));
     let madt = image.place(&madt(processors, controllers));
     let (mut narrow, mut wide) = (Vec::new(), Vec::new());
@@ -58,6 +63,14 @@ pub fn build(base: u64, processors: u32, controllers: Controllers) -> Vec<u8> {
     let xsdt = image.place(&table(*b"XSDT", 1, &wide));
     image.bytes[..RSDP_BYTES as usize].copy_from_slice(&rsdp(rsdt, xsdt));
     image.bytes
+}
+
+/// Where the guest whose tables are at `base` wants to go on after a sleep; `None` if it has not said, or nowhere that real
+/// mode reaches.
+pub fn waking_vector(memory: &impl GuestMemory, base: u64) -> Option<u32> {
+    let mut vector = [0; 4];
+    memory.read(base + FACS_AT + WAKING_VECTOR_AT, &mut vector).ok()?;
+    Some(u32::from_le_bytes(vector)).filter(|vector| (1..1 << 20).contains(vector))
 }
 
 struct Image {
@@ -110,7 +123,7 @@ fn rsdp(rsdt: u64, xsdt: u64) -> [u8; RSDP_BYTES as usize] {
     rsdp
 }
 
-/// ACPI 5.2.10. Nothing wakes from it; a kernel expects it where the hardware is not "reduced".
+/// ACPI 5.2.10. A kernel expects it where the hardware is not "reduced", and puts its waking vector there.
 fn facs() -> [u8; 64] {
     let mut facs = [0; 64];
     facs[..4].copy_from_slice(b"FACS");
@@ -191,21 +204,28 @@ fn madt(processors: u32, controllers: Controllers) -> Vec<u8> {
     table(*b"APIC", 5, &body)
 }
 
-/// `Name (\_S5, Package () { 5, 5, 0, 0 })`, ACPI 7.4.2.6 and 20.2.
-fn dsdt() -> Vec<u8> {
+/// `Name (\_S5, Package () { 5, 5, 0, 0 })` and its like, ACPI 7.4.2.6 and 20.2.
+fn dsdt(controllers: Controllers) -> Vec<u8> {
+    let mut aml = Vec::new();
+    sleep_type(&mut aml, b"\\_S5_", pm::SLEEP_TYPE_S5);
+    if controllers == Controllers::IoApic {
+        sleep_type(&mut aml, b"\\_S3_", pm::SLEEP_TYPE_S3);
+    }
+    table(*b"DSDT", 2, &aml)
+}
+
+fn sleep_type(aml: &mut Vec<u8>, name: &[u8; 5], value: u8) {
     const NAME_OP: u8 = 0x08;
     const PACKAGE_OP: u8 = 0x12;
     const BYTE_PREFIX: u8 = 0x0a;
-    let elements = [BYTE_PREFIX, pm::SLEEP_TYPE_S5, BYTE_PREFIX, pm::SLEEP_TYPE_S5, 0, 0];
-    let mut aml = Vec::new();
+    let elements = [BYTE_PREFIX, value, BYTE_PREFIX, value, 0, 0];
     aml.push(NAME_OP);
-    aml.extend_from_slice(b"\\_S5_");
+    aml.extend_from_slice(name);
     aml.push(PACKAGE_OP);
     // The package's length counts itself, the number of elements, and the elements.
     aml.push(2 + elements.len() as u8);
     aml.push(4);
     aml.extend_from_slice(&elements);
-    table(*b"DSDT", 2, &aml)
 }
 
 #[cfg(test)]
@@ -272,6 +292,24 @@ mod tests {
         let dsdt = table_at(&image, u64_at(&fadt, 140));
         assert_eq!(&dsdt[..4], b"DSDT");
         assert_eq!(&dsdt[HEADER..], b"\x08\\_S5_\x12\x08\x04\x0a\x05\x0a\x05\x00\x00");
+        let image = build(BASE, 1, Controllers::IoApic);
+        let dsdt = table_at(&image, u64_at(&listed(&image, b"FACP"), 140));
+        assert_eq!(&dsdt[HEADER + 15..], b"\x08\\_S3_\x12\x08\x04\x0a\x01\x0a\x01\x00\x00");
+    }
+
+    #[test]
+    fn a_waking_vector_is_found_where_the_tables_say() {
+        let memory = crate::guest::testing::TestMemory::new(16 << 20);
+        memory.write(BASE, &build(BASE, 1, Controllers::IoApic)).expect("RAM");
+        assert_eq!(waking_vector(&memory, BASE), None);
+        let fadt = listed(&build(BASE, 1, Controllers::IoApic), b"FACP");
+        let field = u64::from(u32_at(&fadt, 36)) + 12;
+        for (value, found) in
+            [(0x1000u32, Some(0x1000)), (0xf_ffff, Some(0xf_ffff)), (0x10_0000, None), (u32::MAX, None)]
+        {
+            memory.write(field, &value.to_le_bytes()).expect("RAM");
+            assert_eq!(waking_vector(&memory, BASE), found);
+        }
     }
 
     #[test]

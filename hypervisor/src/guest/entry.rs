@@ -1,7 +1,7 @@
 //! The states in which vCPUs start, as plain data.
 //!
-//! Three of them: where the 64-bit boot protocol and Multiboot put the first vCPU, and where a start-up IPI puts any other (real mode,
-//! AMD APM vol. 2, 14.1.3). Registers that are not named are 0. Segment attributes are in the packed form that a VMCB
+//! Where the 64-bit boot protocol and Multiboot put the first vCPU, where a start-up IPI puts any other (real mode,
+//! AMD APM vol. 2, 14.1.3), and where firmware puts the first after a sleep. Registers that are not named are 0. Segment attributes are in the packed form that a VMCB
 //! holds (APM vol. 2, appendix B): type and S in 4:0, DPL in 6:5, P in 7, AVL, L, D/B and G in 11:8.
 
 use super::layout::{GDT, PAGE_BYTES, PAGE_TABLES, STACK_TOP};
@@ -196,6 +196,15 @@ impl VcpuInit {
             idtr: TableRegister { limit: 0xffff, base: 0 },
         }
     }
+
+    /// The state in which firmware leaves a machine that wakes: real mode, at a vector below 1 MiB whose paragraph is the
+    /// code segment (ACPI 6.5, 5.2.10).
+    pub const fn waking(vector: u32) -> Self {
+        let start = Self::startup(0);
+        let paragraph = vector >> 4;
+        let cs = Segment { selector: paragraph as u16, base: (paragraph as u64) << 4, ..start.cs };
+        Self { rip: (vector & 0xf) as u64, cs, ..start }
+    }
 }
 
 /// Writes the descriptor table and the page tables of [`VcpuInit::linux_64`]: the first 4 GiB mapped to themselves by
@@ -274,5 +283,7 @@ mod tests {
         let init = VcpuInit::startup(0x9a);
         assert_eq!((init.cs.base, init.cs.selector, init.rip), (0x9_a000, 0x9a00, 0));
         assert_eq!((init.cr0 & 1, init.efer, init.rflags), (0, 0, 2));
+        let init = VcpuInit::waking(0x9_a347);
+        assert_eq!((init.cs.base, init.cs.selector, init.rip), (0x9_a340, 0x9a34, 7));
     }
 }

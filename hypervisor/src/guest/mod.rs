@@ -18,7 +18,7 @@ pub(crate) mod testing;
 
 pub use entry::VcpuInit;
 pub use linux::{LinuxConfig, LoadError, load_linux};
-pub use multiboot::{MultibootConfig, MultibootError, load_multiboot};
+pub use multiboot::{MultibootConfig, MultibootError, load_multiboot, waking_vector};
 
 use core::fmt;
 

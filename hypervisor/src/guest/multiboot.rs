@@ -239,6 +239,11 @@ pub fn load_multiboot(
     Ok(VcpuInit::multiboot(image.entry, BOOT_MAGIC, INFO as u32))
 }
 
+/// Where a guest that was loaded so wants to go on after a sleep ([`acpi::waking_vector`]).
+pub fn waking_vector(memory: &impl GuestMemory) -> Option<u32> {
+    acpi::waking_vector(memory, FIRMWARE.start)
+}
+
 const _: () = assert!(ACPI_ROOM <= FIRMWARE.end - FIRMWARE.start && OURS.end <= LOW_END);
 
 impl<'image> Image<'image> {

@@ -12,8 +12,9 @@
 //! manages memory beside the vCPUs has a CPU of its own, as [`storm`] has, or is done by a vCPU between two turns.
 //!
 //! The rooms: [`shared`] (what vCPUs and housekeeper share, and how they reach each other), [`vcpu`] (the loop),
-//! [`guest_cpu`] and [`exit`] (what it asks of the CPU, and what comes back), `handle` (exits), [`translation`] and [`shadow`] (the library's part of a vCPU, and
-//! the exits that are about it), `bus` (what an instruction that is executed in software reaches), `house` (CPU 0), `leave` (kicks that must arrive), `series` (guest after guest), `state`,
+//! [`guest_cpu`] and [`exit`] (what it asks of the CPU, and what comes back), `handle` (exits), [`translation`] and [`shadow`]
+//! (the library's part of a vCPU, and the exits that are about it), `bus` (what an instruction that is executed in software
+//! reaches), `house` (CPU 0), `leave` (kicks that must arrive), `sleep` (ACPI S3), `series` (guest after guest), `state`,
 //! [`pause`] (holding all vCPUs), [`saved`] and `copy` (a VM as it is kept, or goes to another machine),
 //! [`storm`] (what is fired at a guest on purpose), [`meter`] (what a measuring guest asks for), [`walk`] and [`ring`] (what a death's report is made of), [`time`], [`marker`], and [`policy`] (what the guest sees of
 //! CPUID and MSRs).
@@ -35,6 +36,7 @@ pub mod saved;
 mod series;
 pub mod shadow;
 pub mod shared;
+mod sleep;
 mod state;
 pub mod storm;
 pub mod time;

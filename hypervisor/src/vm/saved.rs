@@ -28,7 +28,7 @@ use crate::devices::platform::Platform;
 use crate::devices::saved::BadState;
 
 /// The version of the form.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 /// How far the rate of the TSC may be from the one that the guest was told, in parts of a million.
 pub const TOLERANCE_PPM: u64 = 2_000;
 /// The most bytes that a saved machine may have.

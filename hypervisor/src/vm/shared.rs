@@ -17,6 +17,11 @@
 //! [`crate::control`] has room; what has no room stays in the UART, whose transmitter then looks busy to the guest. So no
 //! vCPU ever waits for the console while it holds the lock.
 //!
+//! **A guest that sleeps** (ACPI S3) has had every vCPU's power loss posted, by whoever put it to sleep, before that one lets
+//! go of the ports; its own too, which it takes in before it enters the guest again. The wake is posted to vCPU 0 behind that.
+//! A vCPU that is still handling an exit meanwhile may start others by its APIC once more: what runs then is the guest's
+//! own mistake, and the wake finds no vCPU 0 that waits for it.
+//!
 //! **The end** is decided once: the first cause counts, and then every vCPU is made to leave.
 
 use alloc::boxed::Box;
@@ -323,6 +328,9 @@ impl Shared {
             return None;
         }
         let effects = ports.platform.take_effects();
+        if effects.suspended || effects.resumed {
+            self.settle_power(effects.suspended, effects.resumed);
+        }
         if effects.messages {
             while let Some(message) = ports.platform.take_message() {
                 self.deliver(&message);
@@ -360,6 +368,19 @@ impl Shared {
             }));
         }
         effects.flush
+    }
+
+    /// The guest has gone to sleep, or wakes, or both.
+    #[cold]
+    fn settle_power(&self, suspended: bool, resumed: bool) {
+        for (vcpu, reach) in self.vcpus.iter().enumerate().filter(|_| suspended) {
+            if reach.lapic.post_power_loss() {
+                self.wake(vcpu);
+            }
+        }
+        if resumed && self.vcpus[0].lapic.post_resume() {
+            self.wake(0);
+        }
     }
 
     fn settle_output(&self, ports: &mut Ports, now: u64) {

@@ -413,6 +413,9 @@ impl<C: GuestCpu> Vcpu<C> {
     fn receive(&mut self) {
         self.due |= Due::EVENTS;
         let pending = self.lapic.sync(&self.vm.vcpus[self.number].lapic);
+        if pending.power_loss {
+            self.lose_power();
+        }
         if pending.init {
             self.lapic.init();
             extended::clear_breakpoints();
@@ -424,6 +427,9 @@ impl<C: GuestCpu> Vcpu<C> {
             && self.activity == Activity::WaitingForStartup
         {
             self.start(&VcpuInit::startup(page));
+        }
+        if pending.resume && self.activity == Activity::WaitingForStartup {
+            self.resume();
         }
         // A CPU takes the first before the second arrives, and keeps one that arrives while it handles another. Here both may
         // have arrived since the last look.
@@ -541,7 +547,7 @@ impl<C: GuestCpu> Vcpu<C> {
     }
 }
 
-fn lapic_config(number: usize, vm: &Shared) -> LapicConfig {
+pub(super) fn lapic_config(number: usize, vm: &Shared) -> LapicConfig {
     LapicConfig { apic_id: number as u32, bootstrap: number == 0, tsc_khz: vm.clock.khz() }
 }
 

@@ -10,6 +10,7 @@ mod memory;
 mod mmio;
 mod modes;
 mod platform;
+mod sleep;
 mod timers;
 mod windows;
 
@@ -52,6 +53,11 @@ pub(crate) fn run(name: &str) {
     }
 }
 
+/// The first processor has been started again: the machine has slept.
+pub(crate) fn woken() -> ! {
+    sleep::woken()
+}
+
 fn check(name: &str) {
     match name {
         "handover" => platform::handover(),
@@ -65,6 +71,7 @@ fn check(name: &str) {
         "events" => events::run(),
         "hostile" => hostile::run(),
         "random" => random::run(),
+        "sleep" => sleep::run(),
         "triple" => events::triple_fault(),
         "fail" => check!(false, "as asked"),
         "shutdown" => platform::shut_down(),

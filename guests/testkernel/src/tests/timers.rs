@@ -3,7 +3,7 @@
 use core::sync::atomic::Ordering;
 
 use crate::cpu::{inb, inl, outb, rdtsc, sleep};
-use crate::machine::{set_word, word};
+use crate::machine::{acpi_table, set_word, word};
 use crate::traps::{self, count};
 use crate::{apic, check};
 
@@ -55,15 +55,7 @@ fn wait(vector: u8) {
 }
 
 fn pm_timer() {
-    let root = (0xe_0000..0x10_0000).step_by(16).find(|at| (word(*at), word(at + 4)) == (0x2044_5352, 0x2052_5450));
-    let Some(root) = root else { return check!(false, "no RSDP") };
-    let tables = u64::from(word(root + 16));
-    check!(word(tables) == u32::from_le_bytes(*b"RSDT"), "RSDT {:#x}", word(tables));
-    let count = (u64::from(word(tables + 4)) - 36) / 4;
-    let mut all = (0..count).map(|index| u64::from(word(tables + 36 + 4 * index)));
-    let Some(fadt) = all.find(|table| word(*table) == u32::from_le_bytes(*b"FACP")) else {
-        return check!(false, "no FADT");
-    };
+    let Some(fadt) = acpi_table(b"FACP") else { return check!(false, "no FADT") };
     let port = word(fadt + 76) as u16;
     let (first, from) = (inl(port), rdtsc());
     while inl(port) == first {}

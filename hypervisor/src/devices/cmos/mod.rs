@@ -154,6 +154,11 @@ impl Cmos {
         [updated, alarm, periodic].into_iter().flatten().min()
     }
 
+    /// Whether the alarm has gone off, and was not served yet.
+    pub fn alarm(&self) -> bool {
+        self.flags & self.reg_b & ALARM != 0
+    }
+
     /// The level of the interrupt pin, IRQ 8.
     pub fn interrupt(&self) -> bool {
         self.flags & self.reg_b & SOURCES != 0

@@ -18,6 +18,9 @@ const EVENT_INIT: u32 = 1 << 2;
 const EVENT_STARTUP: u32 = 1 << 3;
 /// Another NMI was posted behind [`EVENT_NMI`].
 const EVENT_SECOND_NMI: u32 = 1 << 4;
+/// The machine has lost its power ([`LapicShared::post_power_loss`]), and is to go on where its sleep ends.
+const EVENT_POWER_LOSS: u32 = 1 << 5;
+const EVENT_RESUME: u32 = 1 << 6;
 const STARTUP_SHIFT: u32 = 8;
 
 /// What has been posted that is not a vector. An INIT comes before a start-up IPI in the same value.
@@ -30,6 +33,10 @@ pub struct Pending {
     pub init: bool,
     /// A start-up IPI with its vector.
     pub startup: Option<u8>,
+    /// The vCPU is as after power-on. Comes before all others, and then nothing is left of vectors.
+    pub power_loss: bool,
+    /// Where a machine that slept goes on, it does so here.
+    pub resume: bool,
 }
 
 /// The half of a local APIC that any CPU may write.
@@ -65,7 +72,7 @@ impl LapicShared {
             IpiKind::Fixed(vector) | IpiKind::LowestPriority(vector) => self.post_vector(vector),
             IpiKind::Nmi => self.post_nmi(),
             IpiKind::Init => {
-                let kept = EVENT_VECTORS | EVENT_NMI | EVENT_SECOND_NMI;
+                let kept = EVENT_VECTORS | EVENT_NMI | EVENT_SECOND_NMI | EVENT_POWER_LOSS | EVENT_RESUME;
                 let update = |events: u32| Some(events & kept | EVENT_INIT);
                 let before = self.events.fetch_update(Ordering::SeqCst, Ordering::SeqCst, update);
                 before.unwrap_or_else(|events| events) & EVENT_INIT == 0
@@ -92,6 +99,16 @@ impl LapicShared {
     pub fn post_level(&self, vector: u8) -> bool {
         self.levels[usize::from(vector >> 5)].fetch_or(1 << (vector & 31), Ordering::SeqCst);
         self.post_vector(vector)
+    }
+
+    /// The machine goes to sleep, and the vCPU loses its power. What was posted before is forgotten.
+    pub fn post_power_loss(&self) -> bool {
+        self.events.swap(EVENT_POWER_LOSS | EVENT_VECTORS, Ordering::SeqCst) & EVENT_POWER_LOSS == 0
+    }
+
+    /// The machine wakes, by this vCPU. Behind the power loss.
+    pub fn post_resume(&self) -> bool {
+        self.post_event(EVENT_RESUME)
     }
 
     /// How logical destinations find this APIC.
@@ -141,6 +158,8 @@ impl LapicShared {
             nmis: u8::from(events & EVENT_NMI != 0) + u8::from(events & EVENT_SECOND_NMI != 0),
             init: events & EVENT_INIT != 0,
             startup: (events & EVENT_STARTUP != 0).then_some((events >> STARTUP_SHIFT) as u8),
+            power_loss: events & EVENT_POWER_LOSS != 0,
+            resume: events & EVENT_RESUME != 0,
         }
     }
 }

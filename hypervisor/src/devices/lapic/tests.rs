@@ -76,7 +76,7 @@ fn posted_vectors_and_events_arrive_once() {
     assert!(!shared.post(IpiKind::Nmi));
     assert!(!shared.post(IpiKind::Nmi));
     assert!(shared.has_pending());
-    assert_eq!(lapic.sync(&shared), Pending { nmis: 2, init: false, startup: None });
+    assert_eq!(lapic.sync(&shared), Pending { nmis: 2, ..Pending::default() });
     assert!(!shared.has_pending());
     assert_eq!(lapic.sync(&shared), Pending::default());
     assert_eq!(lapic.acknowledge(), Some(0xff));
@@ -90,12 +90,27 @@ fn init_forgets_an_earlier_startup_and_keeps_a_later_one() {
     let mut lapic = lapic(1);
     shared.post(IpiKind::Startup(0x11));
     shared.post(IpiKind::Init);
-    assert_eq!(lapic.sync(&shared), Pending { nmis: 0, init: true, startup: None });
+    assert_eq!(lapic.sync(&shared), Pending { init: true, ..Pending::default() });
     shared.post(IpiKind::Nmi);
     shared.post(IpiKind::Init);
     assert!(shared.post(IpiKind::Startup(0x9a)));
     assert!(!shared.post(IpiKind::Startup(0x9b)));
-    assert_eq!(lapic.sync(&shared), Pending { nmis: 1, init: true, startup: Some(0x9a) });
+    assert_eq!(lapic.sync(&shared), Pending { nmis: 1, init: true, startup: Some(0x9a), ..Pending::default() });
+}
+
+#[test]
+fn a_power_loss_forgets_what_was_posted_and_a_wake_does_not() {
+    let (mut lapic, shared) = (lapic(0), LapicShared::new(0));
+    shared.post(IpiKind::Startup(0x9a));
+    shared.post(IpiKind::Nmi);
+    shared.post_vector(0x40);
+    assert!(shared.post_power_loss() && !shared.post_power_loss());
+    shared.post(IpiKind::Init);
+    assert!(shared.post_resume());
+    let pending = Pending { init: true, power_loss: true, resume: true, ..Pending::default() };
+    assert_eq!(lapic.sync(&shared), pending);
+    assert_eq!(lapic.sync(&shared), Pending::default());
+    assert!(!shared.has_pending());
 }
 
 #[test]

@@ -301,3 +301,38 @@ fn random_guests_never_panic_and_memory_stays_bounded() {
         let _ = platform.take_effects();
     }
 }
+
+#[test]
+fn suspended_until_the_alarm() {
+    const NS_PER_S: u64 = 1_000_000_000;
+    let suspend = |platform: &mut Platform| platform.io_write(0, 0x604, Width::Word, 0x2400);
+    let mut without = platform();
+    suspend(&mut without);
+    assert!(!without.take_effects().suspended, "the tables do not offer it");
+
+    let board = Some(BoardConfig { ram_bytes: 64 << 20, vcpus: 2 });
+    let mut platform = Platform::new(PlatformConfig { board, ..PlatformConfig::default() });
+    // An alarm at any second, and a line of the 8259s that is not masked.
+    let written =
+        [(0x70, 1), (0x71, 0xff), (0x70, 3), (0x71, 0xff), (0x70, 5), (0x71, 0xff), (0x70, 0xb), (0x71, 0x22)];
+    for (port, value) in written.into_iter().chain([(0x21, 0), (0x3ff, 0x5a), (0x3f8, u32::from(b'?'))]) {
+        platform.io_write(0, port, Width::Byte, value);
+    }
+    platform.io_write(0, 0x602, Width::Word, 1 << 10);
+    suspend(&mut platform);
+    let effects = platform.take_effects();
+    assert!(effects.suspended && !effects.resumed && effects.console_output, "{effects:?}");
+    let mut sent = Vec::new();
+    platform.console_take(0, &mut sent);
+    assert_eq!((sent.as_slice(), platform.io_read(0, 0x3ff, Width::Byte)), (b"?".as_slice(), 0), "power was lost");
+    suspend(&mut platform);
+    assert!(!platform.take_effects().suspended, "it sleeps already");
+    assert_eq!(platform.next_deadline_ns(), Some(NS_PER_S));
+    platform.poll(NS_PER_S - 1);
+    assert!(!platform.take_effects().resumed);
+    platform.poll(NS_PER_S);
+    assert!(platform.take_effects().resumed);
+    assert_eq!(platform.io_read(NS_PER_S, 0x600, Width::Word), 1 << 15 | 1 << 10);
+    platform.poll(2 * NS_PER_S);
+    assert!(!platform.take_effects().resumed, "once");
+}

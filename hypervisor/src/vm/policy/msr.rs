@@ -190,6 +190,12 @@ impl MsrState {
         Ok(())
     }
 
+    /// The state after power-on, as at the start. What was told of is not told again.
+    pub fn power_cycle(&mut self) {
+        let Self { unknown, unknown_used, unknown_news, unknown_accesses, .. } = *self;
+        *self = Self { unknown, unknown_used, unknown_news, unknown_accesses, ..Self::new(self.config) };
+    }
+
     /// The VM's time began at another value of the host's TSC than it was told: `offset` makes the guest's of it.
     pub fn rebase(&mut self, offset: u64) {
         self.tsc_offset = offset.wrapping_add(self.tsc_moved());
