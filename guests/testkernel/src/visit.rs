@@ -456,6 +456,12 @@ impl Visit {
         unsafe { visit_mode(cr3, cr4, code, mode as u32) }
     }
 
+    /// Has a vector of 32-bit mode lead to a task, until the next visit.
+    pub(crate) fn set_task_gate(&self, vector: usize, selector: u32) {
+        VISIT_GATES[2 * vector].store(selector << 16, Ordering::SeqCst);
+        VISIT_GATES[2 * vector + 1].store(0x8500, Ordering::SeqCst);
+    }
+
     /// Puts real mode's code and handlers where they belong. `device` is where its one access to a device goes.
     pub(crate) fn prepare_real(&self, device: u32) {
         let start = &raw const visit_real_start;

@@ -519,7 +519,7 @@ impl<P: Paging> GuestCpu for Vcpu<P> {
     }
 
     fn nmis_masked(&self) -> bool {
-        matches!(self.nmi, NmiState::Masked) || self.is_stepping()
+        self.nmi != NmiState::Open
     }
 
     fn nmi(&mut self) {

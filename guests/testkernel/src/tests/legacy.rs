@@ -5,11 +5,11 @@
 use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use crate::boot::table_address;
-use crate::check;
 use crate::machine::{TEST_RAM, set_word, word};
 use crate::visit::{
     CODE, COUNT, CR2, Mode, OWN, REAL, REAL_RESULTS, VECTOR, VISIT, left, visit, visit_checks, visit_real,
 };
+use crate::{apic, check, tasks};
 
 const FX: u64 = 0x600;
 const PSE: u64 = 1 << 4;
@@ -19,6 +19,7 @@ const PAE: u64 = 1 << 5;
 const WINDOW: u32 = 0xa000_0000;
 const PRESENT: u32 = 1;
 const WRITABLE: u32 = 2;
+const USER: u32 = 1 << 2;
 const LARGE: u32 = 1 << 7;
 
 #[repr(align(4096))]
@@ -44,7 +45,8 @@ fn window(device: u32) -> [u32; 4] {
 
 fn legacy_root(device: u32) -> u64 {
     for (index, entry) in (0u32..).zip(&ROOT.0) {
-        entry.store(index << 22 | PRESENT | WRITABLE | LARGE, Ordering::SeqCst);
+        // The user's too: virtual-8086 mode is.
+        entry.store(index << 22 | PRESENT | WRITABLE | USER | LARGE, Ordering::SeqCst);
     }
     ROOT.0[(WINDOW >> 22) as usize].store(address(&LEAVES) | PRESENT | WRITABLE, Ordering::SeqCst);
     for (entry, value) in LEAVES.0.iter().zip(window(device)) {
@@ -77,7 +79,33 @@ pub(super) fn run(number: usize) {
     protected("32-bit mode", device, 0, FX);
     protected("4 MiB pages", device, legacy_root(device), FX | PSE);
     protected("PAE", device, pae_root(device), FX | PAE);
+    if !apic::is_x2apic() {
+        // The tasks send to themselves through the window.
+        switch("32-bit mode", number, 0, FX);
+        switch("4 MiB pages", number, legacy_root(device), FX | PSE);
+        switch("PAE", number, pae_root(device), FX | PAE);
+    }
     real(device + 0x40);
+}
+
+/// Tasks, with everything in place, and with nothing.
+fn switch(name: &str, number: usize, root: u64, cr4: u64) {
+    for forget in [false, true] {
+        let visit = visit();
+        tasks::run(&visit, number, root, cr4, forget);
+        let own: [u32; 10] = core::array::from_fn(tasks::left);
+        // Called twice and by INT once; each time but the first it went on behind its IRET.
+        check!(own[..3] == [3, 2, 1], "{name}: tasks called and jumped to, forgotten {forget}: {:?}", &own[..3]);
+        check!(own[3..6] == [2, 0x1ff8, 0], "{name}: a task for #GP, forgotten {forget}: {:x?}", &own[3..6]);
+        check!(own[6..9] == [2, 1, 1], "{name}: NMI, interrupt, #UD, forgotten {forget}: {:?}", &own[6..9]);
+        check!(left(COUNT) == 0, "{name}: exception {} instead of a task", left(VECTOR));
+        let flags = [tasks::NMI, tasks::INTERRUPT, tasks::FAULT].map(|task| tasks::state(task, tasks::EFLAGS));
+        check!(flags == [2; 3], "{name}: flags in tasks' states: {flags:x?}");
+        let seen = tasks::state(tasks::VIRTUAL, tasks::EBX);
+        check!(seen == core::arch::x86_64::__cpuid(0).ebx, "{name}: CPUID in virtual-8086 mode: {seen:#x}");
+        check!(tasks::left(15) & 8 != 0, "{name}: a task switch without CR0.TS: {:#x}", tasks::left(15));
+        check!(tasks::left(12) == 1 && tasks::left(13) != 0, "{name}: SYSENTER");
+    }
 }
 
 fn protected(name: &str, device: u32, root: u64, cr4: u64) {

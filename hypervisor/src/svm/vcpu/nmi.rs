@@ -6,6 +6,10 @@
 //! An IRET that faults has not completed: the fault goes to the guest as if nothing were watched, and the mask stays until
 //! an IRET that does, which will be that of the fault's handler.
 //!
+//! An IRET that returns to another task (12.3) is not stepped over: the switch would write the trap flag into the state of
+//! the task that it leaves, and that is guest memory. It is let go instead, and the mask ends when the vCPU is seen somewhere
+//! else. So a fault of such an IRET ends it too, which a CPU's mask would outlive.
+//!
 //! **A shadow** ends behind the next instruction, and nothing tells when: stepping over any instruction would leave the
 //! trap flag where it pushes flags, or where a fault of its does. Whoever runs the vCPU looks again soon. QEMU's emulation
 //! (7.2) stores the shadow at an exit and does not load it at entry; so it is kept here from exit to exit
@@ -25,6 +29,10 @@ use crate::vm::guest_cpu::{GuestCpu, NmiWindow};
 const IRET_FAULTS: u32 = 0b1_1111 << 10;
 const DR6_BREAKPOINTS: u64 = 0xf;
 const PAGE_FAULT: u64 = 14;
+const RFLAGS_NT: u64 = 1 << 14;
+const RFLAGS_VM: u64 = 1 << 17;
+const CR0_PE: u64 = 1 << 0;
+const EFER_LMA: u64 = 1 << 10;
 const EXIT_EXCEPTION: u64 = 0x40;
 
 /// Whether the guest takes NMIs.
@@ -36,6 +44,15 @@ pub(super) enum NmiState {
     Masked,
     /// The IRET that ends the mask is being executed with the trap flag set.
     Stepping(Step),
+    /// It returns to another task, and is executed as it is.
+    Returning(Place),
+}
+
+/// Where a vCPU is: its instruction pointer and its task.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) struct Place {
+    rip: u64,
+    task: u16,
 }
 
 /// A step that has begun.
@@ -66,8 +83,10 @@ impl<P: Paging> Vcpu<P> {
     }
 
     pub(super) fn watch_for_nmi(&mut self) -> NmiWindow {
-        if self.nmi != NmiState::Open {
-            return NmiWindow::Watched;
+        match self.nmi {
+            NmiState::Open => {}
+            NmiState::Returning(_) => return NmiWindow::BehindInstruction,
+            NmiState::Masked | NmiState::Stepping(_) => return NmiWindow::Watched,
         }
         if self.event != 0 {
             return NmiWindow::BehindEvent;
@@ -93,6 +112,23 @@ impl<P: Paging> Vcpu<P> {
         P::WATCHES_FAULTS && matches!(exit, Exit::PageFault(_))
     }
 
+    fn place(&self) -> Place {
+        let save = self.save();
+        Place { rip: save.rip, task: save.tr.selector }
+    }
+
+    /// Whether the IRET at RIP returns to another task.
+    fn returns_to_task(&self) -> bool {
+        let save = self.save();
+        let protected = save.cr0 & CR0_PE != 0 && save.rflags & RFLAGS_VM == 0 && save.efer & EFER_LMA == 0;
+        protected && save.rflags & RFLAGS_NT != 0
+    }
+
+    fn return_to_task(&mut self) {
+        self.nmi = NmiState::Returning(self.place());
+        self.vmcb_mut().control.intercepts_1 &= !Intercepts1::IRET.bits();
+    }
+
     fn step_over(&mut self) {
         self.close_interrupt_window();
         let held = self.latched.take();
@@ -110,10 +146,15 @@ impl<P: Paging> Vcpu<P> {
     /// Takes back a step that has begun and not ended. Between two runs, when nothing of it has been executed: what was
     /// stepped over is still to come, and is met again.
     pub(super) fn take_step_back(&mut self) {
-        let NmiState::Stepping(step) = self.nmi else { return };
-        self.end_step(step, false);
-        self.save_mut().dr6 = step.dr6;
-        self.mask_nmis();
+        match self.nmi {
+            NmiState::Stepping(step) => {
+                self.end_step(step, false);
+                self.save_mut().dr6 = step.dr6;
+                self.mask_nmis();
+            }
+            NmiState::Returning(_) => self.mask_nmis(),
+            NmiState::Open | NmiState::Masked => {}
+        }
     }
 
     /// After an exit: how far is a step, and what is left of the exit for others?
@@ -123,7 +164,13 @@ impl<P: Paging> Vcpu<P> {
             NmiState::Open => exit,
             NmiState::Masked => {
                 if exit == Exit::NmiWindow {
-                    self.step_over();
+                    if self.returns_to_task() { self.return_to_task() } else { self.step_over() }
+                }
+                exit
+            }
+            NmiState::Returning(from) => {
+                if self.place() != from {
+                    self.nmi = NmiState::Open;
                 }
                 exit
             }
@@ -232,6 +279,28 @@ mod tests {
         };
         assert_eq!(run(&mut vcpu, DEBUG, popped), Exit::NmiWindow);
         assert_eq!((vcpu.can_take_nmi(), flag(&vcpu), vcpu.save().dr6, vcpu.event), (true, false, CLEAN, 0));
+    }
+
+    #[test]
+    fn an_iret_to_another_task_is_left_alone() {
+        let mut vcpu = vcpu();
+        vcpu.nmi();
+        let start = |vcpu: &mut Vcpu| {
+            let save = vcpu.save_mut();
+            (save.cr0, save.rflags, save.tr.selector) = (CR0_PE, RFLAGS_NT, 0x40);
+        };
+        assert_eq!(run(&mut vcpu, IRET, start), Exit::NmiWindow);
+        assert!(!flag(&vcpu) && !vcpu.can_take_nmi() && vcpu.nmis_masked());
+        assert_eq!(vcpu.open_nmi_window(), NmiWindow::BehindInstruction);
+        assert!(matches!(run(&mut vcpu, NPF, |_| {}), Exit::Fault(_)));
+        assert!(!vcpu.can_take_nmi(), "the other task's state was not mapped");
+        assert_eq!(run(&mut vcpu, CPUID, |vcpu| vcpu.save_mut().tr.selector = 0x20), Exit::Cpuid);
+        assert!(vcpu.can_take_nmi() && !vcpu.nmis_masked());
+        // In 64-bit mode there are no tasks, and NT makes an IRET fault.
+        vcpu.nmi();
+        vcpu.save_mut().efer |= EFER_LMA;
+        let _ = run(&mut vcpu, IRET, |_| {});
+        assert!(flag(&vcpu));
     }
 
     #[test]
