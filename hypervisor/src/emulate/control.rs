@@ -160,7 +160,9 @@ fn pointers_fit(cpu: &Cpu, bus: &mut impl Bus, cr0: u64, cr4: u64, cr3: u64) -> 
     if cr0 & CR0_PG == 0 || cr0 & CR0_PE == 0 || cr4 & CR4_PAE == 0 || cpu.efer & EFER_LMA != 0 {
         return true;
     }
-    let reserved = u64::MAX << cpu.physical_bits.clamp(32, 52) | 0x1e6;
+    // Bits 8:5 and 2:1, but for the one that is the accessed bit elsewhere: QEMU's emulation (7.2) sets it here too when it
+    // walks, and a guest that pages again would be refused the pointers that it paged with before.
+    let reserved = u64::MAX << cpu.physical_bits.clamp(32, 52) | 0x1c6;
     (0..4).all(|index| match bus.read_entry((cr3 & 0xffff_ffe0) + index * 8, 8) {
         Some(pointer) => pointer & 1 == 0 || pointer & reserved == 0,
         // What is there is found out when it is used.

@@ -637,6 +637,19 @@ fn protection_keys_forbid_data_and_not_code() {
 }
 
 #[test]
+fn pointers_of_a_root_are_judged_but_for_a_mark() {
+    let (mut cpu, mut machine) = wide();
+    (cpu.cr0, cpu.efer, cpu.cr4, cpu.cr3) = (1, 0, 1 << 5, 0x5000);
+    cpu.segments[segment::CS] = flat(FLAT_32);
+    cpu.registers.general[0] = 1 << 31 | 1;
+    machine.ram[CODE as usize..CODE as usize + 3].copy_from_slice(&[0x0f, 0x22, 0xc0]);
+    for (bits, fits) in [(0x1, true), (0x21, true), (0x9, true), (0x3, false), (0x81, false), (0x80, true)] {
+        machine.put(0x5008, 8, 0x6000 | bits);
+        assert_eq!(status_write(&cpu, &mut machine).is_ok(), fits, "{bits:#x}");
+    }
+}
+
+#[test]
 fn writes_to_cr0_are_checked_and_made_whole() {
     const PE: u64 = 1;
     const TS: u64 = 1 << 3;
