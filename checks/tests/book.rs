@@ -6,9 +6,9 @@ use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 use std::{env, fs};
 
-use nestling_checks::model::SCENARIOS;
 use nestling_checks::model::mutants::CASES;
 use nestling_checks::model::scenarios::{Op, long};
+use nestling_checks::model::{SCENARIOS, SHADOW_SCENARIOS};
 use nestling_checks::rules::RULES;
 
 fn docs() -> PathBuf {
@@ -137,6 +137,13 @@ fn races() -> String {
     }
     text.push_str("\n## Scenarios under loom\n\"Guest\" runs code through its TLB, and faults as it must; \"fault\" only faults.\n\n");
     for scenario in SCENARIOS {
+        writeln!(text, "- {}", scenario.name).unwrap();
+    }
+    text.push_str(
+        "\n## Shadow paging, under loom and shuttle\n\
+         A guest that changes the tables it runs on. Under loom once, under shuttle each part several times.\n\n",
+    );
+    for scenario in SHADOW_SCENARIOS {
         writeln!(text, "- {}", scenario.name).unwrap();
     }
     text

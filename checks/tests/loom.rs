@@ -4,12 +4,22 @@
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 
-use nestling_checks::model::{Bounds, Publish, SCENARIOS, canary, explore};
+use nestling_checks::model::{Bounds, Publish, SCENARIOS, SHADOW_SCENARIOS, canary, explore, explore_shadow};
 
 #[test]
 fn every_scenario_holds() {
     for scenario in SCENARIOS {
         let explored = explore(scenario, Bounds::usual(scenario), &Arc::new(AtomicU64::new(0)));
+        let more = if explored.stopped { " and there are more" } else { "" };
+        println!("{}: {} executions{more}", scenario.name, explored.executions);
+        assert!(explored.executions > 1, "{}: nothing raced", scenario.name);
+    }
+}
+
+#[test]
+fn every_scenario_of_shadow_paging_holds() {
+    for scenario in SHADOW_SCENARIOS {
+        let explored = explore_shadow(scenario, Bounds::of_shadow(scenario), &Arc::new(AtomicU64::new(0)));
         let more = if explored.stopped { " and there are more" } else { "" };
         println!("{}: {} executions{more}", scenario.name, explored.executions);
         assert!(explored.executions > 1, "{}: nothing raced", scenario.name);

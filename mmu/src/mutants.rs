@@ -95,6 +95,12 @@ pub enum Mutant {
     ShadowPageWithoutFlush,
     /// The leaves of a slot that is deleted stay in shadow pages (KVM, fcd1ec9cb59c).
     ShadowSlotNotZapped,
+    /// A leaf is taken out of the reverse map of the frame that the guest's entry names by then (CVE-2026-46113).
+    ShadowUnmappedByGuestEntry,
+    /// A leaf of another frame is overwritten, and stays in that one's reverse map (CVE-2026-23401's kind).
+    ShadowLeafOverwritten,
+    /// What entries above do not allow is not taken from a page's role (CVE-2021-38198).
+    ShadowAccessNotInherited,
 }
 
 #[cfg(any(feature = "loom", feature = "shuttle"))]

@@ -42,23 +42,61 @@ const FREE: u64 = 0;
 #[derive(Debug)]
 pub(super) struct Pool {
     tables: Box<[Frame]>,
-    free: Mutex<Vec<usize>>,
+    unused: Mutex<Vec<usize>>,
     /// The ghost has written (nothing new) to tables that others may have been freeing.
     disturbed: Plain,
 }
 
 impl Pool {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         let entries = || Box::new(core::array::from_fn(|_| Entry::new(FREE)));
         Self {
             tables: (0..TABLES).map(|_| Frame { entries: entries(), live: Plain::new(false) }).collect(),
-            free: Mutex::new((0..TABLES).collect()),
+            unused: Mutex::new((0..TABLES).collect()),
             disturbed: Plain::new(false),
         }
     }
 
+    pub(super) fn alloc(&self) -> Option<Hfn> {
+        let frame = self.unused.lock().unwrap().pop()?;
+        let table = &self.tables[frame];
+        for entry in table.entries.iter() {
+            // By an exchange, which sees the newest value: the list of free frames is not the checker's.
+            assert_eq!(entry.swap(0, Ordering::AcqRel), FREE, "a table was written after it was freed");
+        }
+        assert!(!table.live.swap(true, Ordering::Relaxed), "a frame was handed out twice");
+        Some(Hfn(frame as u64 + 1))
+    }
+
+    pub(super) fn free(&self, frame: Hfn) {
+        let index = frame.0 as usize - 1;
+        let table = &self.tables[index];
+        assert!(table.live.swap(false, Ordering::Relaxed), "{frame:?} was freed twice");
+        table.entries.iter().for_each(|entry| entry.store(FREE, Ordering::Release));
+        self.unused.lock().unwrap().push(index);
+    }
+
+    pub(super) fn table(&self, frame: Hfn) -> NonNull<Entry> {
+        let table = &self.tables[frame.0 as usize - 1];
+        assert!(table.live.load(Ordering::Relaxed), "{frame:?} is used after it was freed");
+        NonNull::from(&*table.entries).cast()
+    }
+
+    /// An entry, as the CPU's page walker finds it.
+    pub(super) fn entry(&self, frame: Hfn, index: usize) -> &Entry {
+        let table = &self.tables[frame.0 as usize - 1];
+        assert!(table.live.load(Ordering::Relaxed), "a page walk met {frame:?}, which was freed");
+        &table.entries[index]
+    }
+
+    /// All entries of live tables, read as [`Pool::states`] reads them.
+    pub(super) fn entries(&self) -> impl Iterator<Item = u64> {
+        let live = self.tables.iter().filter(|table| table.live.load(Ordering::Relaxed));
+        live.flat_map(|table| table.entries.iter()).map(|entry| entry.fetch_or(0, Ordering::AcqRel))
+    }
+
     pub(super) fn in_use(&self) -> u64 {
-        (TABLES - self.free.lock().unwrap().len()) as u64
+        (TABLES - self.unused.lock().unwrap().len()) as u64
     }
 
     /// Panics if a free frame was written.
@@ -183,28 +221,15 @@ impl Machine {
 // comes back.
 unsafe impl TableFrames for Machine {
     fn alloc_table(&self) -> Option<Hfn> {
-        let frame = self.pool.free.lock().unwrap().pop()?;
-        let table = &self.pool.tables[frame];
-        for entry in table.entries.iter() {
-            // By an exchange, which sees the newest value: the list of free frames is not the checker's.
-            assert_eq!(entry.swap(0, Ordering::AcqRel), FREE, "a table was written after it was freed");
-        }
-        assert!(!table.live.swap(true, Ordering::Relaxed), "a frame was handed out twice");
-        Some(Hfn(frame as u64 + 1))
+        self.pool.alloc()
     }
 
     fn free_table(&self, frame: Hfn) {
-        let index = frame.0 as usize - 1;
-        let table = &self.pool.tables[index];
-        assert!(table.live.swap(false, Ordering::Relaxed), "{frame:?} was freed twice");
-        table.entries.iter().for_each(|entry| entry.store(FREE, Ordering::Release));
-        self.pool.free.lock().unwrap().push(index);
+        self.pool.free(frame);
     }
 
     fn table(&self, frame: Hfn) -> NonNull<Entry> {
-        let table = &self.pool.tables[frame.0 as usize - 1];
-        assert!(table.live.load(Ordering::Relaxed), "{frame:?} is used after it was freed");
-        NonNull::from(&*table.entries).cast()
+        self.pool.table(frame)
     }
 }
 

@@ -9,9 +9,11 @@
 mod canary;
 pub mod mutants;
 pub mod scenarios;
+pub mod shadow;
 pub mod under_loom;
 pub mod under_shuttle;
 
 pub use canary::{Publish, canary};
 pub use scenarios::{Actor, SCENARIOS, Scenario, Setup, Work};
-pub use under_loom::{Bounds, Explored, explore};
+pub use shadow::{SHADOW_SCENARIOS, ShadowScenario};
+pub use under_loom::{Bounds, Explored, explore, explore_shadow};

@@ -12,7 +12,7 @@ use nestling_shuttle::mutants::Mutant as Far;
 
 use super::scenarios::long;
 use super::under_shuttle::{self, Effort};
-use super::{Bounds, SCENARIOS, explore};
+use super::{Bounds, SCENARIOS, SHADOW_SCENARIOS, ShadowScenario, explore, explore_shadow};
 use crate::rules::{RULES, Rule};
 
 /// A mutant, and what is run against it.
@@ -35,6 +35,22 @@ pub enum Check {
         scenarios: &'static [&'static str],
         /// Preemptions that it needs.
         preemptions: usize,
+    },
+    /// Every interleaving of a scenario of shadow paging.
+    ShadowLoom {
+        /// The bug.
+        mutant: Mutant,
+        /// The scenario.
+        scenario: &'static str,
+        /// Preemptions that it needs.
+        preemptions: usize,
+    },
+    /// Random schedules of a scenario of shadow paging.
+    ShadowShuttle {
+        /// The bug.
+        mutant: Far,
+        /// The scenario.
+        scenario: &'static str,
     },
     /// Random schedules of a long scenario.
     Shuttle {
@@ -63,6 +79,16 @@ const fn case(name: &'static str, mutant: Mutant, scenarios: &'static [&'static 
 /// One for a long scenario.
 const fn far(name: &'static str, mutant: Far, scenario: &'static str) -> Case {
     Case { name, check: Check::Shuttle { mutant, scenario } }
+}
+
+/// One for a scenario of shadow paging, in all its interleavings.
+const fn shadow(name: &'static str, mutant: Mutant, scenario: &'static str, preemptions: usize) -> Case {
+    Case { name, check: Check::ShadowLoom { mutant, scenario, preemptions } }
+}
+
+/// One for a scenario of shadow paging, in random schedules.
+const fn shadow_far(name: &'static str, mutant: Far, scenario: &'static str) -> Case {
+    Case { name, check: Check::ShadowShuttle { mutant, scenario } }
 }
 
 /// All of them.
@@ -118,6 +144,16 @@ pub const CASES: &[Case] = &[
     ),
     case("software-bits-lost", Mutant::SoftwareBitsLost, &["writes beside split", WRITES_HARVEST], 1),
     case("unlinked-table-not-seized", Mutant::UnlinkedTableNotSeized, &[FAULT_ZAP], 2),
+    shadow("shadow-role-not-compared", Mutant::ShadowRoleNotCompared, "one table in two roles", 1),
+    shadow("shadow-access-not-inherited", Mutant::ShadowAccessNotInherited, "one table in two roles", 1),
+    shadow_far("shadow-fault-not-fresh", Far::ShadowFaultNotFresh, "shadow fault beside invalidation"),
+    shadow("shadow-linked-out-of-step", Mutant::ShadowLinkedOutOfStep, "link of what is out of step", 1),
+    shadow_far("shadow-unsync-after-writable", Far::ShadowUnsyncAfterWritable, "a table becomes writable twice"),
+    shadow_far("shadow-entry-not-read-again", Far::ShadowEntryNotReadAgain, "fault beside sync"),
+    shadow("shadow-page-without-flush", Mutant::ShadowPageWithoutFlush, "sync beside writes that go on", 2),
+    shadow_far("shadow-slot-not-zapped", Far::ShadowSlotNotZapped, "shadow fault beside slot delete"),
+    shadow("shadow-unmapped-by-guest-entry", Mutant::ShadowUnmappedByGuestEntry, "unsync beside sync", 1),
+    shadow_far("shadow-leaf-overwritten", Far::ShadowLeafOverwritten, "a leaf of another frame"),
     // Some of them again, to show that the long scenarios can see.
     far("request-after-unlock-in-a-long-run", Far::RequestAfterUnlock, "fault beside zap-all"),
     far("kick-without-waiting-in-a-long-run", Far::KickWithoutWaiting, "fault beside zap"),
@@ -167,6 +203,9 @@ pub const RULED_OUT: &[RuledOut] = &[
     ruled_out("table-walked-without-the-mark", "entry_read_without_the_mark"),
     ruled_out("table-kept-after-leaving", "entry_read_after_leaving"),
     ruled_out("lock-taken-twice", "inside_twice"),
+    ruled_out("shadow-page-zapped-after-the-look", "shadow_answer_kept_over_a_zap"),
+    ruled_out("shadow-locks-in-a-cycle", "shadow_page_locked_under_a_bucket"),
+    ruled_out("shadow-page-made-of-an-old-answer", "shadow_page_made_without_a_fresh_answer"),
     ruled_out("fault-in-guest-mode", "fault_handled_in_guest_mode"),
 ];
 
@@ -184,6 +223,18 @@ pub fn hunt(case: &Case, progress: &Progress) {
                 explore(scenario, bounds, &progress.executions);
             }
         }
+        Check::ShadowLoom { mutant, scenario, preemptions } => {
+            activate(mutant);
+            progress.begin("loom", scenario);
+            let bounds = Bounds { preemptions: Some(preemptions), limit: Duration::from_secs(50) };
+            explore_shadow(shadow_scenario(scenario), bounds, &progress.executions);
+        }
+        Check::ShadowShuttle { mutant, scenario } => {
+            nestling_shuttle::mutants::activate(mutant);
+            progress.begin("shuttle", scenario);
+            let effort = Effort { schedules: 5000, ..Effort::usual() };
+            under_shuttle::explore_shadow(shadow_scenario(scenario), effort, &progress.executions);
+        }
         Check::Shuttle { mutant, scenario } => {
             nestling_shuttle::mutants::activate(mutant);
             let scenario = long().into_iter().find(|long| long.name == scenario).expect("the table names scenarios");
@@ -192,6 +243,10 @@ pub fn hunt(case: &Case, progress: &Progress) {
             under_shuttle::explore(&Arc::new(scenario), effort, &progress.executions);
         }
     }
+}
+
+fn shadow_scenario(name: &str) -> &'static ShadowScenario {
+    SHADOW_SCENARIOS.iter().find(|scenario| scenario.name == name).expect("the table names scenarios")
 }
 
 /// How far a hunt is.

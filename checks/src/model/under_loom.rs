@@ -7,6 +7,10 @@
 mod execute;
 #[path = "machine.rs"]
 mod machine;
+#[path = "shadow_guest.rs"]
+mod shadow_guest;
+#[path = "shadow_machine.rs"]
+mod shadow_machine;
 
 /// What the machine and the scenarios are made of here.
 mod checker {
@@ -25,6 +29,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use super::scenarios::Scenario;
+use super::shadow::ShadowScenario;
 
 /// How far a check goes.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -38,11 +43,21 @@ pub struct Bounds {
 impl Bounds {
     /// What fits into a test run, or with `NESTLING_DEEP` in the environment, into a night.
     pub fn usual(scenario: &Scenario<'_>) -> Self {
+        Self::of_threads(scenario.threads().count(), Duration::from_secs(6))
+    }
+
+    /// The same for a scenario of shadow paging, whose executions are longer: they are stopped sooner, and the random
+    /// schedules go further.
+    pub fn of_shadow(scenario: &ShadowScenario) -> Self {
+        Self::of_threads(scenario.threads.len(), Duration::from_secs(3))
+    }
+
+    fn of_threads(threads: usize, limit: Duration) -> Self {
         if std::env::var_os("NESTLING_DEEP").is_some() {
             Self { preemptions: Some(4), limit: Duration::from_secs(3600) }
         } else {
-            let preemptions = if scenario.threads().count() > 2 { 1 } else { 2 };
-            Self { preemptions: Some(preemptions), limit: Duration::from_secs(6) }
+            let preemptions = if threads > 2 { 1 } else { 2 };
+            Self { preemptions: Some(preemptions), limit }
         }
     }
 }
@@ -59,15 +74,9 @@ pub struct Explored {
 /// Runs `scenario` in all its interleavings within `bounds`. Panics in the first that goes wrong; `executions` counts up
 /// to it.
 pub fn explore(scenario: &'static Scenario<'static>, bounds: Bounds, executions: &Arc<AtomicU64>) -> Explored {
-    let mut model = loom::model::Builder::new();
-    model.preemption_bound = bounds.preemptions;
-    model.max_branches = 100_000;
-    model.max_duration = Some(bounds.limit);
-    let (count, start) = (Arc::clone(executions), Instant::now());
     let (freed, kept) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicU64::new(0)));
     let (all_freed, all_kept) = (Arc::clone(&freed), Arc::clone(&kept));
-    model.check(move || {
-        count.fetch_add(1, Ordering::Relaxed);
+    let explored = check(bounds, executions, move || {
         let counters = execute::execute(scenario);
         all_freed.fetch_add(counters.roots_freed, Ordering::Relaxed);
         all_kept.fetch_add(counters.roots_kept, Ordering::Relaxed);
@@ -75,5 +84,33 @@ pub fn explore(scenario: &'static Scenario<'static>, bounds: Bounds, executions:
     // In some orders the request finds a vCPU that has a new root already. If none ever keeps it, none looks.
     let (freed, kept) = (freed.load(Ordering::Relaxed), kept.load(Ordering::Relaxed));
     assert!(freed == 0 || kept > 0, "vCPUs dropped {freed} roots and never kept one");
+    explored
+}
+
+/// The same for a scenario of shadow paging.
+pub fn explore_shadow(scenario: &'static ShadowScenario, bounds: Bounds, executions: &Arc<AtomicU64>) -> Explored {
+    let recycled = Arc::new(AtomicU64::new(0));
+    let all_recycled = Arc::clone(&recycled);
+    let explored = check(bounds, executions, move || {
+        let counters = shadow_guest::execute(scenario, 1);
+        all_recycled.fetch_add(counters.shadow_recycled, Ordering::Relaxed);
+    });
+    let tight = recycled.load(Ordering::Relaxed) > 0;
+    assert_eq!(tight, scenario.is_tight(), "{}: pages are recycled, or never are", scenario.name);
+    explored
+}
+
+fn check(bounds: Bounds, executions: &Arc<AtomicU64>, execute: impl Fn() + Send + Sync + 'static) -> Explored {
+    let mut model = loom::model::Builder::new();
+    model.preemption_bound = bounds.preemptions;
+    model.max_branches = 100_000;
+    // It looks at the clock once in so many executions, of which the longest take milliseconds.
+    model.checkpoint_interval = 100;
+    model.max_duration = Some(bounds.limit);
+    let (count, start) = (Arc::clone(executions), Instant::now());
+    model.check(move || {
+        count.fetch_add(1, Ordering::Relaxed);
+        execute();
+    });
     Explored { executions: executions.load(Ordering::Relaxed), stopped: start.elapsed() >= bounds.limit }
 }

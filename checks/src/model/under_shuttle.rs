@@ -13,6 +13,10 @@
 mod execute;
 #[path = "machine.rs"]
 mod machine;
+#[path = "shadow_guest.rs"]
+mod shadow_guest;
+#[path = "shadow_machine.rs"]
+mod shadow_machine;
 
 /// What the machine and the scenarios are made of here.
 mod checker {
@@ -33,6 +37,7 @@ use shuttle::scheduler::{PctScheduler, RandomScheduler, Scheduler};
 use shuttle::{Config, MaxSteps, Runner};
 
 use super::scenarios::Long;
+use super::shadow::ShadowScenario;
 
 /// How much is tried.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -51,23 +56,50 @@ impl Effort {
         let deep = crate::scene::deep();
         Self { schedules: 250 + 100_000 * deep as usize, depth: 4, seed: 0x6e65_7374 + deep }
     }
+
+    /// The same for scenarios of shadow paging, which are many and long.
+    pub fn of_shadow() -> Self {
+        let usual = Self::usual();
+        Self { schedules: usual.schedules / 2, ..usual }
+    }
 }
 
 /// Runs `scenario` in schedules of both kinds. Panics in the first that goes wrong; `executions` counts up to it.
 pub fn explore(scenario: &Arc<Long>, effort: Effort, executions: &Arc<AtomicU64>) {
-    let Effort { schedules, depth, seed } = effort;
-    run(scenario, PctScheduler::new_from_seed(seed, depth, schedules), executions);
-    run(scenario, RandomScheduler::new_from_seed(seed, schedules), executions);
+    let scenario = Arc::clone(scenario);
+    run(effort, executions, move || {
+        execute::execute(&scenario.scenario());
+    });
 }
 
-fn run(scenario: &Arc<Long>, scheduler: impl Scheduler + 'static, executions: &Arc<AtomicU64>) {
+/// The same for a scenario of shadow paging, each thread's part a few times.
+pub fn explore_shadow(scenario: &'static ShadowScenario, effort: Effort, executions: &Arc<AtomicU64>) {
+    run(effort, executions, move || {
+        shadow_guest::execute(scenario, REPEATED);
+    });
+}
+
+/// Times that each thread of a shadow scenario does its part.
+const REPEATED: usize = 3;
+
+fn run(effort: Effort, executions: &Arc<AtomicU64>, execute: impl Fn() + Clone + Send + Sync + 'static) {
+    let Effort { schedules, depth, seed } = effort;
+    run_by(PctScheduler::new_from_seed(seed, depth, schedules), executions, execute.clone());
+    run_by(RandomScheduler::new_from_seed(seed, schedules), executions, execute);
+}
+
+fn run_by(
+    scheduler: impl Scheduler + 'static,
+    executions: &Arc<AtomicU64>,
+    execute: impl Fn() + Send + Sync + 'static,
+) {
     let mut config = Config::default();
     config.max_steps = MaxSteps::FailAfter(2_000_000);
     // Of accesses that are weaker than sequentially consistent: see the head.
     config.silence_warnings = true;
-    let (scenario, count) = (Arc::clone(scenario), Arc::clone(executions));
+    let count = Arc::clone(executions);
     Runner::new(scheduler, config).run(move || {
         count.fetch_add(1, Ordering::Relaxed);
-        execute::execute(&scenario.scenario());
+        execute();
     });
 }

@@ -4,7 +4,7 @@
 use super::Rights;
 use super::mode::{Format, LARGE, Mode, NO_EXECUTE};
 use super::walk::{ACCESSED, DIRTY, FRAME, PRESENT, USER, WRITABLE};
-use crate::addr::{Gfn, Gpa};
+use crate::addr::{Gfn, Gpa, INDEX_BITS, PAGE_SHIFT};
 
 /// An entry, judged.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -53,7 +53,9 @@ impl Mode {
             // PSE-36: bits 20:13 of a 4 MiB page are address bits 39:32.
             Format::Legacy if leaf && level == 2 => entry & 0xffc0_0000 | (entry >> 13 & 0xff) << 32,
             Format::Legacy => entry & 0xffff_f000,
-            Format::Pae | Format::Long if leaf => entry & FRAME & !((1 << (12 + 9 * (level - 1))) - 1),
+            Format::Pae | Format::Long if leaf => {
+                entry & FRAME & !((1 << (PAGE_SHIFT + INDEX_BITS * (u32::from(level) - 1))) - 1)
+            }
             Format::Pae | Format::Long => entry & FRAME,
         };
         let gfn = Gpa(frame).gfn();

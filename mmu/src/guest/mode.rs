@@ -1,6 +1,6 @@
 //! What the control registers say of paging, put into masks once for many walks.
 
-use crate::addr::Gpa;
+use crate::addr::{Gpa, INDEX_BITS, PAGE_SHIFT};
 
 const CR0_WP: u64 = 1 << 16;
 const CR0_PG: u64 = 1 << 31;
@@ -152,7 +152,8 @@ fn reserved(format: Format, level: u8, address: u64, no_execute: bool, large_lev
             let large_is_reserved = level > 1 && large_levels & 1 << level == 0;
             let table = if large_is_reserved { common | LARGE } else { common };
             // Below the page's own alignment only the PAT bit (12) means something.
-            let offset = if level > 1 { (1 << (12 + 9 * (level - 1))) - (1 << 13) } else { 0 };
+            let offset =
+                if level > 1 { (1 << (PAGE_SHIFT + INDEX_BITS * (u32::from(level) - 1))) - (1 << 13) } else { 0 };
             (table, common | offset)
         }
     }

@@ -2,7 +2,7 @@
 
 use super::Rights;
 use super::mode::{Format, LARGE, Mode, NO_EXECUTE};
-use crate::addr::Gpa;
+use crate::addr::{Gpa, INDEX_BITS, PAGE_SHIFT};
 use crate::host::Access;
 
 pub(super) const PRESENT: u64 = 1 << 0;
@@ -237,14 +237,17 @@ fn attempt(
     request: &Request,
     tables: &mut impl Tables,
 ) -> Result<Option<Translation>, Refused> {
-    let (index_bits, width) = if format == Format::Legacy { (10, Width::Four) } else { (9, Width::Eight) };
+    let (index_bits, width) = match format {
+        Format::Legacy => (INDEX_BITS + 1, Width::Four),
+        Format::Pae | Format::Long => (INDEX_BITS, Width::Eight),
+    };
     let linear = if format == Format::Long { request.linear } else { request.linear & 0xffff_ffff };
     let mut rights = Rights::ALL;
     let mut steps = [Step::default(); MAX_LEVELS];
     let mut table = mode.root(cr3);
     let mut level = mode.levels;
     loop {
-        let shift = 12 + index_bits * (level - 1);
+        let shift = PAGE_SHIFT + index_bits * (u32::from(level) - 1);
         let bytes = if width == Width::Four { 4 } else { 8 };
         let at = Gpa(table.0 + (linear >> shift & ((1 << index_bits) - 1)) * bytes);
         let entry = tables.read(at, width).ok_or(Refused::NoMemory { at })?;
@@ -301,7 +304,7 @@ fn attempt(
         };
         return Ok(Some(Translation {
             gpa: Gpa(frame | linear & offset),
-            page_shift: shift,
+            page_shift: shift as u8,
             rights,
             key,
             dirty: now & DIRTY != 0,

@@ -36,7 +36,7 @@ pub(super) struct Buckets {
 
 /// See the module head.
 #[derive(Debug)]
-pub(super) struct Bucket {
+pub(crate) struct Bucket {
     /// The shadow pages of its frames, by frame and place in the arena; sorted by frame, those of one frame by age.
     pages: Vec<(u32, u32)>,
     rmap: Rmap,

@@ -292,6 +292,9 @@ fn leaf<H: Host + GuestMemory>(
     }
     let Some(entries) = inside.entries(page) else { return Step::Retry };
     if load_for_update(&entries[entry]) != ABSENT && page.target(entry) != leaf.gfn.0 as u32 {
+        if mutants::is(Mutant::ShadowLeafOverwritten) {
+            entries[entry].store(ABSENT, Ordering::Release);
+        }
         unmap(inside, &mut guard, entry);
     }
     let step = fill(inside, &mut guard, entry, want, leaf);

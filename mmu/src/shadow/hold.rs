@@ -29,7 +29,7 @@ const FRAMES: usize = 256;
 
 /// What a hold owes. Room is made before the lock is taken, and used again and again.
 #[derive(Debug)]
-pub(super) struct Debts {
+pub(crate) struct Debts {
     flush: bool,
     roots: bool,
     frames: Vec<Hfn>,
@@ -62,11 +62,11 @@ impl Debts {
 
 /// Proof that what a fault was told outside the lock holds inside it. See the module head.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Fresh<'d>(PhantomData<&'d Debts>);
+pub(crate) struct Fresh<'d>(PhantomData<&'d Debts>);
 
 impl<'d> Fresh<'d> {
     /// Asks whether each answer of `told` still stands, and `root` is what it was.
-    pub(super) fn check<'t, H: Host>(
+    pub(crate) fn check<'t, H: Host>(
         _debts: &'d Debts,
         inside: Inside<'_, H>,
         root: Option<Handle>,

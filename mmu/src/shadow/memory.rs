@@ -23,7 +23,7 @@ const NO_FRAME: Gfn = Gfn(u64::MAX);
 
 /// What stands behind a guest frame, as it was said outside the lock.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Backed {
+pub(crate) struct Backed {
     pub(super) gfn: Gfn,
     pub(super) writable: bool,
     pub(super) memory: MemoryType,

@@ -57,17 +57,17 @@
 
 mod bucket;
 mod fault;
-mod hold;
+pub(crate) mod hold;
 mod invlpg;
 mod leaves;
 mod memory;
-mod order;
-mod page;
+pub(crate) mod order;
+pub(crate) mod page;
 mod quota;
 mod rmap;
 mod role;
 mod sync;
-mod table;
+pub(crate) mod table;
 pub mod vcpu;
 pub(crate) mod zap;
 
@@ -105,12 +105,14 @@ pub(crate) struct Shadow {
     cpu: CpuFeatures,
 }
 
+/// Shadow pages at least.
+const LEAST_PAGES: u32 = if cfg!(any(feature = "loom", feature = "shuttle")) { 12 } else { 64 };
 /// Guest frames that can be shadowed lie below.
 pub(crate) const GFN_LIMIT: Gfn = Gfn(1 << 32);
 
 impl Shadow {
     fn new(config: ShadowConfig) -> Self {
-        let pages = config.pages.clamp(64, 1 << 22);
+        let pages = config.pages.clamp(LEAST_PAGES, 1 << 22);
         Self {
             arena: Arena::new(pages),
             buckets: Buckets::new(pages),

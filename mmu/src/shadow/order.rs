@@ -16,10 +16,10 @@ use crate::leaf_lock::LeafGuard;
 
 /// The right to lock from the top. See the module head.
 #[derive(Debug)]
-pub(super) struct Order<'h>(PhantomData<&'h mut ()>);
+pub(crate) struct Order<'h>(PhantomData<&'h mut ()>);
 
 /// Holds a page's lock.
-pub(super) struct PageGuard<'g, 'o> {
+pub(crate) struct PageGuard<'g, 'o> {
     pub(super) page: &'g Page,
     pub(super) index: u32,
     pub(super) links: LeafGuard<'g, Links>,
@@ -27,7 +27,7 @@ pub(super) struct PageGuard<'g, 'o> {
 }
 
 /// Holds a bucket's lock.
-pub(super) struct BucketGuard<'g, 'o> {
+pub(crate) struct BucketGuard<'g, 'o> {
     bucket: LeafGuard<'g, Bucket>,
     order: PhantomData<&'o mut ()>,
 }
@@ -48,17 +48,17 @@ impl Order<'_> {
     }
 
     /// Locks the page at a place, whatever it is now.
-    pub(super) fn page<'g, H: Host>(&mut self, inside: Inside<'g, H>, index: u32) -> PageGuard<'g, '_> {
+    pub(crate) fn page<'g, H: Host>(&mut self, inside: Inside<'g, H>, index: u32) -> PageGuard<'g, '_> {
         page(inside, index)
     }
 
     /// Locks a page if it still is in the life that `handle` means.
-    pub(super) fn alive<'g, H: Host>(&mut self, inside: Inside<'g, H>, handle: Handle) -> Option<PageGuard<'g, '_>> {
+    pub(crate) fn alive<'g, H: Host>(&mut self, inside: Inside<'g, H>, handle: Handle) -> Option<PageGuard<'g, '_>> {
         Some(page(inside, handle.index)).filter(|guard| guard.page.is(handle))
     }
 
     /// Locks the bucket of `gfn`.
-    pub(super) fn bucket<'g, H: Host>(&mut self, inside: Inside<'g, H>, gfn: Gfn) -> BucketGuard<'g, '_> {
+    pub(crate) fn bucket<'g, H: Host>(&mut self, inside: Inside<'g, H>, gfn: Gfn) -> BucketGuard<'g, '_> {
         bucket(inside, inside.shadow.buckets.number(gfn))
     }
 
@@ -100,7 +100,7 @@ impl PageGuard<'_, '_> {
     }
 
     /// Locks the bucket of `gfn`.
-    pub(super) fn bucket<'g, 's, H: Host>(&'s mut self, inside: Inside<'g, H>, gfn: Gfn) -> BucketGuard<'g, 's> {
+    pub(crate) fn bucket<'g, 's, H: Host>(&'s mut self, inside: Inside<'g, H>, gfn: Gfn) -> BucketGuard<'g, 's> {
         bucket(inside, inside.shadow.buckets.number(gfn))
     }
 }

@@ -42,7 +42,7 @@ const USED: u32 = 4;
 
 /// A page in one of its lives.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) struct Handle {
+pub(crate) struct Handle {
     pub(super) index: u32,
     pub(super) life: u32,
 }

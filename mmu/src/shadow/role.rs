@@ -12,6 +12,7 @@
 use crate::addr::{ENTRIES, Gfn, INDEX_BITS, PAGE_SHIFT};
 use crate::format::long_mode::Top;
 use crate::guest::{Controls, CpuFeatures, Judged, Mode, Rights, Width};
+use crate::mutants::{self, Mutant};
 
 /// See the module head.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -252,6 +253,7 @@ impl Role {
     /// The role of a page below one of this role.
     fn below(self, rights: Rights, part: u32, direct: bool) -> Self {
         let mut word = self.0 & !(LEVEL | PART | DIRECT) | (self.0 & LEVEL) - 1 | part << PART_SHIFT;
+        let rights = if mutants::is(Mutant::ShadowAccessNotInherited) { Rights::ALL } else { rights };
         if !rights.user {
             word &= !USER;
         }

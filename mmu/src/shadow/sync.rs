@@ -182,8 +182,14 @@ pub(super) fn compare_all<H: Host + GuestMemory>(inside: Inside<'_, H>, guard: &
     let guest = page.guest();
     for (entry, (cell, target)) in entries.iter().zip(targets).enumerate() {
         let there = load_for_update(cell);
-        if there != ABSENT && !reading.gives(reading.load(inside, guest, entry), there, target.load(Ordering::Relaxed))
-        {
+        if there == ABSENT {
+            continue;
+        }
+        let raw = reading.load(inside, guest, entry);
+        if !reading.gives(raw, there, target.load(Ordering::Relaxed)) {
+            if let Some(leaf) = reading.leaf(raw).filter(|_| mutants::is(Mutant::ShadowUnmappedByGuestEntry)) {
+                page.aim(entry, leaf.gfn.0 as u32);
+            }
             unmap(inside, guard, entry);
         }
     }

@@ -12,7 +12,7 @@ use crate::lock::Shared;
 use crate::sync::AtomicU64;
 
 /// Inside the MMU lock, with everything that work on shadow pages needs.
-pub(super) struct Inside<'g, H: Host> {
+pub(crate) struct Inside<'g, H: Host> {
     pub(super) shared: &'g Shared<'g, H>,
     pub(super) mmu: &'g Mmu<H>,
     pub(super) shadow: &'g Shadow,

@@ -45,7 +45,7 @@ impl ShadowDebts {
 }
 
 /// Ends a page's life and takes it apart. Whether it was this that did.
-pub(super) fn zap_page<H: Host>(
+pub(crate) fn zap_page<H: Host>(
     inside: Inside<'_, H>,
     order: &mut Order<'_>,
     debts: &mut Debts,
