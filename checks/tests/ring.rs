@@ -87,6 +87,8 @@ fn stale_entries_are_harmless() {
     let entries = [stale(0, 1, level), stale(9, 0, level), stale(0, u64::MAX >> 8, Level::K4), stale(0, 99, Level::G1)];
     assert_eq!(worker.reset_dirty(&entries), 0);
     worker.start_log(ID, LogConfig { start: LogStart::AllDirty, ..log(Granularity::Leaf) }).unwrap();
+    let behind = [stale(0, 100, Level::K4), stale(0, 100, Level::M2), stale(0, u64::MAX >> 8, Level::G1)];
+    assert_eq!(worker.reset_dirty(&behind), 0, "none of the slot's pages is meant");
     assert_eq!(worker.reset_dirty(&entries), 100);
     assert_eq!(worker.harvest_dirty(ID, 0, &mut [0; 2]).unwrap(), 0);
 }

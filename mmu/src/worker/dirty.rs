@@ -30,10 +30,14 @@ fn frames(slot: &Memslot, first: usize, count: usize) -> GfnRange {
     GfnRange { start: Gfn(start), end: Gfn(start + count as u64 * WORD).min(slot.range().end) }
 }
 
-/// The pages of an entry of a ring, counted from the slot's first; those of a leaf that lie in the slot.
+/// The pages of an entry of a ring, counted from the slot's first; those of a leaf that lie in the slot. None of an entry
+/// that is older than the slot and names a page behind its end: nobody was told of the slot's own pages by it.
 fn pages_of(slot: &Memslot, entry: &DirtyPages) -> (u64, u64) {
     let (start, end) = (slot.range().start.0, slot.range().end.0);
-    let block = GfnRange::block(entry.level, Gfn(start.saturating_add(entry.page).min(end - 1)));
+    if entry.page >= end - start {
+        return (0, 0);
+    }
+    let block = GfnRange::block(entry.level, Gfn(start + entry.page));
     (block.start.0.max(start) - start, block.end.0.min(end) - start)
 }
 
