@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use nestling::format::{Ept, Npt};
 use nestling::host::TableFrames;
-use nestling::{Access, Gfn, GfnRange, VcpuId};
+use nestling::{Access, Gfn, GfnRange, Level, VcpuId};
 use nestling_checks::ghost::Violation;
 use nestling_checks::machine::arena::Misuse;
 use nestling_checks::machine::check_tables;
@@ -138,6 +138,12 @@ fn a_storm_notices_pages_that_move_unasked() {
 #[test]
 fn a_storm_notices_memory_that_is_freed_too_early() {
     storm_notices(|seed| Plan { care: Care::FreesTooEarly, ..Plan::new(seed, 2_000) }, "may not reach");
+}
+
+#[test]
+fn a_storm_notices_a_log_that_tells_more_than_was_written() {
+    let plan = |seed| Plan { care: Care::MarksUnwritten, logs: true, largest: Level::M2, ..Plan::new(seed, 2_000) };
+    storm_notices(plan, "nobody wrote it");
 }
 
 /// The two decoders disagree about a stray entry: the tree is read with the CPU's eyes.

@@ -1,4 +1,7 @@
 //! Many threads at once, with the adversarial TLB.
+//!
+//! Two million operations beside dirty logs, in a few minutes:
+//! `NESTLING_DEEP=2 cargo test --release -p nestling-checks --test storms what_logs_tell`.
 
 use nestling::format::{Ept, Npt};
 use nestling::{Level, SlotZap};
@@ -12,9 +15,10 @@ const OPERATIONS: u64 = 600;
 fn storms<F: Cpu>(name: &str, plan: Plan) {
     for round in 0..1 + deep() * 20 {
         let plan = Plan { seed: plan.seed + round, ..plan };
-        let Report { violations, accesses, hits, operations, counters } = run::<F>(plan);
+        let Report { violations, accesses, hits, operations, answers, ring_entries, counters } = run::<F>(plan);
         println!("{name}: {plan:?}");
         println!("    {accesses} accesses, {hits} by the TLB alone, {operations} operations, {counters:?}");
+        println!("    {answers:?}, {ring_entries} entries of rings");
         assert_none(&violations);
         assert!(counters.zap_alls > 0 || plan.only_zaps, "no zap of everything in {plan:?}");
         assert!(operations > 0 && accesses > 0 && counters.leaves_zapped > 0, "nothing happened in {plan:?}");
@@ -66,4 +70,54 @@ fn ept_dirty_logs_of_one_role() {
 fn ept_zaps_that_meet() {
     let plan = Plan { only_zaps: true, workers: 3, vcpus: 3, largest: Level::M2, ..Plan::new(501, 2 * OPERATIONS) };
     storms::<Ept>("ept zaps", plan);
+}
+
+/// No write is missing from what dirty logs tell, and nothing is told that nobody tried to write since: while vCPUs write,
+/// devices write, rings are emptied, and others zap and invalidate. `checks/src/ghost/dirty.rs` says what that means.
+fn what_logs_tell<F: Cpu>(first_seed: u64) {
+    let (mut operations, mut told, mut excused, mut clean, mut ring_entries) = (0, 0, 0, 0, 0);
+    let wanted = if deep() > 0 { deep() * 500_000 } else { 30_000 };
+    for seed in first_seed.. {
+        let plan = Plan {
+            logs: true,
+            vcpus: 2 + (seed % 3) as u16,
+            // One alone, so that nothing is removed while a log is asked; or others that zap and invalidate.
+            workers: 1 + (seed / 3 % 3) as u16,
+            roles: seed % 4 == 1,
+            largest: [Level::M2, Level::K4, Level::M2, Level::G1][(seed % 4) as usize],
+            slot_zap: if seed % 5 == 0 { SlotZap::Everything } else { SlotZap::Slot },
+            accesses: 1500,
+            ..Plan::new(seed, OPERATIONS)
+        };
+        let report = run::<F>(plan);
+        assert!(report.violations.is_empty(), "{plan:?}: {}", report.violations[0]);
+        operations += report.accesses + report.operations;
+        told += report.answers.told;
+        excused += report.answers.excused;
+        clean += report.answers.clean;
+        ring_entries += report.ring_entries;
+        if operations >= wanted {
+            break;
+        }
+    }
+    println!(
+        "{}: {operations} operations, {told} pages told ({excused} of them while a write or a removal was under way), \
+         {clean} not, {ring_entries} entries of rings",
+        F::NAME
+    );
+    assert!(told > 0 && clean > 0 && ring_entries > 0, "nothing was told");
+    assert!(
+        excused * 2 < told,
+        "{excused} of {told} pages were told while a write or a removal of theirs was under way"
+    );
+}
+
+#[test]
+fn what_logs_tell_is_what_was_written_npt() {
+    what_logs_tell::<Npt>(10_000);
+}
+
+#[test]
+fn what_logs_tell_is_what_was_written_ept() {
+    what_logs_tell::<Ept>(20_000);
 }

@@ -15,6 +15,7 @@
 //! from the tables before that time must not be used after the zap's return.
 
 pub mod dirty;
+mod flight;
 pub mod history;
 pub mod object;
 pub mod tree;
@@ -23,17 +24,24 @@ use std::collections::{BTreeMap, VecDeque};
 
 use nestling::host::{BackingError, Extent};
 use nestling::{
-    Access, AddressSpace, FaultError, Gfn, GfnRange, Hfn, Outcome, Slot, SlotConfig, SlotFlags, SlotId, VcpuId,
+    Access, AddressSpace, FaultError, Gfn, GfnRange, Hfn, Level, Outcome, Slot, SlotConfig, SlotFlags, SlotId, VcpuId,
 };
 
 pub use history::Violation;
 use history::{Event, History, Side};
 use object::{Object, Page, Shape};
 
+use crate::machine::cpu::tlb::CachedLeaf;
+
 /// Zaps remembered at most; forgetting an old one only makes the check weaker.
 const ZAPS: usize = 512;
 /// Violations kept at most: the first ones tell most.
 const VIOLATIONS: usize = 16;
+
+/// All frames.
+pub(crate) fn everything() -> GfnRange {
+    GfnRange { start: Gfn(0), end: Level::L5.root_limit() }
+}
 
 /// A slot at a place. A slot that moves is at two for a while.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -61,11 +69,16 @@ pub struct Ghost {
     host_frames: u64,
     zaps: VecDeque<(GfnRange, u64)>,
     logs: BTreeMap<SlotId, dirty::Book>,
+    /// When a log last started or was about to.
+    logs_changed: u64,
+    answers: dirty::Answers,
+    flight: flight::Flight,
     /// Watchers of pages, by slot and page.
     pub watchers: BTreeMap<(SlotId, u64), u32>,
     history: History,
     violations: Vec<Violation>,
-    changing: u32,
+    /// Memslot changes under way, by when they began.
+    changing: Vec<u64>,
     changed: u64,
     /// Whether table frames may be refused now.
     pub tables_may_run_out: bool,
@@ -222,13 +235,20 @@ impl Ghost {
     }
 
     fn begin_change(&mut self) {
-        self.changing += 1;
         self.changed = self.tick();
+        self.changing.push(self.changed);
+        // Which mappings go with it depends on how the library is set up.
+        self.flight.removal_begins(self.changed, everything());
+        self.trying_everywhere();
     }
 
     fn end_change(&mut self) {
-        self.changing -= 1;
         self.changed = self.tick();
+        self.trying_everywhere();
+        // Of several the one that began last: the others stand for it until they have ended.
+        if let Some(began) = self.changing.pop() {
+            self.flight.removal_ends(began, self.changed, self.removals_needed_since());
+        }
     }
 
     /// A slot is about to be added.
@@ -329,8 +349,27 @@ impl Ghost {
 
     // --- What the guest does ---
 
+    /// No leaf is larger than this.
+    pub const fn set_largest(&mut self, level: Level) {
+        self.flight.largest = level;
+    }
+
+    /// A zap of `range`, or an invalidation, is about to be called. The time.
+    pub fn zapping(&mut self, range: GfnRange) -> u64 {
+        let now = self.tick();
+        self.flight.removal_begins(now, range);
+        now
+    }
+
+    /// It has ended without having removed everything: it was refused.
+    pub fn not_zapped(&mut self, called: u64) {
+        let now = self.tick();
+        self.flight.removal_ends(called, now, self.removals_needed_since());
+    }
+
     /// A zap of `range`, called at `called`, has returned.
     pub fn zapped(&mut self, range: GfnRange, called: u64) {
+        self.not_zapped(called);
         self.note(range, format!("zapped (called at {called})"));
         if self.zaps.len() == ZAPS {
             self.zaps.pop_front();
@@ -338,14 +377,20 @@ impl Ghost {
         self.zaps.push_back((range, called));
     }
 
-    /// A vCPU in guest mode, in `space`, reaches `hfn` through a translation of `gfn` that was read at `born`.
-    pub fn access(&mut self, vcpu: VcpuId, space: AddressSpace, gfn: Gfn, hfn: Hfn, access: Access, born: u64) {
+    /// A vCPU in guest mode, in `space`, is about to walk to where it writes: the walk may leave a dirty bit.
+    pub fn writes(&mut self, vcpu: VcpuId, space: AddressSpace, gfn: Gfn) {
+        self.flight.write_begins(vcpu, space, gfn);
+    }
+
+    /// A vCPU in guest mode, in `space`, accesses `gfn` through this translation.
+    pub fn access(&mut self, vcpu: VcpuId, space: AddressSpace, gfn: Gfn, access: Access, leaf: &CachedLeaf) {
+        let (hfn, born) = (leaf.translate(gfn), leaf.born);
         self.accesses += 1;
         self.note_guest(gfn, format!("{vcpu:?} {access:?} to {hfn:?} by a translation of {born}"));
         if access == Access::Write {
-            let page = GfnRange { start: gfn, end: Gfn(gfn.0 + 1) };
-            self.trying(space, page);
-            self.wrote(space, page);
+            self.flight.write_ends(vcpu);
+            self.trying_through(space, gfn, leaf.level);
+            self.wrote_through(space, gfn, hfn);
         }
         let here = |place: &&Placement| place.space == space && place.range.contains(gfn);
         let allowed = self.placements.iter().filter(here).any(|place| {
@@ -368,11 +413,28 @@ impl Ghost {
         }
     }
 
+    /// The embedder is about to write a frame for the guest of a vCPU. The time.
+    pub fn device_writes(&mut self, vcpu: VcpuId, space: AddressSpace, gfn: Gfn) -> u64 {
+        self.flight.write_begins(vcpu, space, gfn);
+        self.tick()
+    }
+
+    /// It has, since `began`, and has told the library.
+    pub fn device_wrote(&mut self, vcpu: VcpuId, space: AddressSpace, gfn: Gfn, began: u64) {
+        self.flight.write_ends(vcpu);
+        let page = GfnRange { start: gfn, end: Gfn(gfn.0 + 1) };
+        self.trying(space, page);
+        // If slots or logs changed meanwhile, the library may have been told when there was no log here.
+        if self.changing.is_empty() && self.changed.max(self.logs_changed) < began {
+            self.wrote(space, page);
+        }
+    }
+
     /// A fault is about to be handed in. The time.
-    pub fn fault_begins(&mut self, space: AddressSpace, gfn: Gfn, access: Access) -> u64 {
-        if access == Access::Write && !self.logs.is_empty() {
+    pub fn fault_begins(&mut self, vcpu: VcpuId, space: AddressSpace, gfn: Gfn, access: Access) -> u64 {
+        if access == Access::Write {
             // Its entry may count as written whether or not the guest comes back to write.
-            self.trying(space, GfnRange { start: gfn, end: Gfn(gfn.0 + 1) });
+            self.flight.write_begins(vcpu, space, gfn);
         }
         self.tick()
     }
@@ -390,11 +452,16 @@ impl Ghost {
         result: &Result<Outcome, FaultError>,
     ) {
         self.note_guest(gfn, format!("{vcpu:?} {access:?} fault of {began}: {result:?}"));
+        if access == Access::Write {
+            self.flight.write_ends(vcpu);
+            let level = if let Ok(Outcome::Fixed { level }) = result { *level } else { self.flight.largest };
+            self.trying_through(space, gfn, level);
+        }
         let wrong = match result {
             Ok(Outcome::Retry) => false,
             Err(FaultError::OutOfTables) => !self.tables_may_run_out,
             Err(_) => true,
-            Ok(_) if self.changing > 0 || self.changed > began => false,
+            Ok(_) if !self.changing.is_empty() || self.changed > began => false,
             Ok(outcome) => {
                 let right = match self.placement_at(space, gfn) {
                     None => *outcome == Outcome::Mmio,

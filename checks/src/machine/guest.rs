@@ -106,14 +106,7 @@ impl<F: Cpu> Running<'_, F> {
         match self.tlb.find(gfn, access) {
             Found::Leaf(leaf) => {
                 if carried_out {
-                    self.mmu.host().ghost().access(
-                        self.id,
-                        self.role.space(),
-                        gfn,
-                        leaf.translate(gfn),
-                        access,
-                        leaf.born,
-                    );
+                    self.mmu.host().ghost().access(self.id, self.role.space(), gfn, access, &leaf);
                 }
                 return Ok(());
             }
@@ -127,13 +120,16 @@ impl<F: Cpu> Running<'_, F> {
             machine.ghost().violation(Some(gfn), format!("{:?}: the root {:?} has been freed", self.id, self.root));
             return Err(Cause::Translation);
         };
+        if carried_out && access == Access::Write {
+            machine.ghost().writes(self.id, self.role.space(), gfn);
+        }
         let tlb = &mut *self.tlb;
         match walk::<F>(&machine.arena, start, gfn, access, self.role.ad_bits(), |table| tlb.learn_table(table)) {
             Walked::Leaf(mut leaf) => {
                 let mut ghost = machine.ghost();
                 leaf.born = ghost.tick();
                 if carried_out {
-                    ghost.access(self.id, self.role.space(), gfn, leaf.translate(gfn), access, leaf.born);
+                    ghost.access(self.id, self.role.space(), gfn, access, &leaf);
                 }
                 drop(ghost);
                 self.tlb.learn(leaf);
@@ -264,7 +260,7 @@ impl<F: Cpu> GuestCpu<F> {
     fn handle(&mut self, Instruction { gfn, access }: Instruction, stopped: Stopped, tries: u64) -> Option<Done> {
         let Stopped::Fault(cause) = stopped else { return None };
         let id = self.vcpu.id();
-        let began = self.mmu.host().ghost().fault_begins(self.role().space(), gfn, access);
+        let began = self.mmu.host().ghost().fault_begins(id, self.role().space(), gfn, access);
         let result = self.vcpu.fault(Fault { gpa: gfn.gpa(), access, cause });
         self.mmu.host().ghost().fault_ended(id, self.role().space(), gfn, access, began, &result);
         match result {

@@ -119,7 +119,9 @@ impl<F: Cpu> Machine<F> {
 
     /// A machine and its MMU.
     pub fn build(build: Build, config: Config) -> Arc<Mmu<Self>> {
-        Mmu::new(Self::new(build, config.vcpus), config).expect("the test's configuration is right")
+        let machine = Self::new(build, config.vcpus);
+        machine.ghost().set_largest(config.largest);
+        Mmu::new(machine, config).expect("the test's configuration is right")
     }
 
     /// The ghost. Not to be held while the library is called.

@@ -355,7 +355,7 @@ impl<F: Cpu> Single<F> {
     }
 
     fn zap(&mut self, range: GfnRange) {
-        let called = self.mmu.host().ghost().tick();
+        let called = self.mmu.host().ghost().zapping(range);
         self.worker.zap(range);
         self.mmu.host().ghost().zapped(range, called);
         self.expect_empty(range);
@@ -363,7 +363,7 @@ impl<F: Cpu> Single<F> {
 
     fn zap_all(&mut self) {
         let range = GfnRange { start: Gfn(0), end: Level::L5.root_limit() };
-        let called = self.mmu.host().ghost().tick();
+        let called = self.mmu.host().ghost().zapping(range);
         self.worker.zap_all();
         self.mmu.host().ghost().zapped(range, called);
         self.expect_empty(range);
@@ -382,7 +382,7 @@ impl<F: Cpu> Single<F> {
     }
 
     fn invalidate(&mut self, range: GfnRange, moved: bool, touch: Option<Gfn>) {
-        let called = self.mmu.host().ghost().tick();
+        let called = self.mmu.host().ghost().zapping(range);
         let mmu = Arc::clone(&self.mmu);
         let machine = mmu.host();
         let held = self.worker.invalidate(range);

@@ -8,18 +8,18 @@
 //! One thing the embedder must keep apart itself: memory of a slot is not moved to another place in the guest while
 //! an invalidation of its old place is in flight, because the range in flight would not name the new place.
 
-use std::sync::RwLock;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError, RwLock};
 
 use nestling::{
-    Access, AdBits, AddressSpace, Config, Counters, Gfn, GfnRange, Granularity, Level, LogConfig, LogStart, Mmu, Role,
-    SlotConfig, SlotFlags, SlotId, SlotZap, Split, Tracking, VcpuId, Worker,
+    Access, AdBits, AddressSpace, Config, Counters, DirtyPages, DirtyRing, FaultError, Gfn, GfnRange, Granularity,
+    Level, LogConfig, LogStart, Mmu, Role, SlotConfig, SlotFlags, SlotId, SlotZap, Split, Tracking, VcpuId, Worker,
 };
 
 use super::single::finish;
-use crate::ghost::Violation;
-use crate::ghost::dirty::Judge;
+use crate::ghost::dirty::Answers;
 use crate::ghost::object::Shape;
+use crate::ghost::{Violation, everything};
 use crate::machine::cpu::Cpu;
 use crate::machine::fence::Fences;
 use crate::machine::guest::{Done, GuestCpu, Instruction, Manners};
@@ -35,6 +35,8 @@ pub enum Care {
     MovesPagesUnasked,
     /// Gives a slot's memory back to the host before `delete_slot` has returned.
     FreesTooEarly,
+    /// Puts bits into a log that nobody wrote.
+    MarksUnwritten,
 }
 
 /// What a storm is made of.
@@ -46,8 +48,10 @@ pub struct Plan {
     pub vcpus: u16,
     /// Worker threads.
     pub workers: u16,
-    /// Operations of all workers together.
+    /// Operations of all workers together, at least.
     pub operations: u64,
+    /// Guest accesses at least: the workers go on until there were so many.
+    pub accesses: u64,
     /// The root tables' level.
     pub root_level: Level,
     /// The largest leaf.
@@ -58,7 +62,7 @@ pub struct Plan {
     pub only_zaps: bool,
     /// Whether vCPUs turn to another role now and then.
     pub roles: bool,
-    /// Whether the first worker starts, takes and stops dirty logs.
+    /// Whether the first worker starts, takes and stops dirty logs, and vCPUs have dirty rings.
     pub logs: bool,
     /// The pair of fences.
     pub fences: Fences,
@@ -76,6 +80,8 @@ impl Plan {
             vcpus: 2,
             workers: 2,
             operations,
+            // Where there are fewer CPUs than threads, the workers could be through before a guest's turn comes.
+            accesses: 100,
             root_level: Level::L4,
             largest: Level::G1,
             slot_zap: SlotZap::Slot,
@@ -100,12 +106,18 @@ pub struct Report {
     pub hits: u64,
     /// Worker operations.
     pub operations: u64,
+    /// What dirty logs told.
+    pub answers: Answers,
+    /// Entries of dirty rings that were taken.
+    pub ring_entries: u64,
     /// The library's counters at the end.
     pub counters: Counters,
 }
 
 /// Tries of one access. Far more than a delayed worker causes; only a livelock gets there.
 const PATIENCE: u64 = 2_000_000;
+/// Entries of a vCPU's dirty ring.
+const RING: usize = 256;
 /// Slots at most.
 const SLOTS: u64 = 4;
 /// The small world: blocks of 2 MiB around a border of 1 GiB.
@@ -134,6 +146,8 @@ struct World<'a, F: Cpu> {
     mmu: &'a Mmu<Machine<F>>,
     care: Care,
     limit: u64,
+    /// Guest accesses that there must have been.
+    accesses: u64,
     only_zaps: bool,
     /// Whether vCPUs turn to other roles.
     roles: bool,
@@ -144,6 +158,9 @@ struct World<'a, F: Cpu> {
     /// Workers that are not done.
     working: AtomicUsize,
     hits: AtomicU64,
+    /// The vCPUs' dirty rings, if they have some.
+    rings: Vec<Mutex<DirtyRing>>,
+    ring_entries: AtomicU64,
     /// Read: an invalidation is in flight. Written: a slot moves (see the module head).
     places: RwLock<()>,
     found: AtomicBool,
@@ -174,8 +191,19 @@ impl<F: Cpu> World<'_, F> {
             }
             let length = if roles { 1 + rng.below(64) } else { 512 };
             self.piece(cpu, length, &mut rng);
+            if self.logs {
+                self.device_writes(cpu, spot(&mut rng));
+            }
         }
         self.hits.fetch_add(cpu.tlb.hits, Ordering::Relaxed);
+    }
+
+    /// The embedder writes a frame for the guest.
+    fn device_writes(&self, cpu: &mut GuestCpu<F>, gfn: Gfn) {
+        let (id, space, machine) = (cpu.vcpu.id(), cpu.role().space(), self.mmu.host());
+        let began = machine.ghost().device_writes(id, space, gfn);
+        cpu.vcpu.mark_dirty(GfnRange { start: gfn, end: Gfn(gfn.0 + 1) });
+        machine.ghost().device_wrote(id, space, gfn, began);
     }
 
     fn piece(&self, cpu: &mut GuestCpu<F>, length: u64, rng: &mut Rng) {
@@ -196,7 +224,10 @@ impl<F: Cpu> World<'_, F> {
             self.goes_on().then_some(Instruction { gfn, access })
         });
         cpu.run(code, |instruction, done| {
-            if let Done::Stuck | Done::Failed(_) = done {
+            if done == Done::Failed(FaultError::DirtyRingFull) {
+                // Whoever has the log empties it. The access is given up.
+                std::thread::yield_now();
+            } else if let Done::Stuck | Done::Failed(_) = done {
                 let text = format!("{instruction:?} ended as {done:?}");
                 self.mmu.host().ghost().violation(Some(instruction.gfn), text);
                 self.found.store(true, Ordering::Relaxed);
@@ -208,7 +239,11 @@ impl<F: Cpu> World<'_, F> {
         for id in 0..if first { SLOTS } else { 0 } {
             self.replace_slot(worker, &mut rng, id);
         }
-        while self.goes_on() && self.operations.fetch_add(1, Ordering::Relaxed) < self.limit {
+        let begins_another = || {
+            let operations = self.operations.fetch_add(1, Ordering::Relaxed);
+            operations < self.limit || self.mmu.host().ghost().accesses < self.accesses
+        };
+        while self.goes_on() && begins_another() {
             match (first, rng.below(9)) {
                 _ if self.only_zaps => {
                     let block = Gfn((FIRST_BLOCK + rng.below(2)) * 512);
@@ -315,36 +350,63 @@ impl<F: Cpu> World<'_, F> {
             }
             (Some((_, words)), 1) => {
                 let bits: Vec<_> = (0..words).map(|_| rng.next() & rng.next() & rng.next()).collect();
-                machine.ghost().merging(id, 0, &bits);
+                if self.care != Care::MarksUnwritten {
+                    machine.ghost().merging(id, 0, &bits);
+                }
                 let _ = worker.merge_dirty(id, 0, &bits);
             }
+            (Some(_), 2) => self.reset_rings(worker),
             (Some((_, words)), kind) => {
-                let mut bits = vec![0; words];
-                let asked = machine.ghost().tick();
-                let got =
-                    if kind < 4 { worker.get_dirty(id, 0, &mut bits) } else { worker.harvest_dirty(id, 0, &mut bits) };
+                let first = if rng.once_in(4) { rng.below(words as u64) as usize } else { 0 };
+                let mut bits = vec![0; words - first];
+                let asked = machine.ghost().asking(id);
+                let got = if kind < 5 {
+                    worker.get_dirty(id, first, &mut bits)
+                } else {
+                    worker.harvest_dirty(id, first, &mut bits)
+                };
                 if got.is_err() {
                     return machine.ghost().violation(None, format!("a log of {words} words answers {got:?}"));
                 }
-                machine.ghost().told(id, 0, &bits, asked, kind >= 4, Judge::Beside);
-                if kind < 4 {
-                    let _ = worker.clear_dirty(id, 0, &bits);
-                    machine.ghost().cleared(id, 0, &bits);
+                machine.ghost().told(id, first, &bits, asked, kind >= 5);
+                if kind < 5 {
+                    let asked = machine.ghost().asking(id);
+                    let _ = worker.clear_dirty(id, first, &bits);
+                    machine.ghost().cleared(id, first, &bits, asked);
                 }
             }
         }
     }
 
+    /// Empties the vCPUs' rings and arms what they name. Entries of logs that have ended are among them.
+    fn reset_rings(&self, worker: &mut Worker<Machine<F>>) {
+        let machine = self.mmu.host();
+        let entries: Vec<DirtyPages> = self
+            .rings
+            .iter()
+            .flat_map(|ring| {
+                let mut ring = ring.lock().unwrap_or_else(PoisonError::into_inner);
+                std::iter::from_fn(|| ring.take()).collect::<Vec<_>>()
+            })
+            .collect();
+        self.ring_entries.fetch_add(entries.len() as u64, Ordering::Relaxed);
+        let asked: Vec<_> = (0..SLOTS).map(|id| machine.ghost().asking(SlotId(id as u32))).collect();
+        worker.reset_dirty(&entries);
+        for (id, asked) in (0..).map(SlotId).zip(asked) {
+            machine.ghost().reset(id, entries.iter().filter(|entry| entry.slot == id), asked);
+        }
+    }
+
     fn zap(&self, worker: &mut Worker<Machine<F>>, range: GfnRange) {
-        let called = self.mmu.host().ghost().tick();
+        let called = self.mmu.host().ghost().zapping(range);
         worker.zap(range);
         self.mmu.host().ghost().zapped(range, called);
     }
 
     fn zap_all(&self, worker: &mut Worker<Machine<F>>) {
-        let called = self.mmu.host().ghost().tick();
+        let called = self.mmu.host().ghost().zapping(everything());
         worker.zap_all();
-        self.mmu.host().ghost().zapped(GfnRange { start: Gfn(0), end: Level::L5.root_limit() }, called);
+        self.mmu.host().ghost().zapped(everything(), called);
     }
 
     fn invalidate(&self, worker: &mut Worker<Machine<F>>, rng: &mut Rng) {
@@ -356,10 +418,10 @@ impl<F: Cpu> World<'_, F> {
             machine.ghost().moved_behind_the_librarys_back(range);
             return;
         }
-        let called = machine.ghost().tick();
+        let called = machine.ghost().zapping(range);
         let held = if rng.once_in(3) {
             // Refused in a crowd more often than not.
-            let Ok(held) = worker.try_invalidate(range) else { return };
+            let Ok(held) = worker.try_invalidate(range) else { return machine.ghost().not_zapped(called) };
             held
         } else {
             worker.invalidate(range)
@@ -403,13 +465,16 @@ pub fn run<F: Cpu>(plan: Plan) -> Report {
         },
         config,
     );
-    let world = World {
+    let mut world = World {
         mmu: &mmu,
         care: plan.care,
         limit: plan.operations,
+        accesses: plan.accesses,
         only_zaps: plan.only_zaps,
         roles: plan.roles,
         logs: plan.logs,
+        rings: Vec::new(),
+        ring_entries: AtomicU64::new(0),
         operations: AtomicU64::new(0),
         working: AtomicUsize::new(workers.into()),
         hits: AtomicU64::new(0),
@@ -420,6 +485,11 @@ pub fn run<F: Cpu>(plan: Plan) -> Report {
     let mut cpus: Vec<_> = (0..vcpus)
         .map(|id| GuestCpu::new(&mmu, VcpuId(id), seeds.next(), plan.manners).with_patience(PATIENCE))
         .collect();
+    if plan.logs {
+        let ring = |cpu: &mut GuestCpu<F>| cpu.vcpu.enable_dirty_ring(RING).expect("there is memory for a ring");
+        world.rings = cpus.iter_mut().map(|cpu| Mutex::new(ring(cpu))).collect();
+    }
+    let world = world;
     std::thread::scope(|scope| {
         for cpu in &mut cpus {
             let (world, rng) = (&world, Rng::new(seeds.next()));
@@ -431,7 +501,10 @@ pub fn run<F: Cpu>(plan: Plan) -> Report {
             scope.spawn(move || world.work(&mut worker, number == 0, rng));
         }
     });
-    let (operations, hits) = (world.operations.into_inner().min(plan.operations), world.hits.into_inner());
+    // Each worker has begun one that it did not do.
+    let operations = world.operations.into_inner().saturating_sub(workers.into());
+    let hits = world.hits.into_inner();
+    let ring_entries = world.ring_entries.into_inner();
     let mut worker = mmu.worker().expect("the workers are gone");
     for id in 0..SLOTS as u32 {
         if let Some(object) = delete(&mut worker, &mmu, SlotId(id), Care::Right) {
@@ -443,5 +516,6 @@ pub fn run<F: Cpu>(plan: Plan) -> Report {
     check_tables(&mmu);
     drop(cpus);
     let (accesses, counters) = (mmu.host().ghost().accesses, mmu.counters());
-    Report { violations: finish(mmu), accesses, hits, operations, counters }
+    let answers = mmu.host().ghost().answers();
+    Report { violations: finish(mmu), accesses, hits, operations, answers, ring_entries, counters }
 }

@@ -3,7 +3,6 @@
 use nestling::{Granularity, Level, LogConfig, LogError, LogStart, SlotError, SlotId, Split, Tracking};
 
 use super::{Cpu, GfnRange, Single, Spot};
-use crate::ghost::dirty::Judge;
 use crate::ghost::tree::Leaf;
 use crate::machine::check_tables;
 use crate::rng::Rng;
@@ -132,7 +131,7 @@ impl<F: Cpu> Single<F> {
         let right = self.part_of_log(id, from, to);
         let (first, count) = right.unwrap_or((0, 1));
         let mut words = vec![0; count];
-        let asked = self.mmu.host().ghost().tick();
+        let asked = self.mmu.host().ghost().asking(id);
         let got = self.worker.harvest_dirty(id, first, &mut words);
         self.told(id, first, &words, asked, true, got, right);
         self.log_ends(id);
@@ -152,7 +151,7 @@ impl<F: Cpu> Single<F> {
         let dirty = words.iter().map(|word| u64::from(word.count_ones())).sum();
         self.expect_same("what a log answers", &got, &right.map(|_| dirty));
         if got.is_ok() {
-            self.mmu.host().ghost().told(id, first, words, asked, taken, Judge::Exactly);
+            self.mmu.host().ghost().told(id, first, words, asked, taken);
         }
     }
 
@@ -160,17 +159,18 @@ impl<F: Cpu> Single<F> {
         let right = self.part_of_log(id, from, to);
         let (first, count) = right.unwrap_or((0, 1));
         let mut words = vec![0; count];
-        let asked = self.mmu.host().ghost().tick();
+        let asked = self.mmu.host().ghost().asking(id);
         let got = self.worker.get_dirty(id, first, &mut words);
         self.told(id, first, &words, asked, false, got, right);
         let mut rng = Rng::new(seed);
         words.iter_mut().for_each(|word| *word &= rng.next() | rng.next());
+        let asked = self.mmu.host().ghost().asking(id);
         let got = self.worker.clear_dirty(id, first, &words);
         // What was not asked for may still be dirty: nothing is told of it.
         let dirty = words.iter().map(|word| u64::from(word.count_ones())).sum();
         self.expect_same("clear_dirty", &got, &right.map(|_| dirty));
         if got.is_ok() {
-            self.mmu.host().ghost().cleared(id, first, &words);
+            self.mmu.host().ghost().cleared(id, first, &words, asked);
         }
     }
 
