@@ -106,8 +106,12 @@ impl Running {
 
     /// Asks for a migration to an address.
     fn migrate(&self, to: &Address) -> Child {
+        self.migrate_in(to, &["--rounds", "5"])
+    }
+
+    fn migrate_in(&self, to: &Address, how: &[&str]) -> Child {
         let mut command = nestling();
-        command.args(["migrate", "--name", &self.name, "--to"]).arg(to.to_string()).args(["--rounds", "5"]);
+        command.args(["migrate", "--name", &self.name, "--to"]).arg(to.to_string()).args(how);
         command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().expect("the command can be started")
     }
 
@@ -153,6 +157,11 @@ struct Relay {
 impl Relay {
     /// By the same means as the target, which may yet have to begin to listen.
     fn start(to: Address) -> Self {
+        Self::with_rate(to, None)
+    }
+
+    /// One that passes on so many bytes a second to the target.
+    fn with_rate(to: Address, rate: Option<f64>) -> Self {
         let address = match &to {
             Address::Unix(path) => Address::Unix(path.with_extension("relay")),
             Address::Tcp(_) => Address::Tcp("127.0.0.1:0".into()),
@@ -175,7 +184,8 @@ impl Relay {
                     let (from, into) = (share(from), share(into));
                     let (cut, passed) = if first { (&cut, &passed) } else { (&flag, &passed) };
                     let (cut, passed) = (Arc::clone(cut), Arc::clone(passed));
-                    thread::spawn(move || pass_on(from, into, &cut, counted.then_some(&*passed)));
+                    let rate = rate.filter(|_| counted);
+                    thread::spawn(move || pass_on(from, into, &cut, counted.then_some(&*passed), rate));
                 }
             }
         });
@@ -203,7 +213,7 @@ fn shut(link: &Link) {
     };
 }
 
-fn pass_on(mut from: Link, mut into: Link, cut: &AtomicBool, count: Option<&AtomicUsize>) {
+fn pass_on(mut from: Link, mut into: Link, cut: &AtomicBool, count: Option<&AtomicUsize>, rate: Option<f64>) {
     use io::{Read, Write};
     let mut bytes = vec![0; 64 << 10];
     let read_patience = match &from {
@@ -222,6 +232,9 @@ fn pass_on(mut from: Link, mut into: Link, cut: &AtomicBool, count: Option<&Atom
                     break;
                 }
                 count.map(|count| count.fetch_add(length, Ordering::SeqCst));
+                if let Some(rate) = rate {
+                    thread::sleep(Duration::from_secs_f64(length as f64 / rate));
+                }
             }
             Err(cause) if matches!(cause.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut) => {}
             Err(_) => break,
@@ -313,6 +326,40 @@ fn a_guest_goes_from_machine_to_machine_and_survives_what_fails_on_the_way() {
     until("the guest finds itself right", || here.count(" times good") > good + 1);
     kill_process(Pid::from_child(&here.child), Signal::TERM).expect("it runs");
     here.ends_with(128 + 15);
+}
+
+/// It writes all its memory in less time than the link takes to carry it: it is kept from running more and more, is told
+/// of, and arrives.
+#[test]
+fn a_guest_that_writes_faster_than_the_link_is_slowed_down_and_arrives() {
+    let _machine = one_machine_at_a_time();
+    let here = Running::start(1000, &["--vcpus", "2", "--memory", "96M", "--append", "nestling.seconds=1000000"]);
+    until("the guest checks its memory", || here.count("memory: round") > 0);
+    let target = Running::target(1001);
+    let relay = Relay::with_rate(target.address.clone(), Some(f64::from(2 << 20)));
+    let report = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join("slow-link.json");
+    let report = report.to_str().expect("text");
+    let how = ["--rounds", "6", "--downtime", "300", "--report", report];
+    let (status, said) = end(here.migrate_in(&relay.address, &how));
+    println!("{said}");
+    assert_eq!(status, Some(0), "{said}");
+    // The first two rounds show that it gets no nearer.
+    for told in
+        ["round 1: ", "round 3: ", "the guest is kept from running 20 %", "written meanwhile", " used; stopping"]
+    {
+        assert!(said.contains(told), "no {told:?} in\n{said}");
+    }
+    let figures: serde_json::Value = serde_json::from_str(&fs::read_to_string(report).expect("written")).expect("JSON");
+    println!("{figures}");
+    for figure in ["total_s", "downtime_s", "longest_vcpu_stall_s", "rounds", "pages", "last_pages", "bytes"] {
+        assert!(figures[figure].as_f64().is_some_and(|value| value > 0.0), "{figure} in {figures}");
+    }
+    here.ends_with(0);
+    target.goes_on();
+    let good = target.count(" times good");
+    until("the guest finds itself right", || target.count(" times good") > good + 1);
+    kill_process(Pid::from_child(&target.child), Signal::TERM).expect("it runs");
+    target.ends_with(128 + 15);
 }
 
 #[test]

@@ -114,6 +114,8 @@ pub struct Round {
     pub pages: u64,
     /// Pages that the guest has written since they were sent.
     pub dirty: u64,
+    /// Pages that the guest has used meanwhile, as far as accessed bits tell: its working set.
+    pub used: u64,
     /// Its length, in nanoseconds.
     pub ns: u64,
     /// How long the guest would have to stand still if the rest were sent now, in nanoseconds.
@@ -127,6 +129,8 @@ pub struct Round {
 pub struct Copied {
     /// Pages sent, those that were sent again counted again.
     pub pages: u64,
+    /// Of these, the ones that were sent while the guest stood still.
+    pub last_pages: u64,
     /// Rounds before the guest stood still.
     pub rounds: u32,
     /// How long the guest has stood still by now, in nanoseconds.
@@ -135,6 +139,19 @@ pub struct Copied {
     pub total_ns: u64,
     /// The longest time for which a vCPU was kept from its guest while the copy was made behind its back.
     pub longest_stall_ns: u64,
+    /// What became of huge pages; of a snapshot that is complete.
+    pub huge_pages: HugePages,
+}
+
+/// Bytes that the guest's memory has on huge pages, which dirty logs split.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HugePages {
+    /// Before there were logs.
+    pub before: u64,
+    /// When there were none any more.
+    pub after: u64,
+    /// Made whole in place, without a fault. A page of 1 GiB counts once as such, and once as its parts.
+    pub made: u64,
 }
 
 /// What the command sends through the window.

@@ -74,12 +74,20 @@ pub struct Figures {
     pub rounds: u32,
     /// Pages sent, those that were sent again counted again.
     pub pages: u64,
+    /// Those that were sent while the guest stood still.
+    pub last_pages: u64,
     /// Those that held zeros.
     pub zero_pages: u64,
     /// Those that held what others hold.
     pub repeated_pages: u64,
     /// Bytes written to the file or the link.
     pub bytes: u64,
+    /// Bytes that were on huge pages before the copy.
+    pub huge_bytes_before: u64,
+    /// The same when the guest's logs were stopped, of a snapshot.
+    pub huge_bytes_after: u64,
+    /// Bytes that were put back on huge pages in place, without a fault.
+    pub huge_bytes_made: u64,
 }
 
 impl Figures {
@@ -91,9 +99,13 @@ impl Figures {
             longest_vcpu_stall_s: copied.longest_stall_ns as f64 / 1e9,
             rounds: copied.rounds,
             pages: tally.pages,
+            last_pages: copied.last_pages,
             zero_pages: tally.zeros,
             repeated_pages: tally.same,
             bytes,
+            huge_bytes_before: copied.huge_pages.before,
+            huge_bytes_after: copied.huge_pages.after,
+            huge_bytes_made: copied.huge_pages.made,
         }
     }
 }
@@ -325,13 +337,14 @@ fn told(to: &str, moved: &Moved) -> String {
 fn words(round: &Round) -> String {
     let seconds = (round.ns as f64 / 1e9).max(1e-9);
     format!(
-        "round {}: {} pages in {seconds:.2} s ({:.0} MiB/s), {} written meanwhile ({:.0} MiB/s); stopping now would take \
-         {:.3} s{}",
+        "round {}: {} pages in {seconds:.2} s ({:.0} MiB/s), {} written meanwhile ({:.0} MiB/s), {} used; stopping now would \
+         take {:.3} s{}",
         round.number,
         round.pages,
         round.pages as f64 / 256.0 / seconds,
         round.dirty,
         round.dirty as f64 / 256.0 / seconds,
+        Mebibytes(round.used << 12),
         round.downtime_ns as f64 / 1e9,
         if round.throttle > 0 {
             format!("; the guest is kept from running {} %", round.throttle)

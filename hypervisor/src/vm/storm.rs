@@ -8,6 +8,12 @@
 //! the point: under a storm, low RAM is cut into slots of 32 MiB ([`cut`]), of which some are away at any time, and an access
 //! to RAM that finds no slot is tried again until its slot is back ([`Storm::may_have_taken`]).
 //!
+//! **Copies.** Whoever copies the VM needs the slots to stay, and their logs. It says so and waits until the storm has
+//! heard ([`Storm::spares_slots`]): from then on until it is done ([`Storm::go_on`]) the storm neither deletes nor moves
+//! slots, nor logs them, and counts those operations as skipped; all others go on. The word is a number that is odd
+//! while a copy is made, and the storm answers by repeating it between two operations: what it heard of one copy is no
+//! answer to the next.
+//!
 //! **The end.** The storm carries its operation to its end, so that every slot is back and every range given back. vCPUs
 //! wait for that ([`Storm::wait_for_end`]) before anybody walks tables for a report. They have left the guest by then, so no
 //! operation waits for them.
@@ -68,6 +74,10 @@ pub struct Storm {
     longest_stall: AtomicU64,
     /// Stalls are measured: always in a storm, now and then without one.
     measuring: AtomicBool,
+    /// Odd while a copy is made.
+    copies: AtomicU64,
+    /// The last such number that the storm has heard.
+    heard: AtomicU64,
 }
 
 impl Storm {
@@ -110,6 +120,19 @@ impl Storm {
     #[must_use]
     pub fn longest_stall(&self) -> u64 {
         self.longest_stall.load(Ordering::Relaxed)
+    }
+
+    /// Whether slots and their logs are left alone from here on; asks for it. By whoever copies the VM.
+    pub(super) fn spares_slots(&self) -> bool {
+        let copies = self.copies.load(Ordering::SeqCst) | 1;
+        self.copies.store(copies, Ordering::SeqCst);
+        !self.blowing.load(Ordering::SeqCst) || self.heard.load(Ordering::SeqCst) == copies
+    }
+
+    /// They need not be any longer.
+    pub(super) fn go_on(&self) {
+        // No one else writes it.
+        self.copies.store((self.copies.load(Ordering::SeqCst) | 1) + 1, Ordering::SeqCst);
     }
 
     /// Waits until the tables are left alone. By a CPU that runs no guest.
@@ -201,12 +224,15 @@ impl Engine<'_> {
             let (next, &at) = due.iter().enumerate().min_by_key(|&(_, at)| at).expect("there are kinds");
             let now = instructions::rdtsc();
             if at > now {
+                self.hear();
                 rest_until(at.min(now + clock::tsc_from_us(LOOK_US)));
                 continue;
             }
             let kind = StormKind::ALL[next];
             let began = instructions::rdtsc();
-            let counts = if self.fire(kind) { &self.vm.storm.done } else { &self.vm.storm.skipped };
+            let spared =
+                self.hear() && matches!(kind, StormKind::SlotDelete | StormKind::SlotMove | StormKind::DirtyLog);
+            let counts = if !spared && self.fire(kind) { &self.vm.storm.done } else { &self.vm.storm.skipped };
             counts[next].fetch_add(1, Ordering::Relaxed);
             // What is late stays late: no operation is left out, and none waits for another kind's.
             due[next] = at + period[next].unwrap_or(u64::MAX - at);
@@ -216,6 +242,17 @@ impl Engine<'_> {
             }
             rest_until(now + (now - began).min(clock::tsc_from_us(LONGEST_REST_US)));
         }
+    }
+
+    /// Hears whether slots are to be left alone, and says so.
+    fn hear(&mut self) -> bool {
+        let copies = self.vm.storm.copies.load(Ordering::SeqCst);
+        let spared = copies % 2 == 1;
+        if spared && self.vm.storm.heard.load(Ordering::SeqCst) != copies {
+            self.logs.stop(self.vm, &mut self.worker);
+            self.vm.storm.heard.store(copies, Ordering::SeqCst);
+        }
+        spared
     }
 
     /// One operation; whether it was carried out.

@@ -14,6 +14,7 @@
 mod incoming;
 mod rounds;
 mod send;
+mod throttle;
 
 pub(super) use incoming::Incoming;
 pub(super) use send::{Fixed, Purpose, send};

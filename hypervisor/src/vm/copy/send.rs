@@ -2,17 +2,18 @@
 
 use alloc::string::{String, ToString};
 use alloc::sync::Arc;
-use alloc::vec::Vec;
 use core::fmt::Display;
 use core::hint::spin_loop;
 
 use nestling::Gfn;
 use nestling_control::message::{GuestExit, MigrateLimits};
 use nestling_control::window::{
-    self, Copied, DATA_BYTES, FromCommand, FromHypervisor, PAGE_BYTES, Receiver, SLOT_PAGES, Sender, Way,
+    self, Copied, DATA_BYTES, FromCommand, FromHypervisor, HugePages, PAGE_BYTES, Receiver, Sender, Way,
 };
 
 use super::rounds::Logs;
+use super::throttle::Throttle;
+use crate::control::log;
 use crate::control::window::Window;
 use crate::cpu::{clock, instructions, rtc};
 use crate::memory::guest::GuestRam;
@@ -61,8 +62,21 @@ pub(super) fn because(error: impl Display) -> Stop {
 pub(in crate::vm) fn send(vm: &Arc<Shared>, fixed: &Fixed, window: &Window, purpose: Purpose) {
     let sender = Sender::new(Way::ToCommand);
     let began = instructions::rdtsc();
-    let mut copy = Copy { vm, window, sender, pages: 0, rounds: 0, longest_stall: 0, began, logs: None, held_at: None };
-    let last = match copy.run(fixed, purpose) {
+    let throttle = Throttle::default();
+    let mut copy = Copy {
+        vm,
+        window,
+        sender,
+        pages: 0,
+        last_pages: 0,
+        rounds: 0,
+        longest_stall: 0,
+        throttle,
+        began,
+        logs: None,
+        held_at: None,
+    };
+    let mut last = match copy.run(fixed, purpose) {
         Ok(last) => last,
         Err(Stop::Ended) => FromHypervisor::Kept("the guest has ended".to_string()),
         Err(Stop::Because(text)) => FromHypervisor::Kept(text),
@@ -72,7 +86,12 @@ pub(in crate::vm) fn send(vm: &Arc<Shared>, fixed: &Fixed, window: &Window, purp
     } else {
         copy.release();
     }
-    drop(copy.logs.take());
+    let huge_pages = copy.logs.take().map(|mut logs| logs.stop());
+    vm.storm.go_on();
+    if let (FromHypervisor::Complete(copied), Some(huge_pages)) = (&mut last, huge_pages) {
+        copied.huge_pages = huge_pages;
+        log::info!("{} of {} MiB are on huge pages again", huge_pages.after >> 20, huge_pages.before >> 20);
+    }
     // The command empties the ring until it has this, also when it has given up.
     copy.wait_for_room(false).and_then(|()| copy.put(&last)).unwrap_or_default();
 }
@@ -84,9 +103,12 @@ pub(super) struct Copy<'a> {
     sender: Sender<FromHypervisor>,
     /// Pages sent.
     pub(super) pages: u64,
+    /// Of these, the ones that were sent while the guest was held.
+    last_pages: u64,
     pub(super) rounds: u32,
     /// In ticks of the TSC, until the guest was held.
     longest_stall: u64,
+    pub(super) throttle: Throttle,
     began: u64,
     logs: Option<Logs>,
     /// The TSC, and the ticks of the VM's time, when the guest was stopped.
@@ -100,17 +122,16 @@ impl Copy<'_> {
             Purpose::Snapshot => SNAPSHOT,
             Purpose::Migrate(limits) => limits,
         };
-        // A storm deletes and moves slots, and their logs with them.
-        if self.vm.storm.is_planned() {
-            self.hold()?;
-            self.send_memory()?;
-        } else {
-            let mut logs = Logs::start(self.vm).map_err(Stop::Because)?;
-            let sent = self.send_behind(&mut logs, limits);
-            // They are stopped when the guest goes on: it does not wait for that.
-            self.logs = Some(logs);
-            sent?;
+        // A storm deletes and moves slots, and their logs with them: it does other things meanwhile.
+        while !self.vm.storm.spares_slots() {
+            self.look()?;
+            spin_loop();
         }
+        let mut logs = Logs::start(self.vm).map_err(Stop::Because)?;
+        let sent = self.send_behind(&mut logs, limits);
+        // They are stopped when the guest goes on: it does not wait for that.
+        self.logs = Some(logs);
+        sent?;
         self.send_state(fixed)?;
         match purpose {
             Purpose::Snapshot => {
@@ -134,7 +155,10 @@ impl Copy<'_> {
         self.vm.storm.measure(false);
         sent?;
         self.hold()?;
-        self.send_dirty(logs, 0)
+        let before = self.pages;
+        self.send_dirty(logs)?;
+        self.last_pages = self.pages - before;
+        Ok(())
     }
 
     fn copied(&self) -> Copied {
@@ -142,10 +166,12 @@ impl Copy<'_> {
         let ns = |ticks| self.vm.clock.ns_in(ticks);
         Copied {
             pages: self.pages,
+            last_pages: self.last_pages,
             rounds: self.rounds,
             stopped_ns: self.held_at.map_or(0, |(tsc, _)| ns(now - tsc)),
             total_ns: ns(now - self.began),
             longest_stall_ns: ns(self.longest_stall),
+            huge_pages: HugePages::default(),
         }
     }
 
@@ -186,26 +212,6 @@ impl Copy<'_> {
         }
         self.vm.thaw_ports();
         self.start_vcpus();
-    }
-
-    /// Sends every page that has memory, while the guest is held. What has none reads as zeros, here and there.
-    fn send_memory(&mut self) -> Result<(), Stop> {
-        let vm = Arc::clone(self.vm);
-        let ram = vm.mmu.host().ram();
-        let mut next = Gfn(0);
-        loop {
-            let mut frames = Vec::with_capacity(SLOT_PAGES);
-            while frames.len() < SLOT_PAGES
-                && let Some(gfn) = ram.next_with_memory(next)
-            {
-                frames.push(gfn.0);
-                next = Gfn(gfn.0 + 1);
-            }
-            if frames.is_empty() {
-                return Ok(());
-            }
-            self.send_pages(ram, &frames)?;
-        }
     }
 
     /// Sends pages, at most a slot's.
@@ -280,6 +286,7 @@ impl Copy<'_> {
         while !self.sender.has_room(self.window).map_err(because)? {
             if unless_aborted {
                 self.look()?;
+                self.take_turn()?;
             }
             let patience = if unless_aborted { PATIENCE_US } else { LAST_PATIENCE_US };
             if clock::us_from_tsc(instructions::rdtsc() - began) > patience {

@@ -57,6 +57,17 @@ fn digest(vm: &Shared, gpa: Gpa) -> u64 {
 }
 
 impl Logs {
+    /// Stops them all, after a last look.
+    pub(super) fn stop(&mut self, vm: &Shared, worker: &mut Worker<Machine>) {
+        for (id, mut watched) in core::mem::take(&mut self.0) {
+            let id = SlotId(id);
+            // The slot may have been away, and its log with it.
+            if take(vm, worker, id, &mut watched) && worker.stop_log(id).is_ok() {
+                let _ = worker.collapse(id);
+            }
+        }
+    }
+
     /// Does something about the log of a slot; whether anything could be done.
     pub(super) fn step(
         &mut self,
