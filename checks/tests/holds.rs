@@ -199,10 +199,16 @@ fn dirty_work(mmu: &Arc<Mmu<Amd>>, tracking: Tracking) -> Vec<(&'static str, Vec
     let mut worker = mmu.worker().expect("a worker is free");
     let mut parts = Vec::new();
     let mut part = |name, operation: &mut dyn FnMut(&mut Worker<Amd>)| {
+        let before = mmu.counters();
         operation(&mut worker);
         let holds = std::mem::take(&mut *seen.lock().expect("the hook does not panic"));
         let exclusive = holds.iter().filter(|hold| hold.0 == Side::Exclusive).count();
         assert_eq!(exclusive, 0, "{name} took the exclusive lock");
+        let after = mmu.counters();
+        assert_eq!(after.exclusive_locks, before.exclusive_locks, "{name} took the exclusive lock");
+        let (asked, vcpus) = (after.flush_requests - before.flush_requests, u64::from(mmu.config().vcpus));
+        assert!(asked <= vcpus, "{name}: a vCPU was asked to flush more than once");
+        assert!(asked == 0 || name != "age", "aging flushes nothing");
         parts.push((name, holds.into_iter().map(|hold| hold.1).collect()));
     };
     part("start", &mut |worker| worker.start_log(id, config).expect("there is none yet"));
@@ -251,4 +257,92 @@ fn a_log_that_starts_all_dirty_looks_at_no_table() {
     };
     assert_eq!(start(LogStart::AllDirty), (0, 0));
     assert!(start(LogStart::Clean).0 >= TABLES, "else what is counted is not what it would look at");
+}
+
+/// What is done in parts of the memory that a vCPU does not use keeps it waiting for nothing, not even for a batch: it faults
+/// in the middle of a hold, and is served within it.
+#[test]
+fn a_vcpu_that_faults_in_the_middle_of_dirty_work_is_served_within_it() {
+    type Work = fn(&mut Worker<Amd>);
+    const WORDS: usize = (TABLES * 512 / 64) as usize;
+    let id = SlotId(0);
+    let start: Work = |worker| {
+        let config = LogConfig { start: LogStart::Clean, ..LogConfig::default() };
+        worker.start_log(SlotId(0), config).expect("there is none yet");
+    };
+    let harvest: Work = |worker| _ = worker.harvest_dirty(SlotId(0), 0, &mut vec![0; WORDS]).expect("it is on");
+    let clear: Work = |worker| _ = worker.clear_dirty(SlotId(0), 0, &vec![u64::MAX; WORDS]).expect("it is on");
+    let age: Work = |worker| _ = worker.clear_young(Default::default(), everything());
+    let works: [(&str, Work); 4] = [("start", start), ("harvest", harvest), ("clear", clear), ("age", age)];
+    for (name, work) in works {
+        let mmu = mapped(0);
+        let mut worker = mmu.worker().expect("a worker is free");
+        if name != "start" {
+            worker.start_log(id, LogConfig::default()).expect("there is none yet");
+            worker.harvest_dirty(id, 0, &mut vec![0; WORDS]).expect("it is on");
+            worker.merge_dirty(id, 0, &vec![u64::MAX; WORDS]).expect("it is on");
+        }
+        let far = worker.walk(mmu.role(), Gfn(START.0 + (TABLES - 1) * 512)).expect("there is a root");
+        let table = far.last().expect("it has steps").address.hfn();
+        let mut vcpu = mmu.vcpu(VcpuId(1)).expect("it is the first");
+        drop(vcpu.enter().expect("there is a frame for the root"));
+        let held: Arc<Mutex<bool>> = Arc::default();
+        let now = Arc::clone(&held);
+        mmu.host().on_trace(Box::new(move |event| match event {
+            Event::LockTaken { .. } => *now.lock().expect("no panic") = true,
+            Event::LockReleased { .. } => *now.lock().expect("no panic") = false,
+            _ => {}
+        }));
+        let served: Arc<Mutex<Option<bool>>> = Arc::default();
+        let answer = Arc::clone(&served);
+        mmu.host().on_next_look_at(
+            table,
+            Box::new(move || {
+                // Beside all that is mapped: a fault of a vCPU takes whatever it takes anywhere else.
+                let fault =
+                    Fault { gpa: Gfn(START.0 + 2 * 512 + 99).gpa(), access: Access::Write, cause: Cause::Translation };
+                let outcome = vcpu.fault(fault);
+                let inside = *held.lock().expect("no panic");
+                *answer.lock().expect("no panic") = Some(inside && matches!(outcome, Ok(Outcome::Fixed { .. })));
+            }),
+        );
+        work(&mut worker);
+        assert_eq!(*served.lock().expect("no panic"), Some(true), "{name}");
+    }
+}
+
+/// The same bound for what splits huge leaves and makes them whole again: a hold is one of them when somebody waits.
+#[test]
+fn splitting_and_collapsing_let_go_after_each_leaf_when_somebody_waits() {
+    let mmu = Machine::build(Build { restless: 1, ..Build::default() }, two_by_two());
+    add(&mmu, 0, START, TABLES * 512);
+    let mut vcpu = mmu.vcpu(VcpuId(0)).expect("it is the first");
+    drop(vcpu.enter().expect("there is a frame for the root"));
+    let mut worker = mmu.worker().expect("a worker is free");
+    for block in 0..TABLES {
+        let fault = Fault { gpa: Gfn(START.0 + block * 512).gpa(), access: Access::Write, cause: Cause::Translation };
+        vcpu.fault(fault).expect("there is memory");
+    }
+    let huge = |mmu: &Mmu<Amd>| mmu.counters().mapped_bytes()[1..].iter().sum::<u64>() >> 21;
+    let before = huge(&mmu);
+    assert_eq!(before, TABLES);
+    let holds: Arc<Mutex<Vec<(Side, u32)>>> = Arc::default();
+    let seen = Arc::clone(&holds);
+    mmu.host().on_trace(Box::new(move |event| {
+        if let Event::LockReleased { side, steps } = event {
+            seen.lock().expect("the hook does not panic").push((side, steps));
+        }
+    }));
+    let faults = mmu.counters().faults_fixed;
+    let mut bounded = |name: &str, operation: &mut dyn FnMut(&mut Worker<Amd>)| {
+        operation(&mut worker);
+        let holds = std::mem::take(&mut *holds.lock().expect("the hook does not panic"));
+        assert!(holds.iter().all(|&hold| hold == (Side::Shared, 1)), "{name}: {holds:?}");
+        assert!(holds.len() as u64 >= TABLES, "{name}: {} holds", holds.len());
+    };
+    bounded("split", &mut |worker| worker.split(SlotId(0)).expect("there are tables"));
+    assert_eq!(huge(&mmu), 0);
+    bounded("collapse", &mut |worker| _ = worker.collapse(SlotId(0)).expect("there is no log"));
+    assert_eq!(huge(&mmu), before, "all that was huge is huge again");
+    assert_eq!(mmu.counters().faults_fixed, faults, "without a fault");
 }

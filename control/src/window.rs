@@ -310,6 +310,11 @@ impl<M: Serialize> Sender<M> {
         }
     }
 
+    /// Messages that the other side has not taken in yet.
+    pub fn unread(&self, window: &impl Shared) -> u32 {
+        self.produced.wrapping_sub(window.load(self.way.consumed()))
+    }
+
     /// Sends a message with `length` bytes of data, which `fill` writes. Only when there is room.
     ///
     /// # Errors

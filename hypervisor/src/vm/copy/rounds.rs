@@ -118,6 +118,7 @@ impl Copy<'_> {
             let (began, sent) = (instructions::rdtsc(), self.pages);
             self.set_throttle(throttle)?;
             self.send_dirty(logs)?;
+            self.drain()?;
             self.set_throttle(0)?;
             self.rounds = number;
             let ns = self.vm.clock.ns_in(instructions::rdtsc() - began);

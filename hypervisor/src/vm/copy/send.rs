@@ -281,6 +281,27 @@ impl Copy<'_> {
         self.sender.send(self.window, message, 0, &mut |_| ()).map_err(because)
     }
 
+    /// Waits until the command has taken in all that was sent: a ring full of pages that the link is too slow for would look
+    /// as if they had been sent.
+    pub(super) fn drain(&mut self) -> Result<(), Stop> {
+        let (mut since, mut before) = (instructions::rdtsc(), u32::MAX);
+        loop {
+            let unread = self.sender.unread(self.window);
+            if unread == 0 {
+                return Ok(());
+            }
+            if unread != before {
+                (since, before) = (instructions::rdtsc(), unread);
+            }
+            if clock::us_from_tsc(instructions::rdtsc() - since) > PATIENCE_US {
+                return Err(because("the command takes nothing any more"));
+            }
+            self.look()?;
+            self.take_turn()?;
+            spin_loop();
+        }
+    }
+
     pub(super) fn wait_for_room(&mut self, unless_aborted: bool) -> Result<(), Stop> {
         let began = instructions::rdtsc();
         while !self.sender.has_room(self.window).map_err(because)? {
