@@ -142,6 +142,78 @@ mod tests {
         }
     }
 
+    fn again(first: &Platform, now: u64) -> Platform {
+        let mut second: Platform = postcard::from_bytes(&postcard::to_allocvec(first).unwrap()).unwrap();
+        second.check(CONFIG, now, 0).unwrap();
+        second
+    }
+
+    #[test]
+    fn a_pit_in_the_middle_of_a_count_and_of_its_reading_goes_on_from_there() {
+        for mode in [0, 2, 3] {
+            let mut first = Platform::new(CONFIG);
+            let bytes = [
+                (0x20, 0x11), // Initialised: its interrupts are vectors from 0x20 on, and only the first is let through.
+                (0x21, 0x20),
+                (0x21, 4),
+                (0x21, 1),
+                (0x21, 0xfe),
+                (0x43, 0x30 | mode << 1), // Channel 0, a count of 0x4000: 13.7 ms.
+                (0x40, 0),
+                (0x40, 0x40),
+            ];
+            bytes.into_iter().for_each(|(port, byte)| first.io_write(0, port, Width::Byte, byte));
+            let now = 5_000_000;
+            first.poll(now);
+            // Latched, and half of it read.
+            first.io_write(now, 0x43, Width::Byte, 0);
+            let low = first.io_read(now, 0x40, Width::Byte);
+            let due = first.next_deadline_ns().unwrap();
+            assert!(due > now && !first.interrupt_asserted(), "mode {mode}");
+            let second = again(&first, now);
+            for mut platform in [first, second] {
+                let count = platform.io_read(now, 0x40, Width::Byte) << 8 | low;
+                assert!((0x1000..0x3800).contains(&count), "mode {mode}: {count:#x} in the middle");
+                assert_eq!(platform.next_deadline_ns(), Some(due), "mode {mode}");
+                platform.poll(due - 1);
+                assert!(!platform.interrupt_asserted(), "mode {mode}: not before its time");
+                platform.poll(due);
+                assert!(platform.interrupt_asserted(), "mode {mode}");
+                assert_eq!(platform.interrupt_acknowledge(), 0x20, "mode {mode}");
+            }
+        }
+    }
+
+    #[test]
+    fn interrupts_on_their_way_and_typed_bytes_stay_where_they_are() {
+        let mut first = Platform::new(CONFIG);
+        let bytes = [(0x20, 0x11), (0x21, 0x20), (0x21, 4), (0x21, 1), (0x21, 0xe8), (0x3f9, 1), (0x3fc, 8)];
+        bytes.into_iter().for_each(|(port, byte)| first.io_write(0, port, Width::Byte, byte));
+        // Line 4 is being served, by what was typed; line 1 asks; a line of the IOAPIC waits behind its mask.
+        assert_eq!(first.console_push(0, b"ab"), 2);
+        assert_eq!(first.interrupt_acknowledge(), 0x24);
+        first.io_write(0, 0x2001, Width::Byte, 1);
+        let ioapic = |platform: &mut Platform, register: u64, value: u64| {
+            platform.memory_write(0, 0xfec0_0000, 4, register);
+            platform.memory_write(0, 0xfec0_0010, 4, value)
+        };
+        assert!(ioapic(&mut first, 0x10 + 2 * 9, 0x1_8051));
+        first.io_write(0, 0x2009, Width::Byte, 1);
+        while first.take_message().is_some() {}
+        let second = again(&first, 0);
+        for mut platform in [first, second] {
+            assert!(platform.interrupt_asserted(), "line 1 goes before line 4");
+            assert_eq!(platform.interrupt_acknowledge(), 0x21);
+            platform.io_write(0, 0x20, Width::Byte, 0x20);
+            platform.io_write(0, 0x20, Width::Byte, 0x0b);
+            assert_eq!(platform.io_read(0, 0x20, Width::Byte), 1 << 4, "still being served");
+            assert_eq!([0; 2].map(|_: u8| platform.io_read(0, 0x3f8, Width::Byte)), [b'a', b'b'].map(u32::from));
+            assert!(platform.take_message().is_none());
+            ioapic(&mut platform, 0x10 + 2 * 9, 0x8051);
+            assert_eq!(platform.take_message().map(|message| message.vector), Some(0x51), "unmasked, it is delivered");
+        }
+    }
+
     #[test]
     fn a_hostile_platform_is_refused_or_survived() {
         let (mut refused, mut survived) = (0, 0);
@@ -239,6 +311,49 @@ mod tests {
             let goes_on = lapic(&mut Random::new(seed + 1000), &mut first, &shared, &mut now, 300);
             let goes_on_too = lapic(&mut random_too, &mut second, &shared_too, &mut now_too, 300);
             assert_eq!(goes_on, goes_on_too, "seed {seed}");
+        }
+    }
+
+    #[test]
+    fn an_apics_timer_in_the_middle_of_its_count_goes_on_from_there() {
+        let config = LapicConfig { apic_id: 0, bootstrap: true, tsc_khz: 3_000_000 };
+        let at = |ns: u64| Now { ns, tsc: 3 * ns };
+        let modes = [("one shot", 0), ("periodic", 1 << 17), ("deadline", 2 << 17)];
+        for (xapic, (name, mode)) in [false, true].into_iter().flat_map(|xapic| modes.map(|mode| (xapic, mode))) {
+            let mut first = if xapic { Lapic::new(config).in_xapic_mode() } else { Lapic::new(config) };
+            let write = |lapic: &mut Lapic, register: u32, value: u64| match xapic {
+                true => drop(lapic.window_write(at(1000), u64::from(register) << 4, 4, value)),
+                false => drop(lapic.wrmsr(at(1000), 0x800 + register, value).unwrap()),
+            };
+            // Enabled; divided by one; the timer's vector and mode.
+            for (register, value) in [(0xf, 0x1ff), (0x3e, 0xb), (0x32, 0xec | mode)] {
+                write(&mut first, register, value);
+            }
+            if name == "deadline" {
+                assert_eq!(first.set_tsc_deadline(at(1000), 3_003_000), LapicEffect::Timer);
+            } else {
+                write(&mut first, 0x38, 50_000_000);
+            }
+            let due = first.next_deadline_ns(at(1000)).unwrap();
+            let middle = at(1000 + (due - 1000) / 2);
+            first.poll(middle);
+            let mut second: Lapic = postcard::from_bytes(&postcard::to_allocvec(&first).unwrap()).unwrap();
+            second.check(config).unwrap();
+            for mut lapic in [first, second] {
+                let count = match xapic {
+                    true => lapic.window_read(middle, 0x390, 4),
+                    false => lapic.rdmsr(middle, 0x839).unwrap(),
+                };
+                let halfway = if name == "deadline" { 0..1 } else { 24_000_000..26_000_000 };
+                assert!(halfway.contains(&count), "{name}: {count}");
+                assert_eq!(lapic.next_deadline_ns(middle), Some(due), "{name}");
+                lapic.poll(at(due - 1));
+                assert_eq!(lapic.deliverable(), None, "{name}: not before its time");
+                lapic.poll(at(due));
+                assert_eq!(lapic.acknowledge(), Some(0xec), "{name}");
+                let next = lapic.next_deadline_ns(at(due));
+                assert_eq!(next.map(|next| next - due), (name == "periodic").then_some(due - 1000), "{name}");
+            }
         }
     }
 
