@@ -191,6 +191,11 @@ impl Mode {
         }
     }
 
+    /// Whether the page's key forbids writing to whoever heeds write protection.
+    pub(crate) const fn key_protects(&self, key: u8, rights: Rights, pkru: u32) -> bool {
+        self.keys && rights.user && pkru >> (2 * (key & 15) as u32) & 2 != 0
+    }
+
     /// Whether the page's key forbids the access (APM vol. 2, 5.6.7): data accesses to user pages only.
     fn key_forbids(&self, key: u8, rights: Rights, request: &Request) -> bool {
         if !self.keys || !rights.user || request.access == Access::Execute {

@@ -72,8 +72,8 @@ pub enum ShadowOutcome {
         /// Where the entry should be.
         at: Gpa,
     },
-    /// The guest may, but no entry can say so (without CR0.WP, where SMAP or protection keys look closer): the embedder
-    /// executes the instruction.
+    /// The guest may, but no entry can say so (without CR0.WP, where SMAP or protection keys look closer, or where a key
+    /// forbids writing): the embedder executes the instruction.
     Emulate {
         /// Where.
         gpa: Gpa,
@@ -457,6 +457,11 @@ impl<H: Host + GuestMemory> ShadowVcpu<H> {
         }
         let over_protection = request.access == Access::Write && !found.rights.write;
         if over_protection && found.rights.user && current.identity.role.has_smap_or_keys() {
+            return Ok(ShadowOutcome::Emulate { gpa: found.gpa });
+        }
+        // The real CPU has CR0.WP, and heeds a key that this guest's supervisor need not, whatever the entry says.
+        let over_key = request.access == Access::Write && current.identity.role.ignores_write_protection();
+        if over_key && mode.key_protects(found.key, found.rights, request.pkru) {
             return Ok(ShadowOutcome::Emulate { gpa: found.gpa });
         }
         if current.identity != *identity {
