@@ -20,9 +20,14 @@ pub(super) struct Role(u32);
 
 const LEVEL: u32 = 7;
 const DIRECT: u32 = 1 << 3;
-/// Quadrant of a 4-byte table; place of a PAE top table in its page; protection key of a direct page.
+/// Quadrant of a 4-byte table; place of a PAE top table in its page; protection key of a direct page, and [`CLEAN`].
 const PART_SHIFT: u32 = 4;
 const PART: u32 = 0x7f << PART_SHIFT;
+const KEY: u32 = 15;
+/// In the part of a direct page: the guest's page is not dirty. Only without CR0.WP, where a leaf may have become writable
+/// although the rights say no: with a right to write, these are other rights; without one, nothing but this tells the page
+/// apart that the supervisor has written to. The guest that clears the dirty bit must find it set again.
+const CLEAN: u32 = 1 << 4;
 const USER: u32 = 1 << 11;
 const WRITE: u32 = 1 << 12;
 const EXECUTE: u32 = 1 << 13;
@@ -277,7 +282,7 @@ impl Role {
         if self.is_direct() {
             let gfn = Gfn(gfn.0 + index as u64 * pages(level));
             if level == 1 {
-                return Meaning::Leaf { gfn, rights: self.access(), key: self.part() as u8 };
+                return Meaning::Leaf { gfn, rights: self.access(), key: (self.part() & KEY) as u8 };
             }
             return Meaning::Child(Identity { gfn, role: self.below(Rights::ALL, self.part(), true) });
         }
@@ -305,7 +310,8 @@ impl Role {
                 // A large page: a run of frames. One of 4 MiB is two entries of ours.
                 let part = if self.is_legacy() { index as u64 & 1 } else { 0 };
                 let gfn = Gfn(gfn.0 + part * pages(level));
-                Meaning::Child(Identity { gfn, role: self.below(rights, u32::from(key), true) })
+                let clean = if !dirty && self.ignores_write_protection() { CLEAN } else { 0 };
+                Meaning::Child(Identity { gfn, role: self.below(rights, u32::from(key) & KEY | clean, true) })
             }
         }
     }
@@ -357,6 +363,29 @@ mod tests {
         // Not dirty yet: not writable, and another page.
         let clean = Judged::Page { gfn: Gfn(512), rights: Rights::ALL, key: 5, dirty: false };
         assert_ne!(child(directory, 0, clean).role, direct.role);
+    }
+
+    #[test]
+    fn a_page_that_the_supervisor_has_dirtied_over_protection_is_another_once_it_is_clean() {
+        let large =
+            |write, dirty| Judged::Page { gfn: Gfn(512), rights: Rights { write, ..Rights::ALL }, key: 15, dirty };
+        let below = |controls, judged| {
+            let root = Identity::root(controls, 0x1000, CPU);
+            let table = Judged::Table { gfn: Gfn(512), rights: Rights { write: false, ..Rights::ALL } };
+            child(child(child(root, 0, table), 0, table), 0, judged)
+        };
+        let no_wp = Controls { cr0: 1 << 31, ..LONG };
+        for write in [false, true] {
+            let (clean, dirty) = (below(no_wp, large(write, false)), below(no_wp, large(write, true)));
+            assert_ne!(clean, dirty);
+            assert_eq!(clean.role.access(), dirty.role.access());
+            for page in [clean, dirty] {
+                let Meaning::Leaf { key, .. } = page.role.meaning(page.gfn, 3, Judged::Nothing) else { panic!() };
+                assert_eq!(key, 15);
+            }
+            // With CR0.WP nobody writes there: one page is enough.
+            assert_eq!(below(LONG, large(write, false)), below(LONG, large(write, true)));
+        }
     }
 
     #[test]
