@@ -224,6 +224,9 @@ pub struct ConformanceArgs {
     /// Of all, this part of so many
     #[arg(long, value_name = "I/N", default_value = "1/1", requires = "all", value_parser = part)]
     pub part: (u64, u64),
+    /// How guest memory is translated
+    #[arg(long, value_enum, default_value_t = Translation::Npt)]
+    pub mmu: Translation,
     /// Kinds of paging: legacy, pae, long4, long5 [default: each]
     #[arg(long, value_name = "KIND,…", value_delimiter = ',', value_parser = paging)]
     pub paging: Vec<Paging>,

@@ -12,11 +12,7 @@ mod side;
 
 use std::{collections::BTreeMap, ops::Range};
 
-use nestling_conformance::{
-    BLOCK, Case, Cpu, Digest, Outcome, Paging, count, every,
-    model::{self, Rules},
-    sample,
-};
+use nestling_conformance::{BLOCK, Case, Cpu, Digest, Outcome, Paging, count, every, model, sample};
 
 use crate::{args::ConformanceArgs, error::Error, progress::Progress};
 use side::{Report, Sides, Words};
@@ -145,9 +141,9 @@ fn traced(words: &Words, (paging, start): Block) -> Words {
     Words { trace: Some((paging, traced)), pagings, cases: words.cases.start..end, ..words.clone() }
 }
 
-/// What the manuals say comes of a case, on the CPU that QEMU emulates.
+/// What the manuals say comes of a case.
 fn manual(cpu: Cpu, case: &Case) -> Outcome {
-    model::expect(case, cpu, Rules::Emulator).without_flaws(case, cpu)
+    model::expect(case, cpu).without_flaws(case, cpu)
 }
 
 /// And of a block.

@@ -79,8 +79,18 @@ impl Report {
                 Line::End => ended = true,
             }
         }
-        if ended { Ok(report) } else { Err(Error::Conformance(format!("the image did not finish; it said:\n{text}"))) }
+        if ended { Ok(report) } else { Err(unfinished("the image stopped without having tried all", console)) }
     }
+}
+
+/// The lines that say how far a side got.
+const LAST_LINES: usize = 4;
+
+fn unfinished(why: &str, console: &[u8]) -> Error {
+    let text = String::from_utf8_lossy(console);
+    let lines: Vec<_> = text.lines().collect();
+    let last = lines[lines.len().saturating_sub(LAST_LINES)..].join("\n  ");
+    Error::Conformance(format!("{why}; the last that it said:\n  {last}"))
 }
 
 /// All that both sides need.
@@ -91,7 +101,7 @@ pub(super) struct Sides {
     narrow: PathBuf,
     _directory: TempDir,
     hypervisor: PathBuf,
-    huge_pages: String,
+    options: [String; 4],
     limit: Duration,
     verbose: bool,
     progress: Progress,
@@ -111,9 +121,12 @@ impl Sides {
         let narrow = directory.path().join("image");
         let content = fs::read(&image).map_err(Error::io(format!("read {}", image.display())))?;
         fs::write(&narrow, image::narrow(&content)?).map_err(Error::io(format!("write {}", narrow.display())))?;
-        let huge_pages = args.huge_pages.to_possible_value().map_or(String::new(), |value| value.get_name().to_owned());
+        fn value(of: &impl ValueEnum) -> String {
+            of.to_possible_value().map_or(String::new(), |value| value.get_name().to_owned())
+        }
+        let options = ["--huge-pages".to_owned(), value(&args.huge_pages), "--mmu".to_owned(), value(&args.mmu)];
         let (limit, verbose) = (args.timeout, args.verbose);
-        Ok(Self { qemu, image, narrow, _directory: directory, hypervisor, huge_pages, limit, verbose, progress })
+        Ok(Self { qemu, image, narrow, _directory: directory, hypervisor, options, limit, verbose, progress })
     }
 
     /// The CPU that a guest has: it may lack something that the CPU below has.
@@ -124,7 +137,8 @@ impl Sides {
 
     fn run_guest(&self, words: &str) -> Result<Report, Error> {
         let memory = format!("{MEMORY_MIB}M");
-        let mut options = vec!["nestling", "--vcpus", "1", "--memory", &memory, "--huge-pages", &self.huge_pages];
+        let mut options = vec!["nestling", "--vcpus", "1", "--memory", &memory];
+        options.extend(self.options.iter().map(String::as_str));
         if self.verbose {
             options.push("--verbose");
         }
@@ -141,11 +155,7 @@ impl Sides {
         let said = console.bytes();
         match outcome.record.ending {
             Ending::Guest(GuestExit::DebugExit { value: 0 }) => Report::read(&said),
-            _ => Err(Error::Conformance(format!(
-                "the guest did not finish: {}; it said:\n{}",
-                outcome.sentence(),
-                String::from_utf8_lossy(&said)
-            ))),
+            _ => Err(unfinished(&format!("the guest did not finish: {}", outcome.sentence()), &said)),
         }
     }
 }
@@ -176,10 +186,7 @@ impl Tried for Sides {
         let said = reader.join().unwrap_or_default();
         match ended.and_then(|status| status.code()) {
             Some(GOOD) => Report::read(&said),
-            _ => Err(Error::Conformance(format!(
-                "the image did not finish on the CPU alone; it said:\n{}",
-                String::from_utf8_lossy(&said)
-            ))),
+            _ => Err(unfinished("the image did not finish on the CPU alone", &said)),
         }
     }
 }

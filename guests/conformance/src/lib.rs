@@ -12,7 +12,8 @@
 //! without a hypervisor; [`model::expect`] is a second opinion, which says which of two is wrong.
 //!
 //! Only what the architecture defines is tried: an entry that a CPU may have cached is changed only together with what
-//! drops it, and an entry that is not present needs nothing (APM vol. 2, 5.5.2; SDM vol. 3, 4.10.4.3).
+//! drops it, and an entry that is not present needs nothing (APM vol. 2, 5.5.2; SDM vol. 3, 4.10.4.3). What the emulated CPU
+//! does otherwise than the manuals say is left out where it is named: [`Outcome::without_flaws`] and [`Case::sound`].
 //!
 //! # Memory
 //! [`TARGET`] is the physical page that a case's address leads to. With [`Entry::OTHER`] its leaf leads to the page or

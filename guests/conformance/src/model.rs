@@ -57,21 +57,10 @@ struct Part {
     implicit: bool,
 }
 
-/// Whose rules.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Rules {
-    /// The manuals'.
-    Manuals,
-    /// Those of QEMU's emulated CPU (7.2), which takes RFLAGS.AC of rings 0 to 2 for the CPU's own accesses too; by the
-    /// manuals it opens user pages for explicit accesses only (APM vol. 2, 5.6.6; SDM vol. 3, 4.6).
-    Emulator,
-}
-
 /// The state that a case's two shots share.
 struct State<'a> {
     case: &'a Case,
     cpu: Cpu,
-    rules: Rules,
     entries: [Entry; LEVELS],
     changed: [u64; LEVELS],
     frames: [u64; 2],
@@ -80,13 +69,13 @@ struct State<'a> {
 
 /// What comes of a case.
 #[must_use]
-pub fn expect(case: &Case, cpu: Cpu, rules: Rules) -> Outcome {
+pub fn expect(case: &Case, cpu: Cpu) -> Outcome {
     let frames = [case.frame(0, cpu), case.frame(1, cpu)];
     let memory = frames.map(|frame| {
         let mark = frame_mark(frame);
         [fresh_descriptor(mark), data(mark).into()]
     });
-    let mut state = State { case, cpu, rules, entries: case.entries, changed: [0; LEVELS], frames, memory };
+    let mut state = State { case, cpu, entries: case.entries, changed: [0; LEVELS], frames, memory };
     Outcome([0, 1].map(|number| state.shot(number)))
 }
 
@@ -185,8 +174,7 @@ impl State<'_> {
                 }
             }
             let of_user = rights.contains(Entry::USER);
-            let explicit = !part.implicit || self.rules == Rules::Emulator && !shot.access.user;
-            let opened = shot.access.ac && explicit;
+            let opened = shot.access.ac && !part.implicit;
             let allowed = match (part.user, part.fetch) {
                 (true, _) if !of_user => false,
                 (_, true) => !(never_executed || !part.user && of_user && on(Controls::SMEP)),

@@ -422,6 +422,13 @@ impl Case {
             if !shot.controls.contains(Controls::PKE) {
                 shot.keys = 0;
             }
+            // AC opens user pages for explicit accesses only (APM vol. 2, 5.6.6; SDM vol. 3, 4.6). QEMU's emulated CPU (7.2)
+            // takes that of rings 0 to 2 for the CPU's own accesses too; a hypervisor that executes such an instruction
+            // does not.
+            let of_cpu = matches!(shot.access.kind, Kind::ReadDescriptor | Kind::MarkDescriptor);
+            if of_cpu && !shot.access.user && shot.controls.contains(Controls::SMAP) {
+                shot.access.ac = false;
+            }
         }
         (first.change, first.flush) = (None, Flush::All);
         // Addresses in the entries are written for one of the two.
