@@ -6,7 +6,9 @@ use nestling::guest::{Controls, CpuFeatures, Privilege, Request, Width};
 use nestling::shadow::ShadowConfig;
 use nestling::shadow::vcpu::ShadowOutcome;
 use nestling::slots::dirty::{LogConfig, LogStart, Tracking};
-use nestling::{Access, AddressSpace, Config, Gfn, GfnRange, Gpa, Mmu, SlotConfig, SlotFlags, SlotId, VcpuId, Worker};
+use nestling::{
+    Access, AddressSpace, Age, Config, Gfn, GfnRange, Gpa, Mmu, SlotConfig, SlotFlags, SlotId, VcpuId, Worker,
+};
 use nestling_checks::shadow::cpu::{Done, ShadowCpu};
 use nestling_checks::shadow::machine::ShadowMachine;
 use nestling_checks::shadow::oracle::{Paging, Question};
@@ -256,6 +258,103 @@ fn writes_through_shadow_tables_are_logged() {
     assert_eq!(harvest(&mut worker), 1 << TABLES[3]);
     worker.stop_log(SlotId(0)).expect("the slot has a log");
     end(mmu, worker, vec![cpu]);
+}
+
+#[test]
+fn a_log_that_starts_all_dirty_is_cleared_by_a_mask() {
+    let (mmu, mut worker) = machine(64);
+    let mut cpu = cpu(&mmu, 0, LONG);
+    assert_eq!(cpu.access(ask(DATA, Access::Write, Privilege::User), None), Done::Memory);
+    for tracking in [Tracking::WriteProtect, Tracking::DirtyBit] {
+        let config = LogConfig { tracking, start: LogStart::AllDirty, ..LogConfig::default() };
+        worker.start_log(SlotId(0), config).expect("the slot has no log");
+        let mut words = [0; 1];
+        let mut get = |worker: &mut Worker<ShadowMachine>| {
+            worker.get_dirty(SlotId(0), 0, &mut words).expect("the slot has a log");
+            words[0]
+        };
+        assert_eq!(get(&mut worker), u64::MAX);
+        let mask = 3 << DATA;
+        assert_eq!(worker.clear_dirty(SlotId(0), 0, &[mask]), Ok(2));
+        assert_eq!(get(&mut worker), !mask, "nothing was written since");
+        assert_eq!(cpu.access(ask(DATA + 1, Access::Read, Privilege::User), None), Done::Memory);
+        assert_eq!(cpu.access(ask(DATA, Access::Write, Privilege::User), None), Done::Memory);
+        assert_eq!(get(&mut worker), !mask | 1 << DATA);
+        // A leaf that was not cleared is not armed: its bit is set already.
+        let before = mmu.counters().faults_fixed;
+        assert_eq!(cpu.access(ask(DATA, Access::Write, Privilege::User), None), Done::Memory);
+        assert_eq!(mmu.counters().faults_fixed, before);
+        worker.stop_log(SlotId(0)).expect("the slot has a log");
+    }
+    end(mmu, worker, vec![cpu]);
+}
+
+#[test]
+fn ages_are_those_of_the_leaves_and_go_with_a_look() {
+    let (mmu, mut worker) = machine(64);
+    let mut cpu = cpu(&mmu, 0, LONG);
+    let all = GfnRange::new(Gfn(0), 64).unwrap();
+    assert_eq!(worker.test_young(AddressSpace::Main, all), Age::default());
+    assert_eq!(cpu.access(ask(DATA, Access::Read, Privilege::User), None), Done::Memory);
+    // Its seven neighbours were mapped, and not used yet.
+    let age = |mapped, young| Age { mapped, young };
+    assert_eq!(worker.test_young(AddressSpace::Main, all), age(8, 1));
+    assert_eq!(worker.clear_young(AddressSpace::Main, GfnRange::new(Gfn(0), DATA).unwrap()).young, 0);
+    assert_eq!(worker.clear_young(AddressSpace::Main, all), age(8, 1));
+    assert_eq!(worker.clear_young(AddressSpace::Main, all), age(8, 0));
+    assert_eq!(worker.test_young(AddressSpace::Smm, all), Age::default());
+    // The guest's own bit is not what was asked about, and stays.
+    worker.zap(all);
+    assert_eq!(cpu.access(ask(DATA, Access::Read, Privilege::User), None), Done::Memory);
+    assert_eq!(worker.test_young(AddressSpace::Main, all).young, 1);
+    end(mmu, worker, vec![cpu]);
+}
+
+#[test]
+fn writes_to_tracked_pages_are_the_embedders() {
+    let (mmu, mut worker) = machine(64);
+    let mut cpu = cpu(&mmu, 0, LONG);
+    for page in [DATA, DATA + 8] {
+        assert_eq!(cpu.access(ask(page, Access::Write, Privilege::User), None), Done::Memory);
+    }
+    worker.track_page(AddressSpace::Main, Gfn(DATA)).expect("there is memory");
+    let request = Request { linear: DATA << 12, access: Access::Write, privilege: Privilege::User, pkru: 0 };
+    for _ in 0..2 {
+        assert_eq!(cpu.access(ask(DATA, Access::Read, Privilege::User), None), Done::Memory);
+        assert_eq!(cpu.access(ask(DATA, Access::Write, Privilege::User), None), Done::Elsewhere);
+        assert_eq!(cpu.vcpu.fault(&request), Ok(ShadowOutcome::Tracked { gpa: Gfn(DATA).gpa() }));
+        assert_eq!(cpu.access(ask(DATA + 8, Access::Write, Privilege::User), None), Done::Memory);
+        // Whatever makes the leaf anew finds it tracked still, as a neighbour and by itself.
+        worker.zap(GfnRange::new(Gfn(DATA), 1).unwrap());
+        assert_eq!(cpu.access(ask(DATA + 1, Access::Write, Privilege::User), None), Done::Memory);
+    }
+    worker.untrack_page(AddressSpace::Main, Gfn(DATA)).expect("it is tracked");
+    assert_eq!(cpu.access(ask(DATA, Access::Write, Privilege::User), None), Done::Memory);
+    assert_eq!(mmu.counters().faults_tracked, 4);
+    end(mmu, worker, vec![cpu]);
+}
+
+#[test]
+fn a_slot_that_becomes_read_only_is_read_and_not_written() {
+    let (mmu, mut worker) = machine(64);
+    let mut cpu = cpu(&mmu, 0, LONG);
+    assert_eq!(cpu.access(ask(DATA, Access::Write, Privilege::User), None), Done::Memory);
+    worker.set_slot_flags(SlotId(0), SlotFlags::READ_ONLY).expect("the slot is there");
+    // The guest's tables are in the same slot: their marks can not be set either, and are there already.
+    assert_eq!(cpu.access(ask(DATA, Access::Read, Privilege::User), None), Done::Memory);
+    assert_eq!(cpu.access(ask(DATA, Access::Write, Privilege::User), None), Done::Elsewhere);
+    let request = Request { linear: DATA << 12, access: Access::Write, privilege: Privilege::User, pkru: 0 };
+    assert_eq!(cpu.vcpu.fault(&request), Ok(ShadowOutcome::ReadOnly { gpa: Gfn(DATA).gpa() }));
+    worker.set_slot_flags(SlotId(0), SlotFlags::empty()).expect("the slot is there");
+    assert_eq!(cpu.access(ask(DATA, Access::Write, Privilege::User), None), Done::Memory);
+    end(mmu, worker, vec![cpu]);
+}
+
+#[test]
+fn who_must_not_block_does_not_invalidate_what_is_shadowed() {
+    let (mmu, mut worker) = machine(64);
+    assert!(worker.try_invalidate(GfnRange::new(Gfn(DATA), 1).unwrap()).is_err());
+    end(mmu, worker, vec![]);
 }
 
 #[test]

@@ -21,7 +21,7 @@ use crate::shadow::{self, zap::ShadowDebts};
 use crate::slots::{
     AddressSpace, Change, Prepared, Published, Slot, SlotConfig, SlotError, SlotFlags, SlotId, Updates,
 };
-use crate::tdp::age::{Age, Ages};
+use crate::tdp::age::{Age, Ages, Clear};
 use crate::tdp::inspect::{Walk, walk};
 use crate::tdp::sweep::sweep;
 use crate::tdp::zap::{Gone, Zapped, zap_at_once, zap_range};
@@ -168,11 +168,15 @@ impl<H: Host> Worker<H> {
 
     /// As [`Worker::invalidate`] for a caller that must not block: takes the range now, or refuses with nothing done.
     ///
-    /// Refused when another has the lock or wants it for itself, when somebody is inside for longer than a fault is, and
-    /// when the range is more than one hold of the lock may remove (a few MiB are not, hundreds are). It never
+    /// Refused when another has the lock or wants it for itself, when somebody is inside for longer than a fault is, when
+    /// the range is more than one hold of the lock may remove (a few MiB are not, hundreds are), and of a guest that is
+    /// shadowed: a frame of its tables may take many shadow pages with it. It never
     /// yields, and waits only for vCPUs in guest mode to answer their kick, as any flush does; all of it is one hold. The
     /// invalidation's end waits for the lock like that of every other.
     pub fn try_invalidate(&mut self, range: GfnRange) -> Result<Invalidation<'_, H>, WouldBlock> {
+        if self.mmu.shadow.get().is_some() {
+            return Err(WouldBlock);
+        }
         let mut alone = Exclusive::try_enter(&self.mmu, &mut self.ticket).ok_or(WouldBlock)?;
         let gone = zap_at_once(&mut alone, &mut self.batch, range).ok_or(WouldBlock)?;
         // After the zap, for once: nobody else was inside in between.
@@ -205,18 +209,23 @@ impl<H: Host> Worker<H> {
 
     /// How many mapped pages of `range` in `space` were used since they were last made old.
     pub fn test_young(&mut self, space: AddressSpace, range: GfnRange) -> Age {
-        self.look_at_ages(space, range, Ages::new(false))
+        self.look_at_ages(space, range, Clear::No)
     }
 
     /// The same, and makes them old. A leaf that reaches over the range's end counts, and becomes old, as a whole.
     ///
     /// No TLB is flushed: what one still has may look old although it is in use.
     pub fn clear_young(&mut self, space: AddressSpace, range: GfnRange) -> Age {
-        self.look_at_ages(space, range, Ages::new(true))
+        self.look_at_ages(space, range, Clear::Yes)
     }
 
-    fn look_at_ages(&mut self, space: AddressSpace, range: GfnRange, mut ages: Ages) -> Age {
+    fn look_at_ages(&mut self, space: AddressSpace, range: GfnRange, clear: Clear) -> Age {
+        let mut ages = Ages::new(clear);
         sweep(&self.mmu, &mut self.ticket, space, range, &mut ages);
+        let Self { mmu, ticket, shadow: debts, .. } = self;
+        if let Some(shadow) = mmu.shadow.get().filter(|_| space == AddressSpace::Main) {
+            shadow::age::look(mmu, shadow, ticket, debts, range, clear, &mut ages.age);
+        }
         ages.age
     }
 

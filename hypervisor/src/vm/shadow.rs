@@ -153,6 +153,7 @@ impl<C: ShadowCpu<Memory = ShadowMemory>> Vcpu<C> {
             ShadowOutcome::Mmio { gpa }
             | ShadowOutcome::NoTable { at: gpa }
             | ShadowOutcome::ReadOnly { gpa }
+            | ShadowOutcome::Tracked { gpa }
             | ShadowOutcome::Emulate { gpa } => self.execute_or_die(gpa, access),
         })
     }

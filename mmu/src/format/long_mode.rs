@@ -115,6 +115,12 @@ pub(crate) const fn write_protected(raw: u64) -> u64 {
     raw & !W
 }
 
+/// Whether a leaf was used since it was made, or made old.
+#[inline]
+pub(crate) const fn is_young(raw: u64) -> bool {
+    raw & (P | A) == P | A
+}
+
 /// The same leaf, not used yet.
 #[inline]
 pub(crate) const fn aged(raw: u64) -> u64 {

@@ -21,6 +21,7 @@ use crate::host::Host;
 use crate::leaf_lock::LeafLock;
 use crate::mutants::{self, Mutant};
 use crate::sync::{AtomicU64, Ordering, Padded, load_for_update};
+use crate::tdp::age::{Age, Clear};
 use crate::tlb::Moment;
 
 /// log2 of the frames that share a chunk of reverse maps, and a bucket.
@@ -221,6 +222,22 @@ impl Bucket {
             self.protected = inside.mmu.tlb.moment();
         }
         any
+    }
+
+    /// Adds the ages of the leaves of `gfn` to `age`.
+    pub(super) fn look_at_age<H: Host>(&self, inside: Inside<'_, H>, gfn: Gfn, clear: Clear, age: &mut Age) {
+        for cell in self.rmap.places(key(gfn)).filter_map(|place| inside.entry(place)) {
+            let raw = load_for_update(cell);
+            age.mapped += 1;
+            if !long_mode::is_young(raw) {
+                continue;
+            }
+            age.young += 1;
+            if clear == Clear::Yes {
+                // Once: see `age`.
+                let _ = cell.compare_exchange(raw, long_mode::aged(raw), Ordering::AcqRel, Ordering::Acquire);
+            }
+        }
     }
 
     /// A leaf lost its right to write at the hands of the caller.

@@ -73,6 +73,8 @@ pub(super) enum Step {
     Fixed,
     /// It was there.
     Spurious,
+    /// It is a write to a frame whose writes are tracked.
+    Tracked,
     /// Something has changed: the guest tries again.
     Retry,
     /// No page is at hand.
@@ -290,6 +292,12 @@ fn leaf<H: Host + GuestMemory>(
     if leaf.gfn != want.target.gfn || !allowed {
         return Step::Retry;
     }
+    if leaf.bits & WRITE != 0 && want.target.is_tracked(inside) {
+        if want.access == Access::Write {
+            return Step::Tracked;
+        }
+        leaf.bits &= !WRITE;
+    }
     let Some(entries) = inside.entries(page) else { return Step::Retry };
     if load_for_update(&entries[entry]) != ABSENT && page.target(entry) != leaf.gfn.0 as u32 {
         if mutants::is(Mutant::ShadowLeafOverwritten) {
@@ -391,8 +399,10 @@ fn prefetch<H: Host + GuestMemory>(
             Some((other, leaf, neighbours.hfn(leaf.gfn)?))
         })
     };
-    // A page whose writes are logged is given for writing when it is written, and not before.
-    let kept = if want.target.writable && !want.target.logged { u64::MAX } else { !WRITE };
+    // A page whose writes are logged is given for writing when it is written, and not before; which of a slot's pages are
+    // tracked is asked then as well.
+    let at_once = want.target.writable && !want.target.logged && !want.target.tracked;
+    let kept = if at_once { u64::MAX } else { !WRITE };
     let mut found = next(entry & !(PREFETCH - 1));
     let mut made = 0;
     while let Some((_, Leaf { gfn: first, .. }, _)) = found {

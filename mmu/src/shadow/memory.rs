@@ -29,6 +29,8 @@ pub(crate) struct Backed {
     pub(super) memory: MemoryType,
     /// Writes are logged.
     pub(super) logged: bool,
+    /// Writes to some frames of the slot are tracked.
+    pub(super) tracked: bool,
     /// Frames around it that are backed in one piece.
     run: GfnRange,
     first: Hfn,
@@ -41,6 +43,19 @@ impl Backed {
     pub(super) fn still_holds<H: Host>(&self, mmu: &Mmu<H>, _inside: &Shared<'_, H>) -> bool {
         mmu.slots.generation() == self.generation
             && !mmu.notify.must_retry(self.snapshot, GfnRange { start: self.gfn, end: Gfn(self.gfn.0 + 1) })
+    }
+
+    /// Whether writes to the frame are tracked. Inside the lock, where the answer counts: see `slots::track`.
+    #[inline]
+    pub(super) fn is_tracked<H: Host>(&self, inside: Inside<'_, H>) -> bool {
+        self.tracked && self.looks_tracked(inside)
+    }
+
+    #[cold]
+    fn looks_tracked<H: Host>(&self, inside: Inside<'_, H>) -> bool {
+        let slot = inside.mmu.slots.read(inside.shared).find(AddressSpace::Main, self.gfn);
+        let block = GfnRange { start: self.gfn, end: Gfn(self.gfn.0 + 1) };
+        slot.is_some_and(|slot| slot.tracked().is_some_and(|tracked| tracked.touches(slot.range().start, block)))
     }
 
     /// The frames of the same piece, unless anything at all is being invalidated or was. As [`Backed::still_holds`], for
@@ -91,10 +106,11 @@ pub(super) fn back<H: Host>(mmu: &Mmu<H>, ticket: &mut Ticket, gfn: Gfn, access:
     let (slot, generation) = {
         let inside = Shared::enter(mmu, ticket);
         let set = mmu.slots.read(&inside);
-        let slot = set.find(AddressSpace::Main, gfn).filter(|_| gfn < GFN_LIMIT).map(|slot| slot.slot());
+        let slot = set.find(AddressSpace::Main, gfn).filter(|_| gfn < GFN_LIMIT);
+        let slot = slot.map(|slot| (slot.slot(), slot.tracked().is_some()));
         (slot, set.generation())
     };
-    let slot = slot.ok_or(Unbacked::NoMemory)?;
+    let (slot, tracked) = slot.ok_or(Unbacked::NoMemory)?;
     if slot.state() == SlotState::Changing {
         return Err(Unbacked::Changing);
     }
@@ -109,6 +125,7 @@ pub(super) fn back<H: Host>(mmu: &Mmu<H>, ticket: &mut Ticket, gfn: Gfn, access:
                 writable,
                 memory: extent.memory,
                 logged: slot.is_logged(),
+                tracked,
                 run,
                 first,
                 generation,

@@ -55,6 +55,7 @@
 //! Guest frames below 2^32 (16 TiB), leaves of 4 KiB, the main address space, guests' tables as CR3 names them (not yet
 //! those of a nested hypervisor).
 
+pub(crate) mod age;
 mod bucket;
 mod fault;
 pub(crate) mod hold;

@@ -67,6 +67,12 @@ pub enum ShadowOutcome {
         /// Where.
         gpa: Gpa,
     },
+    /// A write to a page that is tracked ([`crate::Worker::track_page`]): the embedder carries it out, says so with
+    /// [`crate::Worker::mark_dirty`], and tells whoever watches.
+    Tracked {
+        /// Where.
+        gpa: Gpa,
+    },
     /// The guest's tables are where there is no memory.
     NoTable {
         /// Where the entry should be.
@@ -410,6 +416,7 @@ impl<H: Host + GuestMemory> ShadowVcpu<H> {
             Ok(ShadowOutcome::Retry | ShadowOutcome::Emulate { .. }) => Counter::Retried,
             Ok(ShadowOutcome::Mmio { .. }) => Counter::Mmio,
             Ok(ShadowOutcome::ReadOnly { .. }) => Counter::ReadOnly,
+            Ok(ShadowOutcome::Tracked { .. }) => Counter::Tracked,
             Ok(ShadowOutcome::Inject(_) | ShadowOutcome::NoTable { .. }) => Counter::Injected,
             Err(_) => Counter::Failed,
         };
@@ -497,6 +504,7 @@ impl<H: Host + GuestMemory> ShadowVcpu<H> {
                 Step::Fixed => return Ok(ShadowOutcome::Fixed),
                 Step::Spurious => return Ok(ShadowOutcome::Spurious),
                 Step::Retry => return Ok(ShadowOutcome::Retry),
+                Step::Tracked => return Ok(ShadowOutcome::Tracked { gpa: found.gpa }),
                 step => serve(mmu, shadow, ticket, debts, blanks, step)?,
             }
         }
@@ -516,7 +524,7 @@ fn serve<H: Host + GuestMemory>(
 ) -> Result<(), FaultError> {
     let relax = || mmu.host.relax();
     match step {
-        Step::Fixed | Step::Spurious => {}
+        Step::Fixed | Step::Spurious | Step::Tracked => {}
         Step::Retry => mmu.host.relax(),
         Step::Blanks => quota::top_up(mmu, shadow, ticket, debts, blanks)?,
         Step::Bucket(gfn) => shadow.buckets.of(gfn).lock(relax).reserve(gfn)?,

@@ -31,9 +31,6 @@ use crate::lock::Ticket;
 use crate::mutants::{self, Mutant};
 use crate::sync::{Ordering, load_for_update};
 
-/// Frames that are write-protected in one hold.
-const PROTECTED: usize = 64;
-
 /// What a worker keeps for its work on shadow pages.
 #[derive(Debug)]
 pub(crate) struct ShadowDebts(Debts);
@@ -41,6 +38,10 @@ pub(crate) struct ShadowDebts(Debts);
 impl ShadowDebts {
     pub(crate) fn new() -> Result<Self, OutOfMemory> {
         Ok(Self(Debts::new()?))
+    }
+
+    pub(super) fn debts(&mut self) -> &mut Debts {
+        &mut self.0
     }
 }
 
@@ -92,6 +93,16 @@ fn forget<H: Host>(inside: Inside<'_, H>, order: &mut Order<'_>, parent: Place, 
     }
 }
 
+/// The runs that `range` is made of: the number of each one's bucket, and its frames.
+pub(super) fn runs(shadow: &Shadow, range: GfnRange) -> impl Iterator<Item = (usize, GfnRange)> {
+    let (first, end) = (range.start.0 / RUN as u64, range.end.min(super::GFN_LIMIT).0.div_ceil(RUN as u64));
+    (first..end).map(move |run| {
+        let (start, end) = (Gfn(run * RUN as u64), Gfn((run + 1) * RUN as u64));
+        let run = GfnRange { start: start.max(range.start), end: end.min(range.end) };
+        (shadow.buckets.number(run.start), run)
+    })
+}
+
 /// Takes the frames of `range` from the guest. When it returns, no vCPU reaches what they were mapped to, and no shadow
 /// page reads one of them as a table. How many leaves were removed.
 pub(crate) fn zap_range<H: Host>(
@@ -108,16 +119,12 @@ pub(crate) fn zap_range<H: Host>(
     }
     // A few runs are looked up; for many, all buckets are gone through.
     if range.pages() / RUN as u64 <= 2 * shadow.buckets.all().len() as u64 {
-        let mut start = range.start;
-        while start < range.end {
-            let end = Gfn((start.0 / RUN as u64 + 1) * RUN as u64).min(range.end);
-            let number = shadow.buckets.number(start);
-            zap_pages(mmu, shadow, ticket, debts, number, GfnRange { start, end });
+        for (number, run) in runs(shadow, range) {
+            zap_pages(mmu, shadow, ticket, debts, number, run);
             hold(mmu, shadow, ticket, &mut debts.0, |inside, order, _| {
                 let mut bucket = order.numbered(inside, number);
-                leaves += (start.0..end.0).map(|gfn| bucket.unmap_all(inside, Gfn(gfn))).sum::<u64>();
+                leaves += (run.start.0..run.end.0).map(|gfn| bucket.unmap_all(inside, Gfn(gfn))).sum::<u64>();
             });
-            start = end;
         }
     } else {
         for number in 0..shadow.buckets.all().len() {
@@ -223,13 +230,13 @@ pub(crate) fn write_protect<H: Host>(
     gfns: impl Iterator<Item = Gfn>,
 ) {
     let mut gfns = gfns.take_while(|gfn| *gfn < super::GFN_LIMIT).peekable();
-    while gfns.peek().is_some() {
+    while let Some(first) = gfns.peek().copied() {
+        // One run a hold.
+        let number = shadow.buckets.number(first);
         hold(mmu, shadow, ticket, &mut debts.0, |inside, order, _| {
-            for gfn in gfns.by_ref().take(PROTECTED) {
-                order.bucket(inside, gfn).write_protect(inside, gfn);
-                if inside.shared.should_yield() {
-                    break;
-                }
+            let mut bucket = order.numbered(inside, number);
+            while let Some(gfn) = gfns.next_if(|gfn| gfn.0 / RUN as u64 == first.0 / RUN as u64) {
+                bucket.write_protect(inside, gfn);
             }
         });
     }

@@ -29,16 +29,24 @@ pub struct Age {
     pub young: u64,
 }
 
+/// Whether what is young is made old.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Clear {
+    /// It is.
+    Yes,
+    /// It is looked at.
+    No,
+}
+
 /// Looks at ages.
 pub(crate) struct Ages {
-    /// Whether what is young is made old.
-    clear: bool,
+    clear: Clear,
     by_accessed_bit: bool,
     pub(crate) age: Age,
 }
 
 impl Ages {
-    pub(crate) fn new(clear: bool) -> Self {
+    pub(crate) fn new(clear: Clear) -> Self {
         Self { clear, by_accessed_bit: true, age: Age::default() }
     }
 
@@ -54,7 +62,7 @@ impl Ages {
             return;
         }
         self.age.young += pages;
-        if self.clear {
+        if self.clear == Clear::Yes {
             // Once: who loses against another change of the entry leaves it young, which it was a moment ago.
             if self.by_accessed_bit {
                 let _ = age::<F>(cell, level, raw);

@@ -229,6 +229,11 @@ impl<H: Host> Worker<H> {
             // Faults that did not see the page tracked have left; what they made writable is found now.
             synchronize(&mmu);
             write_protect(&mmu, &mut self.ticket, &mut self.batch, space, gfn);
+            if space == AddressSpace::Main && self.mmu.shadow.get().is_some() {
+                let debt = Debt::flush();
+                self.arm_shadow(core::iter::once(gfn));
+                debt.pay(&mmu, self.ticket.counters());
+            }
         }
         Ok(())
     }
