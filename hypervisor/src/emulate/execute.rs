@@ -9,6 +9,7 @@ use nestling::Access;
 
 use super::alu::{self, Binary};
 use super::descriptor::SegmentRegister;
+use super::floating::is_mmx;
 use super::operand::{Place, Space, mask};
 use super::shift::{self, Count, Shift};
 use super::{Bus, CodeSize, Exception, Registers, Stop, segment, vector};
@@ -89,6 +90,10 @@ impl<B: Bus> Machine<'_, '_, B> {
             M::Smsw => self.store_status(instruction)?,
             M::Lldt => self.load_system(instruction, SegmentRegister::Ldtr)?,
             M::Ltr => self.load_system(instruction, SegmentRegister::Tr)?,
+            M::Movd | M::Movq | M::Movntq if is_mmx(instruction) => self.move_mmx(instruction)?,
+            M::Fnstcw => self.store_floating(instruction, false)?,
+            M::Fnstsw => self.store_floating(instruction, true)?,
+            M::Fldcw => self.load_control(instruction)?,
             _ if vector::is_move(instruction.mnemonic()) && !instruction.is_string_instruction() => {
                 self.move_vector(instruction)?;
             }

@@ -20,6 +20,7 @@ mod alu;
 mod control;
 mod descriptor;
 mod execute;
+mod floating;
 mod operand;
 mod shift;
 mod stack;
@@ -37,6 +38,7 @@ use nestling::Access;
 use crate::guest::entry::Segment;
 pub use control::{ControlMove, Invalidated, control_move, cr3_write, cr4_write, invalidation};
 pub use descriptor::SegmentRegister;
+pub use floating::{Floating, MmxUse};
 use operand::Space;
 pub use status::{StatusWrite, status_write};
 
@@ -74,6 +76,8 @@ pub struct Registers {
     pub loaded: Option<(SegmentRegister, Segment)>,
     /// XMM0 to XMM15.
     pub vectors: [u128; 16],
+    /// The x87 unit.
+    pub floating: Floating,
 }
 
 /// A vCPU as far as one instruction depends on it.
@@ -218,6 +222,8 @@ pub enum Exception {
     },
     /// #AC(0).
     AlignmentCheck,
+    /// #MF.
+    FloatingPoint,
 }
 
 /// What to do after [`step`], beside taking over the registers.

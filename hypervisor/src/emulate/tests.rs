@@ -133,7 +133,7 @@ fn cpu(wide: bool) -> Cpu {
     let mut segments = [flat(DATA); 6];
     segments[segment::CS] = flat(if wide { FLAT_64 } else { FLAT_32 });
     Cpu {
-        registers: Registers { general: [0; 16], rip: CODE, rflags: 2, vectors: [0; 16], loaded: None },
+        registers: Registers { general: [0; 16], rip: CODE, rflags: 2, vectors: [0; 16], ..Registers::default() },
         cr0: if wide { 0x8001_0001 } else { 1 },
         cr3: 0x8_0000,
         cr4: 0x20,

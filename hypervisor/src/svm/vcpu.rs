@@ -24,6 +24,7 @@
 //! alone takes the mark back, when it has put the control block in its plain form again. So a mark too many costs some
 //! instructions; what must not be is a way to put in an event, to owe a flush or to mask NMIs without one.
 
+mod floating;
 mod long_mode;
 mod msrs;
 mod nmi;
@@ -68,8 +69,6 @@ const ASID: u32 = 1;
 /// #DB and #AC, so that their delivery can't loop ([`Intercepted`]), #UD, behind which a hypercall of the other vendor may
 /// be, and #MC, which is the host's.
 const EXCEPTIONS: u32 = 1 << 1 | 1 << 6 | 1 << 17 | 1 << 18;
-/// Where XMM0 is in an FXSAVE image (APM vol. 2, 11.4.4).
-const XMM: usize = 160;
 /// CR8's bit in the intercept words.
 const CR8: u16 = 1 << 8;
 const RBX: usize = 3;
@@ -257,12 +256,6 @@ impl<P: Paging> Vcpu<P> {
             event::EXCEPTION if interrupted as u8 > 31 => self.latch(interrupted as u8),
             _ => self.put_in(interrupted),
         }
-    }
-
-    /// XMM0 to XMM15, as the FXSAVE image has them.
-    fn vectors(&self) -> [u128; 16] {
-        let mut images = self.switch.fx[XMM..].chunks_exact(16);
-        core::array::from_fn(|_| images.next().and_then(|image| image.try_into().ok()).map_or(0, u128::from_le_bytes))
     }
 
     fn latch(&mut self, vector: u8) {
@@ -536,6 +529,7 @@ impl<P: Paging> GuestCpu for Vcpu<P> {
             Raised::Divide => 0,
             Raised::InvalidOpcode => 6,
             Raised::DeviceNotAvailable => 7,
+            Raised::FloatingPoint => 16,
             Raised::Stack => coded(12, 0),
             Raised::GeneralProtection => coded(13, 0),
             Raised::Selector(selector) => coded(13, selector.into()),
@@ -647,7 +641,8 @@ impl<P: Paging> GuestCpu for Vcpu<P> {
                 general,
                 rip: save.rip,
                 rflags: save.rflags,
-                vectors: self.vectors(),
+                vectors: floating::vectors(&self.switch.fx),
+                floating: floating::floating(&self.switch.fx),
                 loaded: None,
             },
             cr0,
@@ -667,9 +662,8 @@ impl<P: Paging> GuestCpu for Vcpu<P> {
         for (index, value) in registers.general.iter().enumerate() {
             self.set_register(index, *value);
         }
-        for (image, value) in self.switch.fx[XMM..].chunks_exact_mut(16).zip(registers.vectors) {
-            image.copy_from_slice(&value.to_le_bytes());
-        }
+        floating::set_vectors(&mut self.switch.fx, &registers.vectors);
+        floating::set_floating(&mut self.switch.fx, &registers.floating);
         self.save_mut().rflags = registers.rflags;
         if self.save().rip != registers.rip {
             self.advance_to(registers.rip);

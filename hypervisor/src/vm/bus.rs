@@ -228,6 +228,7 @@ impl<C: GuestCpu> Vcpu<C> {
                     Exception::Divide => Raised::Divide,
                     Exception::DeviceNotAvailable => Raised::DeviceNotAvailable,
                     Exception::InvalidOpcode => Raised::InvalidOpcode,
+                    Exception::FloatingPoint => Raised::FloatingPoint,
                     Exception::Stack => Raised::Stack,
                     Exception::GeneralProtection => Raised::GeneralProtection,
                     Exception::Selector(selector) => Raised::Selector(selector),

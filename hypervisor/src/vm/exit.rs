@@ -48,6 +48,8 @@ pub enum Raised {
     DeviceNotAvailable,
     /// #UD.
     InvalidOpcode,
+    /// #MF.
+    FloatingPoint,
     /// #SS(0).
     Stack,
     /// #GP(0).

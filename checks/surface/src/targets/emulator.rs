@@ -126,7 +126,7 @@ fn cpu(source: &mut Bytes<'_>) -> Cpu {
     general[1] %= 64;
     let rflags = 2 | source.below(1 << 19) & 0x4_0cd5;
     let mut cpu = Cpu {
-        registers: Registers { general, rip: CODE, rflags, vectors: [7; 16], loaded: None },
+        registers: Registers { general, rip: CODE, rflags, vectors: [7; 16], ..Registers::default() },
         cr0,
         cr3: TABLES,
         cr4: 0x220,

@@ -22,6 +22,8 @@ pub(super) fn run() {
         arithmetic(base);
         strings(base, number);
         straddle(base);
+        across(base, number);
+        floating(base);
         control(base);
         faults(base, number);
         for _ in 0..ROUNDS {
@@ -43,12 +45,12 @@ fn moves(base: u64) {
     unsafe {
         asm!("mov [{b}], {v}", b = in(reg) base, v = in(reg) value);
         asm!(
-            "mov rax, -1", "mov al, [{b}]", "mov {byte}, rax",
-            "mov rax, -1", "mov ax, [{b}]", "mov {word}, rax",
-            "mov rax, -1", "mov eax, [{b}]", "mov {dword}, rax",
-            "mov rax, [{b}]", "mov {quad}, rax",
-            "xor eax, eax", "mov ah, [{b} + 1]", "mov {high}, rax",
-            b = in(reg) base, byte = out(reg) byte, word = out(reg) word, dword = out(reg) dword, quad = out(reg) quad,
+            "mov rax, -1", "mov al, [rdi]", "mov {byte}, rax",
+            "mov rax, -1", "mov ax, [rdi]", "mov {word}, rax",
+            "mov rax, -1", "mov eax, [rdi]", "mov {dword}, rax",
+            "mov rax, [rdi]", "mov {quad}, rax",
+            "xor eax, eax", "mov ah, [rdi + 1]", "mov {high}, rax",
+            in("rdi") base, byte = out(reg) byte, word = out(reg) word, dword = out(reg) dword, quad = out(reg) quad,
             high = out(reg) high, out("rax") _,
         );
     }
@@ -162,6 +164,76 @@ fn straddle(base: u64) {
     check!(word(base + PAGE - 4) >> 8 == 0x0066_7788, "the first page: {:#x}", word(base + PAGE - 4));
 }
 
+/// Strings over the end of a device's page, in both directions, from a port, and to RAM.
+fn across(base: u64, number: usize) {
+    const BYTES: u64 = 192;
+    let ram = buffer(number);
+    let first = memory::map(4 * number, base, PRESENT | WRITABLE);
+    memory::map(4 * number + 1, base, PRESENT | WRITABLE);
+    // The two pages are one of the device's: what is behind the end is at its beginning.
+    let at = first + PAGE - BYTES / 2;
+    for index in 0..BYTES / 4 {
+        set_word(ram + 4 * index, 0x0101_0101 * index as u32);
+    }
+    let ends: [u64; 3];
+    // SAFETY: all pages are this processor's; the direction flag is put back.
+    unsafe {
+        asm!("rep movsw", inout("rcx") BYTES / 2 => _, inout("rsi") ram => _, inout("rdi") at => _);
+        let (left, source, target);
+        asm!(
+            "std", "rep movsd", "cld",
+            inout("rcx") BYTES / 4 => left, inout("rsi") at + BYTES - 4 => source, inout("rdi") ram + 2 * BYTES - 4 => target,
+        );
+        ends = [left, source, target];
+    }
+    check!(ends == [0, at - 4, ram + BYTES - 4], "strings over the end of a page: {ends:x?}");
+    for index in 0..BYTES / 4 {
+        let (there, back) = (word(at + 4 * index), word(ram + BYTES + 4 * index));
+        check!(
+            (there, back) == (0x0101_0101 * index as u32, there),
+            "over the end of a page: {index}: {there:#x}, {back:#x}"
+        );
+    }
+    let (zero, left): (u8, u64);
+    // SAFETY: as above.
+    unsafe {
+        asm!(
+            "cmp {z}, {z}", "repe cmpsb", "setz {z}",
+            z = out(reg_byte) zero, inout("rcx") BYTES => left, inout("rsi") at => _, inout("rdi") ram => _,
+        );
+    }
+    check!((zero, left) == (1, 0), "REPE CMPS over the end of a page: {left} left");
+    crate::cpu::outw(0xe0, 0x9999);
+    // SAFETY: as above.
+    unsafe { asm!("rep insb", inout("rcx") BYTES => _, inout("rdi") at => _, in("dx") 0xe0u16) };
+    check!((word(at), word(at + BYTES - 4)) == (0x9999_9999, 0x9999_9999), "REP INS: {:#x}", word(at + BYTES - 4));
+}
+
+/// MMX registers and the x87 unit's words; aligned and unaligned vectors.
+fn floating(base: u64) {
+    const VALUE: u64 = 0x0102_0304_0506_0708;
+    let (back, low, high): (u64, u64, u64);
+    let words: [u16; 2];
+    // SAFETY: the memory is this processor's part of the device's; the x87 unit is put in its initial state.
+    unsafe {
+        asm!(
+            "fninit", "fld1", "movq mm3, {v}", "movq [{b}], mm3", "movq mm5, [{b}]", "movd mm6, [{b}]", "movq {r}, mm5",
+            "movq {l}, mm6", "emms",
+            b = in(reg) base, v = in(reg) VALUE, r = out(reg) back, l = out(reg) low,
+            out("mm3") _, out("mm5") _, out("mm6") _,
+        );
+        asm!(
+            "fninit", "fnstcw [{b}]", "fnstsw [{b} + 2]", "mov {w:e}, [{b}]", "mov word ptr [{b}], 0x27f", "fldcw [{b}]",
+            "fnstcw [{b} + 4]", "fninit",
+            "movups xmm0, [{b}]", "movups [{b} + 9], xmm0",
+            b = in(reg) base, w = out(reg) high, out("xmm0") _,
+        );
+        words = [word(base) as u16, word(base + 4) as u16];
+    }
+    check!((word(base + 9), back, low) == (word(base), VALUE, VALUE & 0xffff_ffff), "MMX: {back:#x}, {low:#x}");
+    check!((high as u32, words) == (0x37f, [0x27f; 2]), "words of the x87 unit: {high:#x}, {words:x?}");
+}
+
 /// A stack in device memory, a pointer to jump by, a segment register and the status word.
 fn control(base: u64) {
     let (top, end): (u64, u64);
@@ -186,6 +258,19 @@ fn control(base: u64) {
         );
     }
     check!((jumped, segment) == (1, 0x10), "JMP and MOV SS from device memory: {jumped}, {segment:#x}");
+    let null: u32;
+    // SAFETY: 64-bit code of this level needs no stack segment; it is put back.
+    unsafe {
+        asm!(
+            "mov word ptr [{b}], 0", "mov ss, [{b}]", "mov {s:e}, ss", "mov ss, {d:e}",
+            b = in(reg) base, s = out(reg) null, d = in(reg) 0x10,
+        );
+        check!(null == 0, "MOV SS of nothing from device memory: {null:#x}");
+        let before = traps::count(GENERAL_PROTECTION);
+        // One of another level, which is nothing as well.
+        provoke!(["mov word ptr [{b}], 3", "mov ss, [{b}]"] b = in(reg) base,);
+        check!(traps::count(GENERAL_PROTECTION) == before + 1, "MOV SS of nothing at level 3");
+    }
     let cr0: u64;
     // SAFETY: it only reads, and writes the device's memory.
     unsafe { asm!("mov {v}, cr0", "smsw word ptr [{b}]", v = out(reg) cr0, b = in(reg) base) };

@@ -118,3 +118,45 @@ fn a_byte_is_looked_up() {
     let outcome = run(&cpu, &mut machine, &[0xd7]); // xlat
     assert_eq!((outcome.end, outcome.registers.general[0], outcome.registers.rip), (End::Done, 0xff5a, CODE + 1));
 }
+
+#[test]
+fn mmx_registers_move_and_the_words_of_the_x87_unit() {
+    const TS: u64 = 1 << 3;
+    let at = DEVICE + 0x80;
+    let (mut cpu, mut machine) = wide();
+    cpu.registers.floating.mmx[1] = 0x0102_0304_0506_0708;
+    let outcome = run(&cpu, &mut machine, &[0x0f, 0x7f, 0x0f]); // movq [rdi], mm1
+    assert_eq!((outcome.end, machine.value(at, 8)), (End::Done, 0x0102_0304_0506_0708));
+    assert_eq!(outcome.registers.floating.used, MmxUse::Read);
+    machine.put(at, 8, 0x8070_6050_4030_2010);
+    for (code, value) in [(&[0x0f, 0x6f, 0x17], 0x8070_6050_4030_2010u64), (&[0x0f, 0x6e, 0x17], 0x4030_2010)] {
+        let floating = run(&cpu, &mut machine, code).registers.floating; // movq, movd mm2, [rdi]
+        assert_eq!((floating.mmx[2], floating.used), (value, MmxUse::Written(2)), "{code:x?}");
+    }
+    let outcome = run(&cpu, &mut machine, &[0x0f, 0xe7, 0x0f]); // movntq [rdi], mm1
+    assert_eq!((outcome.end, machine.value(at, 8)), (End::Done, 0x0102_0304_0506_0708));
+    (cpu.registers.floating.control, cpu.registers.floating.status) = (0x37f, 0x3804);
+    assert_eq!(run(&cpu, &mut machine, &[0xd9, 0x3f]).end, End::Done); // fnstcw [rdi]
+    assert_eq!(machine.value(at, 4), 0x0506_037f);
+    assert_eq!(run(&cpu, &mut machine, &[0xdd, 0x3f]).end, End::Done); // fnstsw [rdi]
+    assert_eq!(machine.value(at, 2), 0x3804);
+    // Division by zero is flagged: masked no longer, it is raised by what waits.
+    machine.put(at, 2, 0x0300);
+    let after = run(&cpu, &mut machine, &[0xd9, 0x2f]).registers.floating; // fldcw [rdi]
+    assert_eq!((after.control, after.status), (0x0340, 0xb884));
+    let end = |cpu: &Cpu, code: &[u8]| run(cpu, &mut wide().1, code).end;
+    cpu.registers.floating = after;
+    for waits in [&[0x0f, 0x7f, 0x0f][..], &[0xd9, 0x2f]] {
+        assert_eq!(end(&cpu, waits), End::Raise(Exception::FloatingPoint), "{waits:x?}");
+    }
+    assert_eq!(end(&cpu, &[0xdd, 0x3f]), End::Done, "this one does not");
+    let without = Cpu { cr0: cpu.cr0 | 1 << 2, ..cpu };
+    assert_eq!(end(&without, &[0x0f, 0x7f, 0x0f]), End::Raise(Exception::InvalidOpcode));
+    for (cr0, code) in [(TS, &[0x0f, 0x7f, 0x0f][..]), (TS, &[0xd9, 0x2f]), (1 << 2, &[0xd9, 0x3f])] {
+        assert_eq!(
+            end(&Cpu { cr0: cpu.cr0 | cr0, ..cpu }, code),
+            End::Raise(Exception::DeviceNotAvailable),
+            "{code:x?}"
+        );
+    }
+}
