@@ -348,7 +348,21 @@ visit_real_in:
     inc dword ptr fs:[ebx]
     mov eax, fs:[ebx]
     mov [0x9e14], eax
-    mov dx, 0xe0
+    // INT1, an MSR, a port by its number, and HLT until an interrupt of the local APIC, whose window is at [0x9e20].
+    .byte 0xf1
+    mov ecx, 0x1b
+    rdmsr
+    mov [0x9e2c], eax
+    in al, 0x80
+    mov ebx, [0x9e20]
+    test ebx, ebx
+    jz 7f
+    mov eax, 0x44022
+    mov fs:[ebx + 0x300], eax
+    sti
+    hlt
+    cli
+7:  mov dx, 0xe0
     mov si, 0x9e18
     mov di, 0x9e1c
     mov cx, 2
@@ -361,7 +375,20 @@ visit_real_in:
     .byte 0x66, 0xea
     .long visit_real_back
     .short 0x18
-    // Handlers: counters at 0x9e00 (INT), 0x9e04 (#DE), 0x9e08 (#UD). The latter two go on behind two bytes.
+    // Handlers: counters at 0x9e00 (INT), 0x9e04 (#DE), 0x9e08 (#UD), 0x9e24 (INT1), 0x9e28 (an interrupt). #DE and #UD go on
+    // behind two bytes.
+    .global visit_real_trap
+    .global visit_real_interrupt
+visit_real_trap:
+    inc word ptr [0x9e24]
+    iret
+visit_real_interrupt:
+    inc word ptr [0x9e28]
+    push ebx
+    mov ebx, [0x9e20]
+    mov dword ptr fs:[ebx + 0xb0], 0
+    pop ebx
+    iret
     .global visit_real_int
     .global visit_real_divide
     .global visit_real_undefined
@@ -414,6 +441,8 @@ unsafe extern "C" {
     static visit_real_int: u8;
     static visit_real_divide: u8;
     static visit_real_undefined: u8;
+    static visit_real_trap: u8;
+    static visit_real_interrupt: u8;
     static mut visit_gdt_64: [u8; 16];
     /// Checks for any 32-bit mode.
     pub(crate) static visit_checks: u8;
@@ -463,7 +492,8 @@ impl Visit {
     }
 
     /// Puts real mode's code and handlers where they belong. `device` is where its one access to a device goes.
-    pub(crate) fn prepare_real(&self, device: u32) {
+    /// `apic` is the local APIC's window, or 0 without one.
+    pub(crate) fn prepare_real(&self, device: u32, apic: u32) {
         let start = &raw const visit_real_start;
         let offset = |label: *const u8| (REAL + label.addr() - start.addr()) as u32;
         // SAFETY: nobody else uses these two pages; the labels bound a piece of this image.
@@ -473,11 +503,14 @@ impl Visit {
             page.write_bytes(0, 4096);
             page.copy_from_nonoverlapping(start, length);
             page.add(REAL_RESULTS + 0xc).cast::<u32>().write_volatile(device);
+            page.add(REAL_RESULTS + 0x20).cast::<u32>().write_volatile(apic);
             page.add(REAL_RESULTS + 0x18).cast::<u32>().write_volatile(0x7856_3412);
             for (vector, handler) in [
                 (0, &raw const visit_real_divide),
                 (6, &raw const visit_real_undefined),
+                (1, &raw const visit_real_trap),
                 (0x21, &raw const visit_real_int),
+                (0x22, &raw const visit_real_interrupt),
             ] {
                 // The first page has the table of real mode's vectors, and nothing of this kernel's.
                 asm!("mov [{}], {:e}", in(reg) vector * 4u64, in(reg) offset(handler), options(nostack));

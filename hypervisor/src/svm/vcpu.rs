@@ -333,6 +333,16 @@ impl<P: Paging> Vcpu<P> {
         self.unusual = false;
     }
 
+    /// Moves behind an instruction that was executed, or counts as executed.
+    #[inline]
+    fn move_to(&mut self, rip: u64) -> &mut Vmcb {
+        let vmcb = self.vmcb_mut();
+        vmcb.save.rip = rip;
+        vmcb.control.shadow = 0;
+        vmcb.save.rflags &= !RFLAGS_RF;
+        vmcb
+    }
+
     /// Puts in a fault, `what` of EVENTINJ. Its frame says that the instruction at RIP was met already: a breakpoint there
     /// does not come again when it is tried again (13.1.2).
     fn raise_fault(&mut self, what: u64) {
@@ -376,12 +386,14 @@ impl<P: Paging> GuestCpu for Vcpu<P> {
         self.advance_to(next);
     }
 
+    fn trap_behind(&mut self, rip: u64) {
+        self.move_to(rip);
+        self.raise(Raised::Again(Intercepted::Debug));
+    }
+
     #[inline]
     fn advance_to(&mut self, rip: u64) {
-        let vmcb = self.vmcb_mut();
-        vmcb.save.rip = rip;
-        vmcb.control.shadow = 0;
-        vmcb.save.rflags &= !RFLAGS_RF;
+        let vmcb = self.move_to(rip);
         // The trap behind an instruction that a debugger steps over (APM vol. 2, 13.1.4) is ours to raise: the CPU has not
         // executed it.
         if vmcb.save.rflags & RFLAGS_TF != 0 {

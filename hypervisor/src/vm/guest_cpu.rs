@@ -113,6 +113,9 @@ pub trait GuestCpu: VmcbMsrs + Debug + Send + Sized + 'static {
     /// Moves to `rip`, behind an instruction that was handled.
     fn advance_to(&mut self, rip: u64);
 
+    /// Moves to `rip`, behind INT1: the trap of which DR6 says nothing. If the guest steps, it is the step's as well.
+    fn trap_behind(&mut self, rip: u64);
+
     /// Drops the guest's translations before its next instruction.
     fn flush(&mut self);
 

@@ -4,7 +4,7 @@
 //! VMMCALL exits. VMCALL, the other vendor's instruction, raises #UD here; guests that were told of a hypervisor and not of
 //! its vendor use either, so #UD exits too and this looks at what raised it. The guest's code stays as it is.
 
-use super::exit::{Exit, Intercepted, Raised};
+use super::exit::{Exit, Raised};
 use super::guest_cpu::GuestCpu;
 use super::handle::{Next, RAX, RBX, RCX, RDX};
 use super::vcpu::Vcpu;
@@ -34,9 +34,7 @@ impl<C: GuestCpu> Vcpu<C> {
     pub(super) fn met(&mut self, exit: Exit) -> Next {
         match self.see() {
             Some(Seen { what: Kind::Int1, next_rip }) => {
-                self.cpu.advance_to(next_rip);
-                // A trap behind it, of which DR6 says nothing. If the guest steps, that trap says so, and there is one.
-                self.cpu.raise(Raised::Again(Intercepted::Debug));
+                self.cpu.trap_behind(next_rip);
                 Next::Continue
             }
             // Another CPU has taken it away since: the guest meets by itself what is there now.

@@ -5,6 +5,7 @@
 use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use crate::boot::table_address;
+use crate::cpu::rdmsr;
 use crate::machine::{TEST_RAM, set_word, word};
 use crate::visit::{
     CODE, COUNT, CR2, Mode, OWN, REAL, REAL_RESULTS, VECTOR, VISIT, left, visit, visit_checks, visit_real,
@@ -143,12 +144,20 @@ fn protected(name: &str, device: u32, root: u64, cr4: u64) {
 
 fn real(device: u32) {
     let visit = visit();
-    visit.prepare_real(device);
+    let window = if apic::is_x2apic() { 0 } else { apic::WINDOW as u32 };
+    visit.prepare_real(device, window);
     // SAFETY: that code is made for this mode.
     unsafe { visit.call(Mode::Flat, 0, FX, (&raw const visit_real).expose_provenance() as u64) };
     let result = |offset: usize| word((REAL + REAL_RESULTS + offset) as u64);
     check!(result(0) == 1, "real mode: INT came {} times", result(0));
     check!((result(4), result(8)) == (1, 1), "real mode: #DE {}, #UD {}", result(4), result(8));
+    check!(
+        (result(0x24), result(0x28)) == (1, u32::from(window != 0)),
+        "real mode: INT1 {}, HLT {}",
+        result(0x24),
+        result(0x28)
+    );
+    check!(u64::from(result(0x2c)) == rdmsr(apic::APIC_BASE), "real mode: RDMSR {:#x}", result(0x2c));
     check!(result(0x10) == core::arch::x86_64::__cpuid(0).ebx, "real mode: CPUID {:#x}", result(0x10));
     check!(result(0x14) == 0x5aa5_0001, "real mode: device memory above 1 MiB: {:#x}", result(0x14));
     check!(result(0x1c) == 0x7856_7856, "real mode: strings of a port: {:#x}", result(0x1c));

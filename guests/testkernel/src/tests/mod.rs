@@ -10,6 +10,7 @@ mod memory;
 mod mmio;
 mod modes;
 mod platform;
+mod registers;
 mod sleep;
 mod timers;
 mod windows;
@@ -39,7 +40,7 @@ pub(crate) use provoke;
 const SUITES: [(&str, &[&str]); 5] = [
     ("image", &["handover"]),
     ("devices", &["platform", "apic", "ioapic", "flush", "timers"]),
-    ("cpu", &["modes"]),
+    ("cpu", &["registers", "modes"]),
     ("emulation", &["mmio"]),
     ("delivery", &["events"]),
 ];
@@ -68,6 +69,7 @@ fn check(name: &str) {
         "platform" => platform::run(),
         "flush" => flush::run(),
         "modes" => modes::run(),
+        "registers" => registers::run(),
         "events" => events::run(),
         "hostile" => hostile::run(),
         "random" => random::run(),

@@ -302,16 +302,34 @@ fn user_mode(pages: &Pages) {
         check!((vector, at) == (INVALID_OPCODE, 0), "SYSCALL that is off: {vector} at {at}");
         wrmsr(EFER, efer | 1);
         let (_, _, _, at, rax) = run(&[0x0f, 0x05, HLT], [0; 3]);
-        wrmsr(EFER, efer);
         check!((at, rax) == (2, 0x51), "SYSCALL: {rax:#x} at {at}");
+        // pushfq; or byte ptr [rsp + 1], 1; popfq; syscall; nop; hlt: no trap in the kernel, and one behind the return from it
+        wrmsr(SFMASK, 0x300);
+        let (vector, .., at, rax) = run(&[0x9c, 0x80, 0x4c, 0x24, 1, 1, 0x9d, 0x0f, 0x05, 0x90, HLT], [0; 3]);
+        wrmsr(EFER, efer);
+        check!((vector, at, rax) == (traps::DEBUG, 9, 0x51), "SYSCALL stepped over: {vector} at {at}, {rax:#x}");
+        // mov rax, cr0
+        let (vector, .., at, _) = run(&[0x0f, 0x20, 0xc0, HLT], [0; 3]);
+        check!((vector, at) == (GENERAL_PROTECTION, 0), "MOV from CR0 of the user: {vector} at {at}");
         // sgdt [rsp - 16]; hlt
         let (.., at, _) = run(&[0x0f, 0x01, 0x44, 0x24, 0xf0, HLT], [0; 3]);
         check!(at == 5, "SGDT without UMIP ended at {at}");
     });
     if seven().1 & 1 << 2 != 0 {
         with(CR4_UMIP, || {
-            let (vector, .., at, _) = run(&[0x0f, 0x01, 0x44, 0x24, 0xf0, HLT], [0; 3]);
-            check!((vector, at) == (GENERAL_PROTECTION, 0), "SGDT with UMIP: {vector} at {at}");
+            // SGDT, SIDT of [rsp - 16]; SLDT, STR, SMSW of eax; and SMSW of a device, which is executed in software.
+            let all: [&[u8]; 6] = [
+                &[0x0f, 0x01, 0x44, 0x24, 0xf0, HLT],
+                &[0x0f, 0x01, 0x4c, 0x24, 0xf0, HLT],
+                &[0x0f, 0x00, 0xc0, HLT],
+                &[0x0f, 0x00, 0xc8, HLT],
+                &[0x0f, 0x01, 0xe0, HLT],
+                &[0x0f, 0x01, 0x26, HLT],
+            ];
+            for code in all {
+                let (vector, .., at, _) = run(code, [0, device, 0]);
+                check!((vector, at) == (GENERAL_PROTECTION, 0), "{code:x?} with UMIP: {vector} at {at}");
+            }
         });
     }
 }

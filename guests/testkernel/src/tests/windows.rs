@@ -25,6 +25,8 @@ pub(super) fn run() {
     trap_instruction();
     breakpoints();
     steps_over_ports();
+    step_over_halt();
+    trap_in_shadow();
     resume_flag();
 }
 
@@ -148,6 +150,33 @@ fn steps_over_ports() {
     }
     check!(count(DEBUG) == before + 1 && traps::last().2 == end, "a step over IN: {:#x}", traps::last().2);
     check!(traps::last_debug().0 == DR6_CLEAN | DR6_BS, "a step over IN: DR6 {:#x}", traps::last_debug().0);
+}
+
+/// The trap behind HLT ends it at once, and what handles the trap runs.
+fn step_over_halt() {
+    let before = count(DEBUG);
+    let end: u64;
+    // SAFETY: the trap flag is taken back by the handler.
+    unsafe {
+        asm!("lea {e}, [rip + 60f]", "pushfq", "or qword ptr [rsp], 0x100", "popfq", "hlt", "60:", "nop", e = out(reg) end);
+    }
+    check!(count(DEBUG) == before + 1 && traps::last().2 == end, "a step over HLT: {:#x}", traps::last().2);
+}
+
+/// INT1 in the shadow of MOV SS, with the trap flag set: one trap, behind it, and the flag's own behind the next.
+fn trap_in_shadow() {
+    let before = count(DEBUG);
+    let behind: u64;
+    // SAFETY: SS keeps its value; the trap flag is taken back by the handler.
+    unsafe {
+        asm!(
+            "lea {b}, [rip + 61f]", "mov {s:e}, ss", "pushfq", "or qword ptr [rsp], 0x100", "popfq", "mov ss, {s:e}",
+            ".byte 0xf1", "61:", "nop", b = out(reg) behind, s = out(reg) _,
+        );
+    }
+    let (at, dr6) = (traps::last().2, traps::last_debug().0);
+    check!(count(DEBUG) == before + 1 && at == behind, "INT1 behind MOV SS: {} at {at:#x}", count(DEBUG) - before);
+    check!(dr6 & DR6_BS == 0, "INT1 behind MOV SS: DR6 {dr6:#x}");
 }
 
 /// A fault's frame says that its instruction was met; behind an instruction that the hypervisor executes, nothing is left of

@@ -91,8 +91,8 @@ const APIC_BUS_KHZ: u32 = 1_000_000;
 
 /// "KVMKVMKVM\0\0\0" in EBX, ECX, EDX.
 const SIGNATURE: [u32; 3] = [0x4b4d_564b, 0x564b_4d56, 0x0000_004d];
-/// Bit 1: no delay needed after port accesses. Bit 3: clock by MSRs 0x4b564d00 and 01.
-const FEATURES: u32 = 1 << 1 | 1 << 3;
+/// Bit 0: clock by MSRs 0x11 and 0x12. Bit 1: no delay needed after port accesses. Bit 3: clock by MSRs 0x4b564d00 and 01.
+const FEATURES: u32 = 1 << 0 | 1 << 1 | 1 << 3;
 /// That clock is the same on all vCPUs.
 const STABLE_CLOCK: u32 = 1 << 24;
 /// "TCGTCGTCGTCG" in EBX, ECX, EDX: what QEMU's emulation says of itself.
@@ -591,7 +591,7 @@ mod tests {
             [base.ebx, base.ecx, base.edx].iter().flat_map(|word| word.to_le_bytes()).collect();
         assert_eq!(name, b"KVMKVMKVM\0\0\0");
         let features = policy.query(0x4000_0001, 0, context(0)).eax;
-        assert_eq!(features, 0x0100_000a);
+        assert_eq!(features, 0x0100_000b);
         assert_eq!(policy.query(base.eax, 0, context(0)).eax, 2_400_000);
     }
 
@@ -610,7 +610,7 @@ mod tests {
             }
         }
         let policy = CpuidPolicy::new(&Emulated, config(1, false));
-        assert_eq!(policy.query(0x4000_0001, 0, context(0)).eax, 0xa);
+        assert_eq!(policy.query(0x4000_0001, 0, context(0)).eax, 0xb);
         let everywhere = CpuidPolicy::new(&Everything, config(1, false));
         let cmpxchg16b = |policy: &CpuidPolicy| policy.query(1, 0, context(0)).ecx >> 13 & 1;
         assert_eq!((cmpxchg16b(&policy), cmpxchg16b(&everywhere)), (0, 1));
