@@ -27,8 +27,9 @@ pub(super) struct Leaf {
 /// How a table of the guest's is read that has only leaves.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Reading {
-    role: Role,
-    width: Width,
+    /// Size of an entry, and where the first one is in the guest's table.
+    pub(super) width: Width,
+    base: u32,
     /// Bits of the address.
     frame: u64,
     /// Bits that must be as in [`PRESENT_AND_ACCESSED`], and those that must be 0.
@@ -39,6 +40,28 @@ pub(super) struct Reading {
     closed: u64,
     /// W, if entries above allow it.
     write: u64,
+}
+
+/// A quicker look than [`Reading::gives`] for entries that are as they were, which most are.
+///
+/// It leaves out what entries above forbid: a leaf was never made against that, but by the supervisor that writes over
+/// protection without CR0.WP. Such a leaf may stay if the entry itself is writable and dirty: to take it would be to make
+/// it again.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Glance {
+    /// Bits that a leaf has from its entry.
+    same: u64,
+    /// These, and what else tells of an entry.
+    all: u64,
+}
+
+impl Glance {
+    /// Whether `raw` gives exactly what the leaf `there`, made for frame `target`, does. `false` says nothing: a leaf may
+    /// give less than its entry.
+    #[inline]
+    pub(super) fn is_unchanged(self, raw: u64, there: u64, target: u32) -> bool {
+        (raw ^ PRESENT_AND_ACCESSED ^ u64::from(target) << 12 ^ there & self.same) & self.all == 0
+    }
 }
 
 /// What the leaves of one page are made of.
@@ -56,8 +79,8 @@ impl Reading {
         let all = role.access();
         let (key, wide) = (if mode.has_keys() { KEY } else { 0 }, width == Width::Eight);
         Self {
-            role,
             width,
+            base: role.guest_offset(0),
             frame,
             fixed: PRESENT_AND_ACCESSED | reserved,
             kept: key | if all.user { USER } else { 0 } | if wide { NO_EXECUTE } else { 0 },
@@ -79,7 +102,26 @@ impl Reading {
     /// The guest's entry behind entry `entry`, of the table in `guest`.
     #[inline]
     pub(super) fn load<H: Host + GuestMemory>(&self, inside: Inside<'_, H>, guest: Hfn, entry: usize) -> u64 {
-        inside.mmu.host.load(guest, self.role.guest_offset(entry), self.width)
+        self.load_as(inside, guest, entry, self.width)
+    }
+
+    /// The same, where the caller knows the width.
+    #[inline]
+    pub(super) fn load_as<H: Host + GuestMemory>(
+        &self,
+        inside: Inside<'_, H>,
+        guest: Hfn,
+        entry: usize,
+        width: Width,
+    ) -> u64 {
+        let size = if width == Width::Eight { 8 } else { 4 };
+        inside.mmu.host.load(guest, self.base + entry as u32 * size, width)
+    }
+
+    /// What tells at a glance that an entry has not changed.
+    pub(super) fn glance(&self) -> Glance {
+        let same = self.kept & !self.closed | WRITE | WRITE << DIRTY_TO_WRITE;
+        Glance { same, all: same | self.fixed | self.frame }
     }
 
     /// Whether `raw` gives all that the leaf `there`, made for frame `target`, does.
@@ -189,6 +231,16 @@ mod tests {
                 _ => false,
             };
             prop_assert_eq!(reading.gives(raw, there, target), expected);
+            let unchanged = reading.glance().is_unchanged(raw, there, target);
+            let above = role.access();
+            let possible = (above.user || !user) && (above.write || !write) && (above.execute || !execute);
+            prop_assert!(expected || !unchanged || !possible, "a glance is no look");
+            // Of what was just made of an entry it sees that, unless it became dirty and may not be written.
+            if let Some(leaf) = reading.leaf(raw) {
+                let made = long_mode::leaf(leaf.bits, Hfn(5), true, WB);
+                let plain = leaf.bits & WRITE != 0 || raw & (WRITE | WRITE << DIRTY_TO_WRITE) == 0;
+                prop_assert!(!plain || reading.glance().is_unchanged(raw, made, leaf.gfn.0 as u32));
+            }
         }
     }
 }

@@ -25,15 +25,15 @@
 use alloc::vec::Vec;
 
 use super::bucket::Bucket;
-use super::leaves::Leaves;
+use super::leaves::{Leaves, Reading};
 use super::order::{Order, PageGuard};
 use super::page::{Handle, Page, Place, STALE, UNSYNC};
 use super::role::{Meaning, Source};
 use super::table::Inside;
-use crate::addr::Gfn;
+use crate::addr::{ENTRIES, Gfn};
 use crate::events::Counter;
 use crate::format::long_mode::ABSENT;
-use crate::guest::{Judged, Mode};
+use crate::guest::{Judged, Mode, Width};
 use crate::host::{GuestMemory, Host};
 use crate::leaf_lock::LeafLock;
 use crate::mutants::{self, Mutant};
@@ -178,15 +178,34 @@ pub(super) fn compare_all<H: Host + GuestMemory>(inside: Inside<'_, H>, guard: &
         return (0..role.entries()).for_each(|entry| compare_link(inside, guard, &mode, entry));
     }
     let Leaves::Guest(reading) = Leaves::of(page, &mode) else { return };
-    let (Some(entries), Some(targets)) = (inside.entries(page), page.targets()) else { return };
     let guest = page.guest();
-    for (entry, (cell, target)) in entries.iter().zip(targets).enumerate() {
-        let there = load_for_update(cell);
+    // Each with the width known, which would else be asked at each entry.
+    match reading.width {
+        Width::Eight => {
+            compare_leaves(inside, guard, &reading, |entry| reading.load_as(inside, guest, entry, Width::Eight));
+        }
+        Width::Four => {
+            compare_leaves(inside, guard, &reading, |entry| reading.load_as(inside, guest, entry, Width::Four));
+        }
+    }
+}
+
+fn compare_leaves<H: Host>(
+    inside: Inside<'_, H>,
+    guard: &mut PageGuard<'_, '_>,
+    reading: &Reading,
+    load: impl Fn(usize) -> u64,
+) {
+    let page = guard.page;
+    let (Some(entries), Some(targets)) = (inside.entries(page), page.targets()) else { return };
+    let glance = reading.glance();
+    for entry in 0..ENTRIES {
+        let there = load_for_update(&entries[entry]);
         if there == ABSENT {
             continue;
         }
-        let raw = reading.load(inside, guest, entry);
-        if !reading.gives(raw, there, target.load(Ordering::Relaxed)) {
+        let (raw, target) = (load(entry), targets[entry].load(Ordering::Relaxed));
+        if !glance.is_unchanged(raw, there, target) && !reading.gives(raw, there, target) {
             if let Some(leaf) = reading.leaf(raw).filter(|_| mutants::is(Mutant::ShadowUnmappedByGuestEntry)) {
                 page.aim(entry, leaf.gfn.0 as u32);
             }

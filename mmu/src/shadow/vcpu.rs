@@ -257,7 +257,7 @@ impl<H: Host + GuestMemory> ShadowVcpu<H> {
     pub fn invlpg(&mut self, linear: u64) {
         self.flush_owed = true;
         let Self { mmu, ticket, debts, root: Some(root), .. } = self else { return };
-        let Some(shadow) = mmu.shadow.get() else { return };
+        let Some(shadow) = mmu.shadow.get().filter(|shadow| !shadow.out_of_step.is_empty()) else { return };
         // Translations for all address spaces go by INVLPG (they are global): the others are brought in step when they
         // are loaded, for each load does that.
         hold(mmu, shadow, ticket, debts, |inside, order, _| invlpg(inside, order, root.handle, linear));
