@@ -30,7 +30,7 @@ use super::rmap::NoRoom;
 use super::role::{Identity, Meaning, Role, Source};
 use super::sync::{all_in_step, compare_all, in_step, judge, open, unlink, unmap};
 use super::table::Inside;
-use crate::addr::{ENTRIES, Gfn, Level};
+use crate::addr::{ENTRIES, Gfn, INDEX_BITS, Level, PAGE_SHIFT};
 
 use crate::events::Counter;
 use crate::format::long_mode::{self, ABSENT, NO_EXECUTE, USER, WRITE};
@@ -55,8 +55,8 @@ pub(super) struct Want {
     pub(super) access: Access,
     /// The guest's entries on the way, by level − 1.
     pub(super) entries: [u64; 5],
-    /// The root's role and what it makes of the guest's tables.
-    pub(super) role: Role,
+    /// The root, and what its role makes of the guest's tables.
+    pub(super) root: Identity,
     pub(super) mode: Mode,
     /// The frame that the guest's tables lead to.
     pub(super) target: Backed,
@@ -109,29 +109,69 @@ impl Want {
     }
 }
 
+/// The pages that the last fault wanted on its way down, for the next one that begins alike: most lead to the same table.
+///
+/// Which page is wanted below an entry follows from the root's identity, the address, and what the guest's entries said
+/// on the way. Whether it is there is looked at each time.
+#[derive(Debug)]
+pub(super) struct Way {
+    root: Option<Identity>,
+    /// The address, but for the part that tells pages of one table apart.
+    table: u64,
+    /// As in [`Want`], but for the leaf's.
+    entries: [u64; 4],
+    /// By the level of the entry that they are below, from 2 on.
+    children: [Option<Identity>; 4],
+}
+
+impl Way {
+    pub(super) const fn new() -> Self {
+        Self { root: None, table: 0, entries: [0; 4], children: [None; 4] }
+    }
+
+    /// Forgets what it knows unless that is of the same way.
+    fn turn(&mut self, want: &Want) {
+        let (table, entries) = (want.linear >> (PAGE_SHIFT + INDEX_BITS), &want.entries[1..]);
+        if self.root != Some(want.root) || self.table != table || self.entries != entries {
+            *self = Self { root: Some(want.root), table, children: [None; 4], ..Self::new() };
+            self.entries.copy_from_slice(entries);
+        }
+    }
+
+    /// The page that is wanted below `entry` of a page of this identity.
+    fn child(&mut self, page: Identity, entry: usize, want: &Want) -> Option<Identity> {
+        let known = &mut self.children[usize::from(page.role.level()) - 2];
+        if known.is_none()
+            && let Meaning::Child(child) = page.role.meaning(page.gfn, entry, want.judged(page.role))
+        {
+            *known = Some(child);
+        }
+        *known
+    }
+}
+
 /// Maps what is wanted under `root`.
+#[expect(clippy::too_many_arguments, reason = "what a walk carries along")]
 pub(super) fn map<H: Host + GuestMemory>(
     inside: Inside<'_, H>,
     order: &mut Order<'_>,
     fresh: Fresh<'_>,
     root: Handle,
     want: &Want,
+    way: &mut Way,
     blanks: &mut Blanks,
 ) -> Step {
-    let mut at = root;
+    way.turn(want);
+    let (mut at, mut identity) = (root, want.root);
     loop {
+        // Nothing here is locked: should the page have died and be another by now, what is wanted below stays what it is.
         let page = inside.page(at.index);
-        let role = page.role();
         page.touch();
-        // Nothing here is locked: should the page have died and be another by now, it is not one of this fault's.
-        if !role.reads_like(want.role) {
-            return Step::Retry;
-        }
-        if role.level() == 1 {
+        if identity.role.level() == 1 {
             return leaf(inside, order, fresh, at, want);
         }
-        let entry = role.index(want.linear);
-        let Meaning::Child(child) = role.meaning(page.gfn(), entry, want.judged(role)) else { return Step::Retry };
+        let entry = identity.role.index(want.linear);
+        let Some(child) = way.child(identity, entry, want) else { return Step::Retry };
         at = match follow(inside, page, entry, child) {
             Some(below) => below,
             None => match link(inside, order, fresh, at, entry, child, want, blanks) {
@@ -139,6 +179,7 @@ pub(super) fn map<H: Host + GuestMemory>(
                 Err(step) => return step,
             },
         };
+        identity = child;
     }
 }
 

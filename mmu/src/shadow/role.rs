@@ -187,12 +187,6 @@ impl Role {
         Mode::new(Controls { cr0, cr4, efer }, cpu)
     }
 
-    /// Whether the registers are the same, and so entries are read in the same way.
-    pub(super) const fn reads_like(self, other: Self) -> bool {
-        const SAME: u32 = !(LEVEL | DIRECT | PART | ACCESS);
-        self.0 & SAME == other.0 & SAME
-    }
-
     /// Whether the supervisor may write where the tables say that nobody may.
     pub(super) const fn ignores_write_protection(self) -> bool {
         self.0 & PG != 0 && self.0 & WP == 0

@@ -21,7 +21,7 @@ use alloc::vec::Vec;
 use core::fmt;
 
 use super::Shadow;
-use super::fault::{self, Blanks, Step, TOLD, Want};
+use super::fault::{self, Blanks, Step, TOLD, Want, Way};
 use super::hold::{Debts, Fresh, hold};
 use super::invlpg::invlpg;
 use super::memory::{GuestTables, Known, Remembered, Unbacked, back};
@@ -122,6 +122,7 @@ pub struct ShadowVcpu<H: Host + GuestMemory> {
     blanks: Blanks,
     debts: Debts,
     remembered: Remembered,
+    way: Way,
     flushed: u64,
     flush_owed: bool,
     /// The guest has asked to forget: pages are brought in step before it runs.
@@ -198,6 +199,7 @@ impl<H: Host + GuestMemory> Mmu<H> {
             blanks,
             debts,
             remembered: Remembered::new(),
+            way: Way::new(),
             flushed: 0,
             // This number may have been another vCPU's.
             flush_owed: true,
@@ -425,7 +427,7 @@ impl<H: Host + GuestMemory> ShadowVcpu<H> {
     }
 
     fn handle(&mut self, request: &Request) -> Result<ShadowOutcome, FaultError> {
-        let Self { mmu, ticket, remembered, debts, blanks, mode, cr3, identity, root, .. } = self;
+        let Self { mmu, ticket, remembered, way, debts, blanks, mode, cr3, identity, root, .. } = self;
         // Borrowed: a reference counted once more is a line that all vCPUs write.
         let mmu: &Mmu<H> = mmu;
         let shadow = mmu.shadow.get().ok_or(FaultError::NoRoot)?;
@@ -481,7 +483,7 @@ impl<H: Host + GuestMemory> ShadowVcpu<H> {
             linear: request.linear,
             access: request.access,
             entries: [0; 5],
-            role: current.identity.role,
+            root: current.identity,
             mode: *mode,
             target,
             over_protection,
@@ -496,7 +498,7 @@ impl<H: Host + GuestMemory> ShadowVcpu<H> {
             let step = hold(mmu, shadow, ticket, debts, |inside, order, debts| {
                 let told = want.tables.iter().flatten().chain([&want.target]);
                 match Fresh::check(debts, inside, Some(current.handle), told) {
-                    Some(fresh) => fault::map(inside, order, fresh, current.handle, &want, blanks),
+                    Some(fresh) => fault::map(inside, order, fresh, current.handle, &want, way, blanks),
                     None => Step::Retry,
                 }
             });
