@@ -151,7 +151,6 @@ impl Way {
 }
 
 /// Maps what is wanted under `root`.
-#[expect(clippy::too_many_arguments, reason = "what a walk carries along")]
 pub(super) fn map<H: Host + GuestMemory>(
     inside: Inside<'_, H>,
     order: &mut Order<'_>,
