@@ -356,6 +356,8 @@ pub enum Kind {
     Vmcall,
     /// INT1.
     Int1,
+    /// MOV to CR4.
+    WriteCr4,
     /// Any other.
     Other,
 }
@@ -367,6 +369,7 @@ pub fn see(cpu: &Cpu, bus: &mut impl Bus) -> Option<Seen> {
     let what = match decoded.mnemonic() {
         Mnemonic::Vmcall => Kind::Vmcall,
         Mnemonic::Int1 => Kind::Int1,
+        Mnemonic::Mov if decoded.op_register(0) == iced_x86::Register::CR4 => Kind::WriteCr4,
         _ => Kind::Other,
     };
     Some(Seen { what, next_rip: cpu.wrap(decoded.next_ip()) })

@@ -98,9 +98,8 @@ impl<C: GuestCpu> Vcpu<C> {
             Exit::Exception(exception) => self.cpu.raise(Raised::Again(exception)),
             Exit::NoCounters => self.cpu.raise(Raised::GeneralProtection),
             Exit::Shutdown => return Ok(Next::Die(DeathReason::TripleFault)),
-            Exit::Invalid | Exit::Unexpected => {
-                return Ok(self.unexpected());
-            }
+            Exit::Invalid => return Ok(self.refused()),
+            Exit::Unexpected => return Ok(self.unexpected()),
         }
         Ok(Next::Continue)
     }

@@ -14,7 +14,7 @@
 //! The rooms: [`shared`] (what vCPUs and housekeeper share, and how they reach each other), [`vcpu`] (the loop),
 //! [`guest_cpu`] and [`exit`] (what it asks of the CPU, and what comes back), `handle` (exits), [`translation`] and [`shadow`]
 //! (the library's part of a vCPU, and the exits that are about it), `bus` (what an instruction that is executed in software
-//! reaches), `house` (CPU 0), `leave` (kicks that must arrive), `sleep` (ACPI S3), `series` (guest after guest), `state`,
+//! reaches), `house` (CPU 0), `leave` (kicks that must arrive), `sleep` (ACPI S3), `refused` (states that are not), `series` (guest after guest), `state`,
 //! [`pause`] (holding all vCPUs), [`saved`] and `copy` (a VM as it is kept, or goes to another machine),
 //! [`storm`] (what is fired at a guest on purpose), [`meter`] (what a measuring guest asks for), [`walk`] and [`ring`] (what a death's report is made of), [`time`], [`marker`], and [`policy`] (what the guest sees of
 //! CPUID and MSRs).
@@ -31,6 +31,7 @@ pub mod marker;
 pub mod meter;
 pub mod pause;
 pub mod policy;
+mod refused;
 pub mod ring;
 pub mod saved;
 mod series;

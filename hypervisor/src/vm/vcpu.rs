@@ -26,6 +26,7 @@ use super::exit::{self, Exit};
 use super::guest_cpu::{GuestCpu, NmiWindow};
 use super::handle::{MSR_TSC_AUX, Next, Policy};
 use super::pause::Phase;
+use super::refused::Refused;
 use super::ring::Ring;
 use super::saved::SavedVcpu;
 use super::shared::{End, Place, Shared};
@@ -133,7 +134,8 @@ pub struct Vcpu<C: GuestCpu> {
     armed: u64,
     /// The port devices' deadline that it was started with, on vCPU 0.
     ports_seen: u64,
-    exits: [u64; exit::KINDS],
+    pub(super) exits: [u64; exit::KINDS],
+    pub(super) refused: Refused,
     ring: Ring,
     pub(super) last_exit: Exit,
     root: Hpa,
@@ -168,6 +170,7 @@ impl<C: GuestCpu> Vcpu<C> {
             armed: u64::MAX,
             ports_seen: u64::MAX,
             exits: [0; exit::KINDS],
+            refused: Refused::default(),
             ring: Ring::default(),
             last_exit: Exit::Interrupt,
             root: Hpa(0),

@@ -8,7 +8,7 @@ use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 
 use super::provoke;
 use crate::cpu::{inb, initial_apic_id, rdmsr, rdtsc, sleep, wrmsr};
-use crate::traps::{GENERAL_PROTECTION, INVALID_OPCODE, count};
+use crate::traps::{self, GENERAL_PROTECTION, INVALID_OPCODE, count};
 use crate::{apic, check, smp};
 
 const TSC: u32 = 0x10;
@@ -50,8 +50,8 @@ fn leaves() {
     // Both numbers of the clocks' registers, and ports need no delay.
     let features = __cpuid(0x4000_0001).eax;
     check!(own.eax >= 0x4000_0001 && features & 0xb == 0xb, "features {features:#x} of {:#x}", own.eax);
-    // No other interface is there beside it.
-    for other in (0x4000_0100..0x4001_0000u32).step_by(0x100) {
+    // No other interface is there beside it, nor in the leaves where another's features would be.
+    for other in (0x4000_0002..0x4000_0010u32).chain((0x4000_0100..0x4001_0000).step_by(0x100)) {
         let leaf = __cpuid(other);
         check!((leaf.eax, leaf.ebx, leaf.ecx, leaf.edx) == (0, 0, 0, 0), "leaf {other:#x}: {leaf:x?}");
     }
@@ -172,6 +172,26 @@ fn refused() {
         let before = if get_refused(msr) { 0 } else { rdmsr(msr) };
         check!(put(msr, value), "MSR {msr:#x} takes {value:#x}");
         check!(get_refused(msr) || rdmsr(msr) == before, "MSR {msr:#x} changed by what it refused");
+    }
+    // Bits of CR4 that do not exist: the fault is that of an instruction which was met, and has changed nothing.
+    let cr4: u64;
+    // SAFETY: it only reads.
+    unsafe { asm!("mov {}, cr4", out(reg) cr4, options(nomem, nostack)) };
+    for value in [u64::from(u32::MAX), cr4 | 1 << 30, cr4 | 1 << 31, cr4 | 1 << 30] {
+        let before = count(GENERAL_PROTECTION);
+        let found: u64;
+        // SAFETY: the fault is expected.
+        unsafe {
+            provoke!(["mov cr4, {v}"] v = in(reg) value,);
+            asm!("mov {}, cr4", out(reg) found, options(nomem, nostack));
+        }
+        let flags = traps::last_debug().1;
+        check!(count(GENERAL_PROTECTION) == before + 1 && found == cr4, "CR4 took {value:#x}: {found:#x}");
+        check!(
+            flags & 1 << 16 != 0 && traps::last().0 == 0,
+            "#GP of CR4: flags {flags:#x}, code {:#x}",
+            traps::last().0
+        );
     }
     // Banks of machine checks that the processor does not have.
     let banks = rdmsr(MCG_CAP) as u32 & 0xff;

@@ -29,7 +29,11 @@ impl<P: Paging> VmcbMsrs for Vcpu<P> {
         let save = self.save_mut();
         match field {
             VmcbField::Cr0 => {}
-            VmcbField::Efer => self.set_efer(value),
+            VmcbField::Efer => {
+                // What no-execute bits mean may be another, of translations too that were made before.
+                self.set_efer(value);
+                self.owe_flush();
+            }
             VmcbField::Pat => save.pat = value,
             VmcbField::Star => save.star = value,
             VmcbField::Lstar => save.lstar = value,
