@@ -233,6 +233,9 @@ pub struct ConformanceArgs {
     /// The largest page with which guest memory is mapped
     #[arg(long, value_name = "SIZE", value_enum, default_value_t = PageSize::M2)]
     pub huge_pages: PageSize,
+    /// Fire operations at the guest's memory meanwhile, as `run` does: they must change nothing
+    #[arg(long, value_name = "KIND[=RATE],…", value_delimiter = ',', value_parser = storm_kind)]
+    pub storm: Vec<(StormKind, u32)>,
     /// A hypervisor that is built already [default: built from this source tree]
     #[arg(long, value_name = "FILE")]
     pub hypervisor: Option<PathBuf>,

@@ -4,7 +4,7 @@ use std::{fs, io::Read, ops::Range, path::PathBuf, process::Stdio, thread, time:
 
 use clap::Parser;
 use nestling_conformance::{Cpu, Digest, Line, Outcome, Paging};
-use nestling_control::message::GuestExit;
+use nestling_control::{config::StormKind, message::GuestExit};
 use tempfile::TempDir;
 
 use super::{ByNumber, Tried, image};
@@ -102,6 +102,7 @@ pub(super) struct Sides {
     _directory: TempDir,
     hypervisor: PathBuf,
     options: [String; 4],
+    storm: Vec<(StormKind, u32)>,
     limit: Duration,
     verbose: bool,
     progress: Progress,
@@ -125,8 +126,8 @@ impl Sides {
             of.to_possible_value().map_or(String::new(), |value| value.get_name().to_owned())
         }
         let options = ["--huge-pages".to_owned(), value(&args.huge_pages), "--mmu".to_owned(), value(&args.mmu)];
-        let (limit, verbose) = (args.timeout, args.verbose);
-        Ok(Self { qemu, image, narrow, _directory: directory, hypervisor, options, limit, verbose, progress })
+        let (storm, limit, verbose) = (args.storm.clone(), args.timeout, args.verbose);
+        Ok(Self { qemu, image, narrow, _directory: directory, hypervisor, options, storm, limit, verbose, progress })
     }
 
     /// The CPU that a guest has: it may lack something that the CPU below has.
@@ -147,6 +148,7 @@ impl Sides {
         run.timeout = Some(self.limit);
         run.guest.multiboot = Some(self.image.clone());
         run.guest.hypervisor = Some(self.hypervisor.clone());
+        run.guest.storm.clone_from(&self.storm);
         run.guest.append = words.to_owned();
         let prepared = Prepared::new(Plan::new(&run, Seat::Pipe)?, None, self.progress)?;
         let console = Kept::default();
