@@ -327,6 +327,28 @@ pub fn counts() -> Vec<Figure> {
     })
 }
 
+/// How long rounds took.
+#[derive(Default)]
+struct Times {
+    undisturbed: Vec<f64>,
+    others: Vec<f64>,
+}
+
+impl Times {
+    /// Those that say something, if there are any.
+    fn best(self) -> Vec<f64> {
+        if !self.undisturbed.is_empty() {
+            return self.undisturbed;
+        }
+        if !self.others.is_empty() {
+            println!(
+                "\nshadow faults: in no round had each thread a CPU all the time; medians say nothing, minima may"
+            );
+        }
+        self.others
+    }
+}
+
 /// Measures so many rounds of one thread and of two, by turns; the figures.
 ///
 /// Where others want the CPUs as well, a round says something only if each thread had one all the time: rounds are
@@ -336,21 +358,18 @@ pub fn figures(rounds: usize) -> Vec<Figure> {
     let cpus = cpus();
     let figure = |name: &str, value| Figure { name: name.into(), value };
     let nanoseconds = |took: Duration| took.as_secs_f64() * 1e9 / (PAGES / TOGETHER) as f64;
-    let (mut one, mut two, mut books) = (Vec::new(), Vec::new(), Metadata::default());
-    for round in 0..PATIENCE * rounds {
-        let may_be_disturbed = round >= (PATIENCE - 1) * rounds;
-        let mut measure = |threads: u16, times: &mut Vec<f64>| {
-            if times.len() < rounds && cpus.len() >= threads.into() {
+    let (mut one, mut two, mut books) = (Times::default(), Times::default(), Metadata::default());
+    for _ in 0..PATIENCE * rounds {
+        for (threads, times) in [(1, &mut one), (2, &mut two)] {
+            if times.undisturbed.len() < rounds && cpus.len() >= usize::from(threads) {
                 let done = repetition(threads, &cpus);
                 books = if threads == 1 { done.books } else { books };
-                if done.on_cpu >= UNDISTURBED || may_be_disturbed {
-                    times.push(nanoseconds(done.took));
-                }
+                let list = if done.on_cpu >= UNDISTURBED { &mut times.undisturbed } else { &mut times.others };
+                list.push(nanoseconds(done.took));
             }
-        };
-        measure(1, &mut one);
-        measure(2, &mut two);
+        }
     }
+    let (one, two) = (one.best(), two.best());
     let percent = books.bytes() as f64 * 100.0 / ((DATA + PAGES) << 12) as f64;
     let one = Summary::of(&one);
     let mut figures = vec![

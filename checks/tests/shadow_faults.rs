@@ -369,6 +369,29 @@ fn nothing_is_left_of_memory_that_was_taken_away() {
 }
 
 #[test]
+fn when_its_cpus_are_gone_and_its_memory_is_deleted_nothing_of_a_guest_is_left() {
+    let (mmu, mut worker) = machine(64);
+    let mut cpus = [cpu(&mmu, 0, LONG), cpu(&mmu, 1, LONG)];
+    for (page, cpu) in (DATA..).zip(&mut cpus) {
+        assert_eq!(cpu.access(ask(page, Access::Write, Privilege::User), None), Done::Memory);
+        cpu.load_cr3(OTHER_ROOT << 12);
+        assert_eq!(cpu.access(ask(page, Access::Read, Privilege::User), None), Done::Memory);
+    }
+    let now = mmu.shadow_metadata().expect("it is enabled");
+    assert_eq!(
+        (now.pages, now.mappings, now.handles),
+        (5, 8, 4),
+        "two roots over three tables, and eight pages of data"
+    );
+    drop(cpus);
+    assert_eq!(mmu.shadow_metadata().expect("it is enabled").handles, 0);
+    worker.delete_slot(SlotId(0)).expect("the slot is there");
+    let left = mmu.shadow_metadata().expect("it is enabled");
+    assert_eq!((left.pages, left.mappings, left.handles), (0, 0, 0));
+    end(mmu, worker, vec![]);
+}
+
+#[test]
 fn what_is_never_shadowed_costs_nothing() {
     let machine = ShadowMachine::new(8, 0);
     let mmu = Mmu::new(machine, Config::default()).expect("the configuration is right");
