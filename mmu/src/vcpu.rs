@@ -186,6 +186,8 @@ pub struct Vcpu<H: Host> {
     cache: TableCache,
     hint: Hint,
     watched: Watched,
+    /// The frame without memory that was last met, and the memslots' generation in which it had none.
+    mmio: Option<(Gfn, u64)>,
     /// Where its writes go besides the bitmaps, if it has one.
     ring: Option<Arc<Ring>>,
     /// The TLB generation of the last flush.
@@ -257,6 +259,7 @@ impl<H: Host> Vcpu<H> {
             cache,
             hint: Hint::NONE,
             watched: Watched::NONE,
+            mmio: None,
             ring: None,
             flushed: 0,
             flush_owed,
@@ -312,6 +315,7 @@ impl<H: Host> Vcpu<H> {
             self.role = role;
             self.hint = Hint::NONE;
             self.watched = Watched::NONE;
+            self.mmio = None;
             self.roots.switch(role, &self.mmu.host, self.ticket.counters());
             // What the TLB holds was filled through another root, and one address-space number may serve both.
             self.owe(Flush::Current);
@@ -569,17 +573,28 @@ impl<H: Host> Vcpu<H> {
         Ok(Outcome::Mmio)
     }
 
-    /// Whether the tables say that `gfn` has no memory, for the memslots as they are now.
-    #[cold]
+    /// Whether `gfn` has no memory in the memslots as they are now, as far as vCPU or tables know.
+    #[inline]
     fn is_known_mmio(&mut self, gfn: Gfn) -> Result<bool, FaultError> {
+        // What was true in a generation of the memslots stays true of it, whatever becomes of the tables.
+        Ok(self.mmio == Some((gfn, self.mmu.slots.generation())) || self.is_mapped_mmio(gfn)?)
+    }
+
+    /// The same, by the tables.
+    #[cold]
+    fn is_mapped_mmio(&mut self, gfn: Gfn) -> Result<bool, FaultError> {
         if gfn >= self.role.level().root_limit() {
             return Ok(false);
         }
         let root = self.roots.current().ok_or(FaultError::NoRoot)?;
         let inside = Shared::enter(&self.mmu, &mut self.ticket);
-        let now = self.mmu.slots.generation() as u32 & MMIO_GENERATION_MASK;
+        let now = self.mmu.slots.generation();
         let state = walk(&inside, root, gfn).last().map(|step| step.state);
-        Ok(matches!(state, Some(State::Mmio { generation }) if generation == now))
+        let known =
+            matches!(state, Some(State::Mmio { generation }) if generation == now as u32 & MMIO_GENERATION_MASK);
+        drop(inside);
+        self.mmio = known.then_some((gfn, now)).or(self.mmio);
+        Ok(known)
     }
 
     #[cold]

@@ -4,7 +4,7 @@
 //! here or not at all. Order within an instruction: read what is read, translate for what is written, write, and only
 //! then change registers. So whatever stops it stops it whole.
 
-use iced_x86::{ConditionCode, Instruction, Mnemonic, OpKind, Register};
+use iced_x86::{Code, ConditionCode, Instruction, Mnemonic, OpKind, Register};
 use nestling::Access;
 
 use super::alu::{self, Binary};
@@ -29,7 +29,66 @@ pub(super) enum Operand {
     Memory(Place),
 }
 
+/// A move between a register and memory at a register and a number, in 64-bit mode. Taken apart once, when it is decoded:
+/// device registers are hardly ever reached by anything else.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) struct Plain {
+    next_rip: u64,
+    displacement: u64,
+    base: u8,
+    segment: u8,
+    register: u8,
+    bytes: u8,
+    store: bool,
+}
+
+impl Plain {
+    /// `None`: it is something else.
+    pub(super) fn of(instruction: &Instruction, size: CodeSize) -> Option<Self> {
+        use Code as C;
+        let store = match instruction.code() {
+            C::Mov_r8_rm8 | C::Mov_r16_rm16 | C::Mov_r32_rm32 | C::Mov_r64_rm64 => false,
+            C::Mov_rm8_r8 | C::Mov_rm16_r16 | C::Mov_rm32_r32 | C::Mov_rm64_r64 => true,
+            _ => return None,
+        };
+        let (memory, register) = if store { (0, 1) } else { (1, 0) };
+        let (register, base) = (instruction.op_register(register), instruction.memory_base());
+        let based = base.is_gpr64() && instruction.memory_index() == Register::None;
+        let plain = size == CodeSize::Bits64 && instruction.op_kind(memory) == OpKind::Memory && based;
+        (plain && !is_high_byte(register)).then_some(Self {
+            next_rip: instruction.next_ip(),
+            displacement: instruction.memory_displacement64(),
+            base: full(base) as u8,
+            segment: segment_index(instruction.memory_segment())? as u8,
+            register: full(register) as u8,
+            bytes: register.size() as u8,
+            store,
+        })
+    }
+}
+
 impl<B: Bus> Machine<'_, '_, B> {
+    /// As [`Machine::execute`].
+    #[inline]
+    pub(super) fn move_plain(self, plain: &Plain) -> Result<(), Stop> {
+        let Plain { next_rip, displacement, base, segment, register, bytes, store } = *plain;
+        let Self { mut space, registers } = self;
+        let offset = registers.general[usize::from(base & 15)].wrapping_add(displacement);
+        let bytes = usize::from(bytes);
+        let access = if store { Access::Write } else { Access::Read };
+        let place = space.place(segment.into(), offset, bytes, access)?;
+        let register = &mut registers.general[usize::from(register & 15)];
+        if store {
+            space.store(place, *register & mask(bytes))?;
+        } else {
+            let value = space.load(place)? & mask(bytes);
+            // A 32-bit result clears the upper half, smaller ones leave the rest alone.
+            *register = if bytes >= 4 { value } else { *register & !mask(bytes) | value };
+        }
+        registers.rip = next_rip;
+        Ok(())
+    }
+
     pub(super) fn execute(mut self, instruction: &Instruction) -> Result<(), Stop> {
         use Mnemonic as M;
         match instruction.mnemonic() {

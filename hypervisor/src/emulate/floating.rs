@@ -47,6 +47,19 @@ pub struct Floating {
     pub used: MmxUse,
 }
 
+/// A vCPU's x87 and SSE registers: left where they are by the instructions that have none of them, which are most. What is
+/// set is the last that an instruction does.
+pub trait Wide {
+    /// The value of an XMM register, its lower half first.
+    fn vector(&self, number: usize) -> [u64; 2];
+    /// Sets it.
+    fn set_vector(&mut self, number: usize, value: [u64; 2]);
+    /// The x87 unit.
+    fn floating(&self) -> Floating;
+    /// Takes over what an instruction has made of it.
+    fn set_floating(&mut self, floating: &Floating);
+}
+
 impl<B: Bus> Machine<'_, '_, B> {
     /// A move between an MMX register and memory.
     pub(super) fn move_mmx(&mut self, instruction: &Instruction) -> Result<(), Stop> {
@@ -66,18 +79,20 @@ impl<B: Bus> Machine<'_, '_, B> {
             return Err(Stop::Unsupported);
         }
         let index = register.number();
+        let mut floating = self.space.bus.wide().floating();
         let offset = self.offset(instruction, memory)?;
         let segment = segment_index(instruction.memory_segment()).ok_or(Stop::Unsupported)?;
         if memory == 1 {
             let place = self.space.place(segment, offset, bytes, Access::Read)?;
             // What is shorter clears the rest.
-            self.registers.floating.mmx[index] = self.space.load(place)?;
-            self.registers.floating.used = MmxUse::Written(index);
+            floating.mmx[index] = self.space.load(place)?;
+            floating.used = MmxUse::Written(index);
         } else {
             let place = self.space.place(segment, offset, bytes, Access::Write)?;
-            self.space.store(place, self.registers.floating.mmx[index] & mask(bytes))?;
-            self.registers.floating.used = MmxUse::Read;
+            self.space.store(place, floating.mmx[index] & mask(bytes))?;
+            floating.used = MmxUse::Read;
         }
+        self.space.bus.wide().set_floating(&floating);
         Ok(())
     }
 
@@ -86,7 +101,7 @@ impl<B: Bus> Machine<'_, '_, B> {
         if self.space.cpu.cr0 & (CR0_EM | CR0_TS) != 0 {
             return Err(Exception::DeviceNotAvailable.into());
         }
-        let floating = self.registers.floating;
+        let floating = self.space.bus.wide().floating();
         self.put(instruction, 0, u64::from(if status { floating.status } else { floating.control }))
     }
 
@@ -94,19 +109,20 @@ impl<B: Bus> Machine<'_, '_, B> {
     pub(super) fn load_control(&mut self, instruction: &Instruction) -> Result<(), Stop> {
         self.floating_available(self.space.cpu.cr0 & (CR0_EM | CR0_TS) != 0)?;
         let control = self.source(instruction, 0, 2)? as u16 & CONTROL_VALID | CONTROL_FIXED;
-        let floating = &mut self.registers.floating;
+        let mut floating = self.space.bus.wide().floating();
         floating.control = control;
         let raised = floating.status & !control & EXCEPTIONS != 0;
         floating.status = floating.status & !STATUS_ERROR | if raised { STATUS_ERROR } else { 0 };
+        self.space.bus.wide().set_floating(&floating);
         Ok(())
     }
 
     /// Whether the unit may be used by an instruction that waits.
-    fn floating_available(&self, kept: bool) -> Result<(), Stop> {
+    fn floating_available(&mut self, kept: bool) -> Result<(), Stop> {
         if kept {
             return Err(Exception::DeviceNotAvailable.into());
         }
-        if self.registers.floating.status & STATUS_ERROR != 0 {
+        if self.space.bus.wide().floating().status & STATUS_ERROR != 0 {
             return Err(Exception::FloatingPoint.into());
         }
         Ok(())

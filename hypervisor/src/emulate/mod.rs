@@ -21,6 +21,7 @@ mod control;
 mod descriptor;
 mod execute;
 mod floating;
+mod kept;
 mod operand;
 mod shift;
 mod stack;
@@ -38,7 +39,9 @@ use nestling::Access;
 use crate::guest::entry::Segment;
 pub use control::{ControlMove, Invalidated, control_move, cr3_write, cr4_write, invalidation};
 pub use descriptor::SegmentRegister;
-pub use floating::{Floating, MmxUse};
+pub use floating::{Floating, MmxUse, Wide};
+use kept::Decoded;
+pub use kept::{Asked, Kept};
 use operand::Space;
 pub use status::{StatusWrite, status_write};
 
@@ -74,10 +77,6 @@ pub struct Registers {
     pub rflags: u64,
     /// A segment register that was loaded, with its hidden part: beside the others, for it is none of an image to put back.
     pub loaded: Option<(SegmentRegister, Segment)>,
-    /// XMM0 to XMM15.
-    pub vectors: [u128; 16],
-    /// The x87 unit.
-    pub floating: Floating,
 }
 
 /// A vCPU as far as one instruction depends on it.
@@ -163,6 +162,8 @@ pub struct HostFailure;
 pub trait Bus {
     /// Reads RAM, for instructions and page tables. `false`: not all of it is RAM.
     fn read_ram(&mut self, gpa: u64, into: &mut [u8]) -> bool;
+    /// The bytes of an instruction, in one page. `None`: that is not RAM.
+    fn read_code(&mut self, gpa: u64) -> Option<[u8; MAX_INSTRUCTION]>;
     /// A page-table entry of 4 or 8 bytes, in one piece. `None`: that is not RAM.
     fn read_entry(&mut self, gpa: u64, bytes: usize) -> Option<u64>;
     /// Reads RAM or a device.
@@ -188,6 +189,12 @@ pub trait Bus {
     fn mark_entry(&mut self, gpa: u64, bytes: usize, old: u64, new: u64) -> Result<bool, HostFailure> {
         self.compare_exchange(gpa, bytes, old, new)
     }
+    /// The vCPU's x87 and SSE registers.
+    fn wide(&mut self) -> &mut dyn Wide;
+    /// What this vCPU keeps from instruction to instruction.
+    fn kept(&mut self) -> &mut Kept;
+    /// [`Kept::page`], with the page tables' entries of so many bytes read as by [`Bus::read_entry`].
+    fn page_again(&mut self, asked: &Asked, bytes: usize) -> Option<u64>;
     /// Reads a port.
     fn input(&mut self, port: u16, bytes: usize) -> u32;
     /// Writes a port.
@@ -323,21 +330,20 @@ pub fn prepare() {
 
 /// Executes the instruction at RIP.
 pub fn step(cpu: &Cpu, bus: &mut impl Bus) -> Outcome {
-    let mut registers = cpu.registers;
-    let mut instruction = [0; MAX_INSTRUCTION];
+    let mut outcome = Outcome { registers: cpu.registers, end: End::Done, instruction: [0; MAX_INSTRUCTION] };
     let mut space = Space::new(cpu, bus);
-    let done = fetch(&mut space, &mut instruction).and_then(|decoded| {
-        let machine = execute::Machine { space, registers: &mut registers };
-        machine.execute(&decoded)
-    });
-    let end = match done {
-        Ok(()) => {
-            registers.rflags &= !RFLAGS_RF;
-            End::Done
+    let done = fetch_decoded(&mut space, &mut outcome.instruction).and_then(|decoded| {
+        let machine = execute::Machine { space, registers: &mut outcome.registers };
+        match decoded.plain {
+            Some(plain) => machine.move_plain(&plain),
+            None => machine.execute(&decoded.instruction),
         }
-        Err(stop) => End::from(stop),
-    };
-    Outcome { registers, end, instruction }
+    });
+    match done {
+        Ok(()) => outcome.registers.rflags &= !RFLAGS_RF,
+        Err(stop) => outcome.end = End::from(stop),
+    }
+    outcome
 }
 
 /// An instruction that somebody else executes.
@@ -375,8 +381,13 @@ pub fn see(cpu: &Cpu, bus: &mut impl Bus) -> Option<Seen> {
     Some(Seen { what, next_rip: cpu.wrap(decoded.next_ip()) })
 }
 
-/// Fetches and decodes. The part of it that lies on a second page counts only if the instruction reaches so far.
+/// Fetches and decodes.
 fn fetch<B: Bus>(space: &mut Space<'_, B>, bytes: &mut [u8; MAX_INSTRUCTION]) -> Result<Instruction, Stop> {
+    fetch_decoded(space, bytes).map(|decoded| decoded.instruction)
+}
+
+/// The same, with what is kept of it.
+fn fetch_decoded<B: Bus>(space: &mut Space<'_, B>, bytes: &mut [u8; MAX_INSTRUCTION]) -> Result<Decoded, Stop> {
     let cpu = space.cpu;
     let size = cpu.code_size();
     let rip = cpu.wrap(cpu.registers.rip);
@@ -385,12 +396,33 @@ fn fetch<B: Bus>(space: &mut Space<'_, B>, bytes: &mut [u8; MAX_INSTRUCTION]) ->
         _ => cpu.segments[segment::CS].base.wrapping_add(rip) & 0xffff_ffff,
     };
     let on_first = (4096 - (first & 0xfff) as usize).min(MAX_INSTRUCTION);
-    let mut have = 0;
-    let mut missing = None;
+    if on_first < MAX_INSTRUCTION {
+        return fetch_from_two(space, first, on_first, bytes).map(|i| Decoded::new(0, rip, size, i));
+    }
+    let gpa = space.translate(first, Access::Execute)?;
+    *bytes = space.bus.read_code(gpa).ok_or(Stop::Unsupported)?;
+    let mut padded = [0; 16];
+    padded[..MAX_INSTRUCTION].copy_from_slice(bytes);
+    let padded = u128::from_le_bytes(padded);
+    if let Some(decoded) = space.bus.kept().instruction(padded, rip, size) {
+        return Ok(*decoded);
+    }
+    let decoded = Decoded::new(padded, rip, size, decode(size, rip, bytes, None)?);
+    space.bus.kept().keep_instruction(decoded);
+    Ok(decoded)
+}
+
+/// Fetches and decodes near a page's end. What lies on the second page counts only if the instruction reaches so far.
+#[cold]
+fn fetch_from_two<B: Bus>(
+    space: &mut Space<'_, B>,
+    first: u64,
+    on_first: usize,
+    bytes: &mut [u8; MAX_INSTRUCTION],
+) -> Result<Instruction, Stop> {
+    let cpu = space.cpu;
+    let (mut have, mut missing) = (0, None);
     for (from, to) in [(0, on_first), (on_first, MAX_INSTRUCTION)] {
-        if from == to {
-            continue;
-        }
         let part = space.translate(first.wrapping_add(from as u64), Access::Execute);
         match part {
             Ok(gpa) if space.bus.read_ram(gpa, &mut bytes[from..to]) => have = to,
@@ -401,17 +433,22 @@ fn fetch<B: Bus>(space: &mut Space<'_, B>, bytes: &mut [u8; MAX_INSTRUCTION]) ->
             break;
         }
     }
+    decode(cpu.code_size(), cpu.wrap(cpu.registers.rip), &bytes[..have], missing)
+}
+
+/// Decodes bytes from `rip` on, behind which something is missing.
+fn decode(size: CodeSize, rip: u64, bytes: &[u8], missing: Option<Stop>) -> Result<Instruction, Stop> {
     let bits = match size {
         CodeSize::Bits16 => 16,
         CodeSize::Bits32 => 32,
         CodeSize::Bits64 => 64,
     };
-    let mut decoder = Decoder::with_ip(bits, &bytes[..have], rip, DecoderOptions::AMD);
+    let mut decoder = Decoder::with_ip(bits, bytes, rip, DecoderOptions::AMD);
     let mut decoded = decoder.decode();
     if decoded.is_jmp_far_indirect() {
         // With REX.W a pointer of 64 bits and a selector, as test kernels take it to be, and as QEMU and KVM do; a CPU of
         // AMD's reads 32 bits.
-        decoder = Decoder::with_ip(bits, &bytes[..have], rip, DecoderOptions::NONE);
+        decoder = Decoder::with_ip(bits, bytes, rip, DecoderOptions::NONE);
         decoded = decoder.decode();
     }
     match (decoder.last_error(), missing) {

@@ -8,6 +8,7 @@ use nestling::guest::{
 };
 use nestling::{Access, Gpa};
 
+use super::kept::Asked;
 use super::{Bus, CodeSize, Cpu, Exception, HostFailure, Stop, segment};
 
 const CR0_AM: u64 = 1 << 18;
@@ -79,7 +80,8 @@ impl<'a, B: Bus> Space<'a, B> {
         let Cpu { cr0, cr4, efer, physical_bits, .. } = *cpu;
         // A CPU without 1 GiB pages stops a guest at such an entry before there is anything to execute in its stead.
         let features = CpuFeatures { physical_bits: physical_bits.min(52) as u8, gigantic_pages: true };
-        Self { cpu, bus, mode: Mode::new(Controls { cr0, cr4, efer }, features) }
+        let mode = bus.kept().mode(Controls { cr0, cr4, efer }, features);
+        Self { cpu, bus, mode }
     }
 
     /// Translates for an access that lies in one page.
@@ -89,13 +91,27 @@ impl<'a, B: Bus> Space<'a, B> {
             3 => Privilege::User,
             _ => Privilege::Supervisor { ac: self.cpu.registers.rflags & RFLAGS_AC != 0 },
         };
+        let request = Request { linear, access, privilege, pkru };
+        let asked = Asked::new(cr3, &request);
+        match self.bus.page_again(&asked, bytes_of(self.mode.entry_width())) {
+            Some(page) => Ok(page | linear % PAGE),
+            None => self.walk(asked, &request),
+        }
+    }
+
+    #[inline(never)]
+    fn walk(&mut self, asked: Asked, request: &Request) -> Result<u64, Stop> {
         let mut tables = TablesOn { bus: self.bus, failure: None };
-        let found = walk(&self.mode, cr3, &Request { linear, access, privilege, pkru }, &mut tables);
+        let found = walk(&self.mode, asked.cr3(), request, &mut tables);
         if let Some(failure) = tables.failure {
             return Err(Stop::Host(failure));
         }
         match found {
-            Ok(translation) => Ok(translation.gpa.0),
+            Ok(translation) => {
+                // A mark that did not stick ends above: all are there.
+                self.bus.kept().keep_walk(asked, &translation);
+                Ok(translation.gpa.0)
+            }
             Err(Refused::Fault(PageFault { code, address })) => {
                 Err(Exception::PageFault { code: code.bits(), address }.into())
             }

@@ -8,6 +8,7 @@ use crate::devices::testing::Random;
 
 mod descriptors;
 mod forms;
+mod keeping;
 
 const RAM: usize = 1 << 20;
 const DEVICE: u64 = 0xfee0_0000;
@@ -29,11 +30,14 @@ struct Machine {
     ram: Vec<u8>,
     device: Vec<u8>,
     events: Vec<Event>,
+    wide: WideRegisters,
+    kept: Kept,
 }
 
 impl Machine {
     fn new() -> Self {
-        Self { ram: vec![0; RAM], device: vec![0; 4096], events: Vec::new() }
+        let (ram, device) = (vec![0; RAM], vec![0; 4096]);
+        Self { ram, device, events: Vec::new(), wide: WideRegisters::default(), kept: Kept::default() }
     }
 
     fn slice(&mut self, gpa: u64, bytes: usize) -> Option<&mut [u8]> {
@@ -71,6 +75,30 @@ impl Machine {
     }
 }
 
+#[derive(Default)]
+struct WideRegisters {
+    vectors: [[u64; 2]; 16],
+    floating: Floating,
+}
+
+impl Wide for WideRegisters {
+    fn vector(&self, number: usize) -> [u64; 2] {
+        self.vectors[number]
+    }
+
+    fn set_vector(&mut self, number: usize, value: [u64; 2]) {
+        self.vectors[number] = value;
+    }
+
+    fn floating(&self) -> Floating {
+        self.floating
+    }
+
+    fn set_floating(&mut self, floating: &Floating) {
+        self.floating = *floating;
+    }
+}
+
 impl Bus for Machine {
     fn read_ram(&mut self, gpa: u64, into: &mut [u8]) -> bool {
         assert!(gpa % 4096 + into.len() as u64 <= 4096, "no access crosses a page");
@@ -81,6 +109,11 @@ impl Bus for Machine {
             }
             None => false,
         }
+    }
+
+    fn read_code(&mut self, gpa: u64) -> Option<[u8; MAX_INSTRUCTION]> {
+        let mut code = [0; MAX_INSTRUCTION];
+        self.read_ram(gpa, &mut code).then_some(code)
     }
 
     fn read_entry(&mut self, gpa: u64, bytes: usize) -> Option<u64> {
@@ -114,6 +147,23 @@ impl Bus for Machine {
         Ok(same)
     }
 
+    fn wide(&mut self) -> &mut dyn Wide {
+        &mut self.wide
+    }
+
+    fn kept(&mut self) -> &mut Kept {
+        &mut self.kept
+    }
+
+    fn page_again(&mut self, asked: &Asked, bytes: usize) -> Option<u64> {
+        let entry = |at: nestling::Gpa| {
+            let mut entry = [0; 8];
+            entry[..bytes].copy_from_slice(self.ram.get(at.0 as usize..at.0 as usize + bytes)?);
+            Some(u64::from_le_bytes(entry))
+        };
+        self.kept.page(asked, entry)
+    }
+
     fn input(&mut self, port: u16, bytes: usize) -> u32 {
         self.events.push(Event::In(port, bytes));
         0x4433_2211
@@ -133,7 +183,7 @@ fn cpu(wide: bool) -> Cpu {
     let mut segments = [flat(DATA); 6];
     segments[segment::CS] = flat(if wide { FLAT_64 } else { FLAT_32 });
     Cpu {
-        registers: Registers { general: [0; 16], rip: CODE, rflags: 2, vectors: [0; 16], ..Registers::default() },
+        registers: Registers { general: [0; 16], rip: CODE, rflags: 2, loaded: None },
         cr0: if wide { 0x8001_0001 } else { 1 },
         cr3: 0x8_0000,
         cr4: 0x20,

@@ -73,30 +73,29 @@ impl<B: Bus> Machine<'_, '_, B> {
     fn load_vector(&mut self, instruction: &Instruction, register: Register) -> Result<(), Stop> {
         let index = xmm(register)?;
         let parts = self.parts(instruction, 1, Access::Read)?;
-        let low = u128::from(self.space.load(parts.low)?);
+        let low = self.space.load(parts.low)?;
         let high = match parts.high {
-            Some(place) => u128::from(self.space.load(place)?),
+            Some(place) => self.space.load(place)?,
             None => 0,
         };
-        let slot = &mut self.registers.vectors[index];
-        *slot = match half(instruction.mnemonic()) {
-            Some(Half::Low) => *slot & !u128::from(u64::MAX) | low,
-            Some(Half::High) => *slot & u128::from(u64::MAX) | low << 64,
+        let [was_low, was_high] = self.space.bus.wide().vector(index);
+        let value = match half(instruction.mnemonic()) {
+            Some(Half::Low) => [low, was_high],
+            Some(Half::High) => [was_low, low],
             // What is shorter clears the rest.
-            None => high << 64 | low,
+            None => [low, high],
         };
+        self.space.bus.wide().set_vector(index, value);
         Ok(())
     }
 
     fn store_vector(&mut self, instruction: &Instruction, register: Register) -> Result<(), Stop> {
-        let mut value = self.registers.vectors[xmm(register)?];
-        if half(instruction.mnemonic()) == Some(Half::High) {
-            value >>= 64;
-        }
+        let [low, high] = self.space.bus.wide().vector(xmm(register)?);
+        let first = if half(instruction.mnemonic()) == Some(Half::High) { high } else { low };
         let parts = self.parts(instruction, 0, Access::Write)?;
-        self.space.store(parts.low, value as u64 & mask(parts.bytes))?;
+        self.space.store(parts.low, first & mask(parts.bytes))?;
         if let Some(place) = parts.high {
-            self.space.store(place, (value >> 64) as u64)?;
+            self.space.store(place, high)?;
         }
         Ok(())
     }

@@ -374,6 +374,21 @@ impl GuestRam {
         Ok(())
     }
 
+    /// Copies `N` bytes out, which lie in one page.
+    ///
+    /// # Errors
+    /// Those of [`GuestRam::resolve`]; also that they do not.
+    #[inline]
+    pub fn read_within<const N: usize>(&self, at: Gpa) -> Result<[u8; N], BackingError> {
+        if at.0 % FRAME + N as u64 > FRAME {
+            return Err(BackingError::NotBacked);
+        }
+        let (host, _pin) = self.locate_byte(at)?;
+        // SAFETY: `locate_byte` gave what is left of the page, of this guest's RAM. The guest may write it at the same time:
+        // they are bytes, and no reference to them exists.
+        Ok(unsafe { host.cast::<[u8; N]>().read_unaligned() })
+    }
+
     /// Replaces 1, 2, 4 or 8 bytes of guest memory in one step if they are `old`; says whether they were. They need not be
     /// aligned, but lie in one page.
     ///
@@ -438,8 +453,9 @@ impl GuestRam {
     ///
     /// # Errors
     /// Those of [`GuestRam::resolve`].
+    #[inline]
     pub fn read_entry(&self, at: Gpa, bytes: usize) -> Result<u64, BackingError> {
-        let (host, _, _pin) = self.locate(Gpa(at.0 & !(bytes as u64 - 1)))?;
+        let (host, _pin) = self.locate_byte(Gpa(at.0 & !(bytes as u64 - 1)))?;
         // SAFETY: `locate` gave at least this much of the guest's RAM, aligned as the address is. Guests change it at the
         // same time, atomically or not; it is read atomically, and means nothing to this program.
         unsafe {
@@ -448,6 +464,21 @@ impl GuestRam {
                 _ => AtomicU64::from_ptr(host.cast()).load(Ordering::Relaxed),
             })
         }
+    }
+
+    /// As [`GuestRam::locate`], where what is used ends in the same page.
+    #[inline]
+    fn locate_byte(&self, at: Gpa) -> Result<(*mut u8, Pin<'_>), BackingError> {
+        let gfn = at.gfn();
+        let bank = self.bank(gfn).ok_or(BackingError::NotBacked)?;
+        let pin = self.pins.pin(gfn);
+        let word = bank.chunks[self.index(bank, gfn)].load(Ordering::Acquire);
+        if word & PRESENT == 0 {
+            drop(pin);
+            return self.locate(at).map(|(host, _, pin)| (host, pin));
+        }
+        let offset = at.0 & ((FRAME << self.order) - 1);
+        Ok((ptr::with_exposed_provenance_mut((address(word) + offset) as usize), pin))
     }
 
     /// The host address behind a guest address, the bytes up to the end of the run, and what keeps them there.

@@ -71,7 +71,9 @@ const ASID: u32 = 1;
 const EXCEPTIONS: u32 = 1 << 1 | 1 << 6 | 1 << 17 | 1 << 18;
 /// CR8's bit in the intercept words.
 const CR8: u16 = 1 << 8;
+const RAX: usize = 0;
 const RBX: usize = 3;
+const RSP: usize = 4;
 const RSI: usize = 6;
 /// DR6: the exception is that of a single step.
 const DR6_BS: u64 = 1 << 14;
@@ -638,10 +640,8 @@ impl<P: Paging> GuestCpu for Vcpu<P> {
     fn emulated(&self, physical_bits: u32) -> emulate::Cpu {
         let save = self.save();
         let PagingRegisters { cr0, cr3, cr4, efer } = P::registers(self);
-        let mut general = [0; 16];
-        for (index, register) in general.iter_mut().enumerate() {
-            *register = self.register(index);
-        }
+        let mut general = self.switch.registers;
+        (general[RAX], general[RSP]) = (save.rax, save.rsp);
         let segment = |s: &Segment| start::Segment {
             selector: s.selector,
             attributes: s.attributes,
@@ -649,14 +649,7 @@ impl<P: Paging> GuestCpu for Vcpu<P> {
             base: s.base,
         };
         emulate::Cpu {
-            registers: emulate::Registers {
-                general,
-                rip: save.rip,
-                rflags: save.rflags,
-                vectors: floating::vectors(&self.switch.fx),
-                floating: floating::floating(&self.switch.fx),
-                loaded: None,
-            },
+            registers: emulate::Registers { general, rip: save.rip, rflags: save.rflags, loaded: None },
             cr0,
             cr3,
             cr4,
@@ -671,18 +664,20 @@ impl<P: Paging> GuestCpu for Vcpu<P> {
     }
 
     fn take_over(&mut self, registers: &emulate::Registers) {
-        for (index, value) in registers.general.iter().enumerate() {
-            self.set_register(index, *value);
-        }
-        floating::set_vectors(&mut self.switch.fx, &registers.vectors);
-        floating::set_floating(&mut self.switch.fx, &registers.floating);
-        self.save_mut().rflags = registers.rflags;
+        self.switch.registers = registers.general;
+        let save = self.save_mut();
+        (save.rax, save.rsp) = (registers.general[RAX], registers.general[RSP]);
+        save.rflags = registers.rflags;
         if self.save().rip != registers.rip {
             self.advance_to(registers.rip);
         }
         if let Some((which, loaded)) = registers.loaded {
             self.load_segment(which, &loaded);
         }
+    }
+
+    fn wide(&mut self) -> &mut dyn emulate::Wide {
+        &mut *self.switch
     }
 
     #[inline]

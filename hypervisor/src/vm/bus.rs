@@ -20,13 +20,15 @@ use super::vcpu::{Due, Vcpu};
 use crate::devices::lapic::{Lapic, LapicEffect};
 use crate::devices::platform::Platform;
 use crate::devices::{Now, Width};
-use crate::emulate::{self, Bus, End, Exception, HostFailure, StatusWrite, TaskPriorityWrite};
+use crate::emulate::{self, Asked, Bus, End, Exception, HostFailure, Kept, StatusWrite, TaskPriorityWrite, Wide};
 use crate::memory::guest::GuestRam;
 
 /// Guest RAM and ports, as one vCPU reaches them.
 pub(super) struct GuestBus<'a> {
     vm: &'a Shared,
     lapic: &'a mut Lapic,
+    wide: &'a mut dyn Wide,
+    kept: &'a mut Kept,
     now: Now,
     /// What the vCPU has to look at.
     due: Due,
@@ -37,6 +39,15 @@ pub(super) struct GuestBus<'a> {
 impl GuestBus<'_> {
     fn ram(&self) -> &GuestRam {
         self.vm.mmu.host().ram()
+    }
+
+    /// Reads where no RAM is.
+    fn read_device(&mut self, gpa: u64, bytes: usize) -> Result<u64, HostFailure> {
+        let answer = self.vm.with_ports(|platform, now| platform.memory_read(now, gpa, bytes));
+        if answer.is_none() {
+            self.float(gpa, false);
+        }
+        Ok(answer.unwrap_or(u64::MAX) & u64::MAX >> (64 - 8 * bytes))
     }
 
     /// Where nothing answered.
@@ -67,6 +78,11 @@ impl Bus for GuestBus<'_> {
         self.ram().read(Gpa(gpa), into).is_ok()
     }
 
+    #[inline]
+    fn read_code(&mut self, gpa: u64) -> Option<[u8; MAX_INSTRUCTION_BYTES]> {
+        self.ram().read_within(Gpa(gpa)).ok()
+    }
+
     fn read_entry(&mut self, gpa: u64, bytes: usize) -> Option<u64> {
         self.ram().read_entry(Gpa(gpa), bytes).ok()
     }
@@ -76,16 +92,15 @@ impl Bus for GuestBus<'_> {
             return Ok(self.lapic.window_read(self.now, offset, bytes));
         }
         let mut value = [0; size_of::<u64>()];
+        if !self.ram().contains(Gpa(gpa).gfn()) {
+            return self.read_device(gpa, bytes);
+        }
         match self.ram().read(Gpa(gpa), &mut value[..bytes]) {
             Ok(()) => return Ok(u64::from_le_bytes(value)),
             Err(BackingError::OutOfMemory) => return Err(HostFailure),
             Err(BackingError::NotBacked | BackingError::Poisoned) => {}
         }
-        let answer = self.vm.with_ports(|platform, now| platform.memory_read(now, gpa, bytes));
-        if answer.is_none() {
-            self.float(gpa, false);
-        }
-        Ok(answer.unwrap_or(u64::MAX) & u64::MAX >> (64 - 8 * bytes))
+        self.read_device(gpa, bytes)
     }
 
     fn write(&mut self, gpa: u64, bytes: usize, value: u64) -> Result<(), HostFailure> {
@@ -140,6 +155,20 @@ impl Bus for GuestBus<'_> {
         }
     }
 
+    fn wide(&mut self) -> &mut dyn Wide {
+        self.wide
+    }
+
+    fn kept(&mut self) -> &mut Kept {
+        self.kept
+    }
+
+    #[inline]
+    fn page_again(&mut self, asked: &Asked, bytes: usize) -> Option<u64> {
+        let ram = self.ram();
+        self.kept.page(asked, |at| ram.read_entry(at, bytes).ok())
+    }
+
     fn input(&mut self, port: u16, bytes: usize) -> u32 {
         let Some(width) = Width::from_bytes(bytes) else { return u32::MAX };
         self.vm.with_ports(|platform, now| platform.io_read(now, port, width))
@@ -156,8 +185,8 @@ impl<C: GuestCpu> Vcpu<C> {
     /// This vCPU's memory and ports.
     pub(super) fn bus(&mut self) -> GuestBus<'_> {
         let now = self.now();
-        let (vm, lapic) = (&*self.vm, &mut self.lapic);
-        GuestBus { vm, lapic, now, due: Due::empty(), lost: None }
+        let (vm, lapic, kept) = (&*self.vm, &mut self.lapic, &mut self.kept);
+        GuestBus { vm, lapic, wide: self.cpu.wide(), kept, now, due: Due::empty(), lost: None }
     }
 
     /// What is at RIP, if it can be fetched and is an instruction.
@@ -186,10 +215,7 @@ impl<C: GuestCpu> Vcpu<C> {
     #[cold]
     pub(super) fn write_task_priority(&mut self) -> Next {
         let state = self.cpu.emulated(self.policy.physical_bits);
-        let now = self.now();
-        let (vm, lapic) = (&*self.vm, &mut self.lapic);
-        let mut bus = GuestBus { vm, lapic, now, due: Due::empty(), lost: None };
-        match emulate::task_priority_write(&state, &mut bus) {
+        match emulate::task_priority_write(&state, &mut self.bus()) {
             Ok(TaskPriorityWrite { class, next_rip }) => {
                 self.lapic.set_cr8(class);
                 // Or the next look at the CPU's own would take the old one for the guest's.
@@ -206,10 +232,7 @@ impl<C: GuestCpu> Vcpu<C> {
     #[cold]
     pub(super) fn write_status(&mut self) -> Next {
         let state = self.cpu.emulated(self.policy.physical_bits);
-        let now = self.now();
-        let (vm, lapic) = (&*self.vm, &mut self.lapic);
-        let mut bus = GuestBus { vm, lapic, now, due: Due::empty(), lost: None };
-        match emulate::status_write(&state, &mut bus) {
+        match emulate::status_write(&state, &mut self.bus()) {
             Ok(StatusWrite { cr0, next_rip }) => {
                 self.cpu.set_status(cr0);
                 self.cpu.advance_to(next_rip);

@@ -98,6 +98,9 @@ pub trait GuestCpu: VmcbMsrs + Debug + Send + Sized + 'static {
     /// What executing an instruction in software depends on; `physical_bits` is not the CPU's to know.
     fn emulated(&self, physical_bits: u32) -> emulate::Cpu;
 
+    /// Its x87 and SSE registers.
+    fn wide(&mut self) -> &mut dyn emulate::Wide;
+
     /// Takes over what that left, an instruction further or within a repeated one.
     fn take_over(&mut self, registers: &emulate::Registers);
 

@@ -36,6 +36,7 @@ use crate::cpu::extended::{self, XCR0_RESET};
 use crate::cpu::{apic, clock, instructions, local};
 use crate::devices::lapic::{Lapic, LapicConfig};
 use crate::devices::saved::{BadState, require};
+use crate::emulate::Kept;
 use crate::ghost;
 use crate::guest::VcpuInit;
 use crate::memory::embedder;
@@ -137,6 +138,8 @@ pub struct Vcpu<C: GuestCpu> {
     pub(super) exits: [u64; exit::KINDS],
     pub(super) refused: Refused,
     ring: Ring,
+    /// For instructions that are executed in software.
+    pub(super) kept: Kept,
     pub(super) last_exit: Exit,
     root: Hpa,
     stall: Stall,
@@ -172,6 +175,7 @@ impl<C: GuestCpu> Vcpu<C> {
             exits: [0; exit::KINDS],
             refused: Refused::default(),
             ring: Ring::default(),
+            kept: Kept::default(),
             last_exit: Exit::Interrupt,
             root: Hpa(0),
             stall: Stall::default(),

@@ -1,5 +1,6 @@
 //! What the control registers say of paging, put into masks once for many walks.
 
+use super::Width;
 use crate::addr::{Gpa, INDEX_BITS, PAGE_SHIFT};
 
 const CR0_WP: u64 = 1 << 16;
@@ -121,6 +122,12 @@ impl Mode {
     /// Levels of tables: 0 without paging, 2 to 5 with it.
     pub const fn levels(&self) -> u8 {
         self.levels
+    }
+
+    /// The size of an entry; of no meaning without paging.
+    #[inline]
+    pub const fn entry_width(&self) -> Width {
+        if matches!(self.format, Some(Format::Legacy)) { Width::Four } else { Width::Eight }
     }
 
     /// The address of the top table that `cr3` names.

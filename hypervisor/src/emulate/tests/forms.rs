@@ -53,11 +53,17 @@ fn vectors_move_whole_and_in_parts() {
     let at = DEVICE + 0x80;
     let (mut cpu, mut machine) = wide();
     cpu.cr4 |= 1 << 9;
-    cpu.registers.vectors[1] = VALUE;
+    let halves = [VALUE as u64, (VALUE >> 64) as u64];
+    machine.wide.vectors[1] = halves;
     assert_eq!(run(&cpu, &mut machine, &[0xf3, 0x0f, 0x7f, 0x0f]).end, End::Done); // movdqu [rdi], xmm1
     assert_eq!((machine.value(at, 8), machine.value(at + 8, 8)), (VALUE as u64, (VALUE >> 64) as u64));
     assert_eq!(machine.events.len(), 2);
-    let load = |machine: &mut Machine, code: &[u8]| run(&cpu, machine, code).registers.vectors[1];
+    let load = |machine: &mut Machine, code: &[u8]| {
+        machine.wide.vectors[1] = halves;
+        assert_eq!(run(&cpu, machine, code).end, End::Done);
+        let [low, high] = machine.wide.vectors[1];
+        u128::from(high) << 64 | u128::from(low)
+    };
     assert_eq!(load(&mut machine, &[0x66, 0x0f, 0x6f, 0x4f, 0]), VALUE); // movdqa xmm1, [rdi]
     assert_eq!(load(&mut machine, &[0x66, 0x0f, 0x6e, 0x0f]), 0x0302_0100); // movd
     assert_eq!(load(&mut machine, &[0xf2, 0x0f, 0x10, 0x0f]), 0x0706_0504_0302_0100); // movsd
@@ -123,29 +129,34 @@ fn a_byte_is_looked_up() {
 fn mmx_registers_move_and_the_words_of_the_x87_unit() {
     const TS: u64 = 1 << 3;
     let at = DEVICE + 0x80;
-    let (mut cpu, mut machine) = wide();
-    cpu.registers.floating.mmx[1] = 0x0102_0304_0506_0708;
+    let (cpu, mut machine) = wide();
+    machine.wide.floating.mmx[1] = 0x0102_0304_0506_0708;
     let outcome = run(&cpu, &mut machine, &[0x0f, 0x7f, 0x0f]); // movq [rdi], mm1
     assert_eq!((outcome.end, machine.value(at, 8)), (End::Done, 0x0102_0304_0506_0708));
-    assert_eq!(outcome.registers.floating.used, MmxUse::Read);
+    assert_eq!(machine.wide.floating.used, MmxUse::Read);
     machine.put(at, 8, 0x8070_6050_4030_2010);
     for (code, value) in [(&[0x0f, 0x6f, 0x17], 0x8070_6050_4030_2010u64), (&[0x0f, 0x6e, 0x17], 0x4030_2010)] {
-        let floating = run(&cpu, &mut machine, code).registers.floating; // movq, movd mm2, [rdi]
+        assert_eq!(run(&cpu, &mut machine, code).end, End::Done); // movq, movd mm2, [rdi]
+        let floating = machine.wide.floating;
         assert_eq!((floating.mmx[2], floating.used), (value, MmxUse::Written(2)), "{code:x?}");
     }
     let outcome = run(&cpu, &mut machine, &[0x0f, 0xe7, 0x0f]); // movntq [rdi], mm1
     assert_eq!((outcome.end, machine.value(at, 8)), (End::Done, 0x0102_0304_0506_0708));
-    (cpu.registers.floating.control, cpu.registers.floating.status) = (0x37f, 0x3804);
+    (machine.wide.floating.control, machine.wide.floating.status) = (0x37f, 0x3804);
     assert_eq!(run(&cpu, &mut machine, &[0xd9, 0x3f]).end, End::Done); // fnstcw [rdi]
     assert_eq!(machine.value(at, 4), 0x0506_037f);
     assert_eq!(run(&cpu, &mut machine, &[0xdd, 0x3f]).end, End::Done); // fnstsw [rdi]
     assert_eq!(machine.value(at, 2), 0x3804);
     // Division by zero is flagged: masked no longer, it is raised by what waits.
     machine.put(at, 2, 0x0300);
-    let after = run(&cpu, &mut machine, &[0xd9, 0x2f]).registers.floating; // fldcw [rdi]
+    assert_eq!(run(&cpu, &mut machine, &[0xd9, 0x2f]).end, End::Done); // fldcw [rdi]
+    let after = machine.wide.floating;
     assert_eq!((after.control, after.status), (0x0340, 0xb884));
-    let end = |cpu: &Cpu, code: &[u8]| run(cpu, &mut wide().1, code).end;
-    cpu.registers.floating = after;
+    let end = |cpu: &Cpu, code: &[u8]| {
+        let mut machine = wide().1;
+        machine.wide.floating = after;
+        run(cpu, &mut machine, code).end
+    };
     for waits in [&[0x0f, 0x7f, 0x0f][..], &[0xd9, 0x2f]] {
         assert_eq!(end(&cpu, waits), End::Raise(Exception::FloatingPoint), "{waits:x?}");
     }

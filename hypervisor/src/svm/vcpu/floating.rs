@@ -3,7 +3,8 @@
 //! The image holds the x87 registers as a stack: its slot *j* is register (TOP + *j*) mod 8. MMX registers go by the
 //! registers' own numbers.
 
-use crate::emulate::{Floating, MmxUse};
+use crate::emulate::{Floating, MmxUse, Wide};
+use crate::svm::entry::Switch;
 
 /// An FXSAVE image.
 type Image = [u8; 512];
@@ -35,21 +36,30 @@ fn slot(image: &Image, number: usize) -> usize {
     REGISTERS + SLOT * ((number + 8 - top) & 7)
 }
 
-/// XMM0 to XMM15.
-pub(super) fn vectors(image: &Image) -> [u128; 16] {
-    let mut images = image[XMM..].chunks_exact(16);
-    core::array::from_fn(|_| images.next().and_then(|image| image.try_into().ok()).map_or(0, u128::from_le_bytes))
-}
+impl Wide for Switch {
+    fn vector(&self, number: usize) -> [u64; 2] {
+        let (halves, _) = self.fx[XMM..].as_chunks::<8>();
+        [0, 1].map(|half| halves.get(2 * number + half).map_or(0, |bytes| u64::from_le_bytes(*bytes)))
+    }
 
-/// Sets them.
-pub(super) fn set_vectors(image: &mut Image, vectors: &[u128; 16]) {
-    for (image, value) in image[XMM..].chunks_exact_mut(16).zip(vectors) {
-        image.copy_from_slice(&value.to_le_bytes());
+    fn set_vector(&mut self, number: usize, value: [u64; 2]) {
+        let (halves, _) = self.fx[XMM..].as_chunks_mut::<8>();
+        for (to, half) in halves.iter_mut().skip(2 * number).zip(value) {
+            *to = half.to_le_bytes();
+        }
+    }
+
+    fn floating(&self) -> Floating {
+        floating(&self.fx)
+    }
+
+    fn set_floating(&mut self, floating: &Floating) {
+        set_floating(&mut self.fx, floating);
     }
 }
 
 /// The x87 unit.
-pub(super) fn floating(image: &Image) -> Floating {
+fn floating(image: &Image) -> Floating {
     let mmx = core::array::from_fn(|number| {
         let at = slot(image, number);
         image[at..at + MANTISSA].try_into().map_or(0, u64::from_le_bytes)
@@ -58,7 +68,7 @@ pub(super) fn floating(image: &Image) -> Floating {
 }
 
 /// Takes over what an instruction has made of it.
-pub(super) fn set_floating(image: &mut Image, floating: &Floating) {
+fn set_floating(image: &mut Image, floating: &Floating) {
     if floating.used != MmxUse::None {
         let registers: [[u8; SLOT]; 8] = core::array::from_fn(|number| {
             let at = slot(image, number);

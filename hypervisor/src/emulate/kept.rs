@@ -1,0 +1,163 @@
+//! What is kept of an instruction for the next one: a driver's loop meets the same instruction at the same device again and
+//! again.
+//!
+//! Nothing of it is believed without a look at all that it was made of:
+//!
+//! - An instruction is a function of its bytes, its address and the code's size. The bytes are fetched each time, under the
+//!   guest's rights, and compared.
+//! - A walk is a function of mode, CR3, request, and of the entries that it reads. They are read each time, in the walk's
+//!   order and each in one piece, and compared. A walk that succeeded has left its accessed and dirty bits in them, so the
+//!   same entries have nothing to be marked; one that could not leave them is not kept.
+//! - A mode is a function of three registers and the CPU.
+//!
+//! So a change by another vCPU, of code or tables, is met or just missed as by a walk, and nobody has to be told of one.
+//! What belongs to one vCPU stays with it.
+
+use iced_x86::Instruction;
+use nestling::Access;
+use nestling::Gpa;
+use nestling::guest::{Controls, CpuFeatures, Mode, Privilege, Request, Step, Translation};
+
+use super::CodeSize;
+use super::execute::Plain;
+
+/// Deepest table.
+const LEVELS: usize = 5;
+/// How many of each are kept: an instruction has two walks or three.
+const PLACES: usize = 4;
+const PAGE_SHIFT: u32 = 12;
+
+/// What a walk was asked for, but for the place in the page.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Asked {
+    page: u64,
+    cr3: u64,
+    rights: u64,
+}
+
+impl Asked {
+    #[inline]
+    pub(super) fn new(cr3: u64, request: &Request) -> Self {
+        let access = match request.access {
+            Access::Read => 0,
+            Access::Write => 1,
+            Access::Execute => 2,
+        };
+        let privilege = match request.privilege {
+            Privilege::User => 0,
+            Privilege::Supervisor { ac: false } => 1 << 2,
+            Privilege::Supervisor { ac: true } => 2 << 2,
+            Privilege::Implicit => 3 << 2,
+        };
+        Self { page: request.linear >> PAGE_SHIFT, cr3, rights: u64::from(request.pkru) << 32 | access | privilege }
+    }
+
+    pub(super) fn cr3(&self) -> u64 {
+        self.cr3
+    }
+
+    /// Code and data of one page number are apart.
+    fn place(&self) -> usize {
+        (self.page ^ (self.rights & 3)) as usize % PLACES
+    }
+}
+
+/// A walk that succeeded.
+#[derive(Clone, Copy, Debug)]
+struct Walk {
+    asked: Asked,
+    /// Where it led: a page.
+    page: u64,
+    /// How many entries; 0: nothing is kept here.
+    entries: usize,
+    steps: [Step; LEVELS],
+}
+
+/// An instruction.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Decoded {
+    bytes: u128,
+    rip: u64,
+    size: CodeSize,
+    /// All of it.
+    pub(super) instruction: Instruction,
+    /// What it comes to, if it is of the usual kind.
+    pub(super) plain: Option<Plain>,
+}
+
+impl Decoded {
+    pub(super) fn new(bytes: u128, rip: u64, size: CodeSize, instruction: Instruction) -> Self {
+        Self { bytes, rip, size, instruction, plain: Plain::of(&instruction, size) }
+    }
+}
+
+/// See the module head.
+#[derive(Debug)]
+pub struct Kept {
+    mode: Option<(Controls, CpuFeatures, Mode)>,
+    walks: [Walk; PLACES],
+    decoded: [Option<Decoded>; PLACES],
+}
+
+impl Default for Kept {
+    fn default() -> Self {
+        let asked = Asked { page: 0, cr3: 0, rights: 0 };
+        let nothing = Walk { asked, page: 0, entries: 0, steps: [Step::default(); LEVELS] };
+        Self { mode: None, walks: [nothing; PLACES], decoded: [None; PLACES] }
+    }
+}
+
+impl Kept {
+    /// The mode of these registers. Walks are kept of one mode.
+    #[inline]
+    pub(super) fn mode(&mut self, controls: Controls, features: CpuFeatures) -> Mode {
+        match self.mode {
+            Some((of, by, mode)) if of == controls && by == features => mode,
+            _ => self.another_mode(controls, features),
+        }
+    }
+
+    #[cold]
+    fn another_mode(&mut self, controls: Controls, features: CpuFeatures) -> Mode {
+        let mode = Mode::new(controls, features);
+        self.mode = Some((controls, features, mode));
+        self.walks.iter_mut().for_each(|walk| walk.entries = 0);
+        mode
+    }
+
+    /// The page to which a walk that was asked for this led, if `read` finds the entries that it read.
+    #[inline]
+    pub fn page(&self, asked: &Asked, read: impl Fn(Gpa) -> Option<u64>) -> Option<u64> {
+        let walk = &self.walks[asked.place()];
+        if walk.entries == 0 || walk.asked != *asked {
+            return None;
+        }
+        let same = walk.steps.iter().take(walk.entries).all(|step| read(step.at) == Some(step.entry));
+        same.then_some(walk.page)
+    }
+
+    /// Keeps a walk that has left all its marks.
+    pub(super) fn keep_walk(&mut self, asked: Asked, translation: &Translation) {
+        let walk = &mut self.walks[asked.place()];
+        *walk = Walk { asked, page: translation.gpa.0 >> PAGE_SHIFT << PAGE_SHIFT, entries: 0, ..*walk };
+        for (place, (_, step)) in walk.steps.iter_mut().zip(translation.steps()) {
+            *place = *step;
+            walk.entries += 1;
+        }
+    }
+
+    fn place(rip: u64) -> usize {
+        (rip ^ rip >> 3) as usize % PLACES
+    }
+
+    /// What these bytes are at this address.
+    #[inline]
+    pub(super) fn instruction(&self, bytes: u128, rip: u64, size: CodeSize) -> Option<&Decoded> {
+        let decoded = self.decoded[Self::place(rip)].as_ref()?;
+        (decoded.bytes == bytes && decoded.rip == rip && decoded.size == size).then_some(decoded)
+    }
+
+    pub(super) fn keep_instruction(&mut self, decoded: Decoded) {
+        self.decoded[Self::place(decoded.rip)] = Some(decoded);
+    }
+}
