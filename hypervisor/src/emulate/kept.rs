@@ -94,7 +94,9 @@ impl Decoded {
 /// See the module head.
 #[derive(Debug)]
 pub struct Kept {
-    mode: Option<(Controls, CpuFeatures, Mode)>,
+    controls: Controls,
+    features: CpuFeatures,
+    mode: Mode,
     walks: [Walk; PLACES],
     decoded: [Option<Decoded>; PLACES],
 }
@@ -103,26 +105,27 @@ impl Default for Kept {
     fn default() -> Self {
         let asked = Asked { page: 0, cr3: 0, rights: 0 };
         let nothing = Walk { asked, page: 0, entries: 0, steps: [Step::default(); LEVELS] };
-        Self { mode: None, walks: [nothing; PLACES], decoded: [None; PLACES] }
+        let (controls, features) =
+            (Controls { cr0: 0, cr4: 0, efer: 0 }, CpuFeatures { physical_bits: 0, gigantic_pages: true });
+        let mode = Mode::new(controls, features);
+        Self { controls, features, mode, walks: [nothing; PLACES], decoded: [None; PLACES] }
     }
 }
 
 impl Kept {
     /// The mode of these registers. Walks are kept of one mode.
     #[inline]
-    pub(super) fn mode(&mut self, controls: Controls, features: CpuFeatures) -> Mode {
-        match self.mode {
-            Some((of, by, mode)) if of == controls && by == features => mode,
-            _ => self.another_mode(controls, features),
+    pub(super) fn mode(&mut self, controls: Controls, features: CpuFeatures) -> &Mode {
+        if self.controls != controls || self.features != features {
+            self.change_mode(controls, features);
         }
+        &self.mode
     }
 
     #[cold]
-    fn another_mode(&mut self, controls: Controls, features: CpuFeatures) -> Mode {
-        let mode = Mode::new(controls, features);
-        self.mode = Some((controls, features, mode));
+    fn change_mode(&mut self, controls: Controls, features: CpuFeatures) {
+        (self.controls, self.features, self.mode) = (controls, features, Mode::new(controls, features));
         self.walks.iter_mut().for_each(|walk| walk.entries = 0);
-        mode
     }
 
     /// The page to which a walk that was asked for this led, if `read` finds the entries that it read.
@@ -132,8 +135,12 @@ impl Kept {
         if walk.entries == 0 || walk.asked != *asked {
             return None;
         }
-        let same = walk.steps.iter().take(walk.entries).all(|step| read(step.at) == Some(step.entry));
-        same.then_some(walk.page)
+        for step in walk.steps.iter().take(walk.entries) {
+            if read(step.at)? != step.entry {
+                return None;
+            }
+        }
+        Some(walk.page)
     }
 
     /// Keeps a walk that has left all its marks.

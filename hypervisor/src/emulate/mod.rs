@@ -291,6 +291,14 @@ pub struct Outcome {
     pub instruction: [u8; MAX_INSTRUCTION],
 }
 
+impl Outcome {
+    /// Nothing has been done yet.
+    #[inline]
+    pub fn before(cpu: &Cpu) -> Self {
+        Self { registers: cpu.registers, end: End::Done, instruction: [0; MAX_INSTRUCTION] }
+    }
+}
+
 /// A write to CR8 that is to be carried out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TaskPriorityWrite {
@@ -330,20 +338,26 @@ pub fn prepare() {
 
 /// Executes the instruction at RIP.
 pub fn step(cpu: &Cpu, bus: &mut impl Bus) -> Outcome {
-    let mut outcome = Outcome { registers: cpu.registers, end: End::Done, instruction: [0; MAX_INSTRUCTION] };
+    let mut outcome = Outcome::before(cpu);
+    step_into(cpu, bus, &mut outcome);
+    outcome
+}
+
+/// The same, for whoever has the place already ([`Outcome::before`]).
+pub fn step_into(cpu: &Cpu, bus: &mut impl Bus, outcome: &mut Outcome) {
     let mut space = Space::new(cpu, bus);
-    let done = fetch_decoded(&mut space, &mut outcome.instruction).and_then(|decoded| {
+    let what = |decoded: &Decoded| decoded.plain.ok_or(decoded.instruction);
+    let done = fetch_as(&mut space, &mut outcome.instruction, what).and_then(|decoded| {
         let machine = execute::Machine { space, registers: &mut outcome.registers };
-        match decoded.plain {
-            Some(plain) => machine.move_plain(&plain),
-            None => machine.execute(&decoded.instruction),
+        match decoded {
+            Ok(plain) => machine.move_plain(&plain),
+            Err(instruction) => machine.execute(&instruction),
         }
     });
     match done {
         Ok(()) => outcome.registers.rflags &= !RFLAGS_RF,
         Err(stop) => outcome.end = End::from(stop),
     }
-    outcome
 }
 
 /// An instruction that somebody else executes.
@@ -383,11 +397,15 @@ pub fn see(cpu: &Cpu, bus: &mut impl Bus) -> Option<Seen> {
 
 /// Fetches and decodes.
 fn fetch<B: Bus>(space: &mut Space<'_, B>, bytes: &mut [u8; MAX_INSTRUCTION]) -> Result<Instruction, Stop> {
-    fetch_decoded(space, bytes).map(|decoded| decoded.instruction)
+    fetch_as(space, bytes, |decoded| decoded.instruction)
 }
 
-/// The same, with what is kept of it.
-fn fetch_decoded<B: Bus>(space: &mut Space<'_, B>, bytes: &mut [u8; MAX_INSTRUCTION]) -> Result<Decoded, Stop> {
+/// The same, for who wants something else of what is kept of it.
+fn fetch_as<B: Bus, T>(
+    space: &mut Space<'_, B>,
+    bytes: &mut [u8; MAX_INSTRUCTION],
+    wanted: impl Fn(&Decoded) -> T,
+) -> Result<T, Stop> {
     let cpu = space.cpu;
     let size = cpu.code_size();
     let rip = cpu.wrap(cpu.registers.rip);
@@ -397,7 +415,7 @@ fn fetch_decoded<B: Bus>(space: &mut Space<'_, B>, bytes: &mut [u8; MAX_INSTRUCT
     };
     let on_first = (4096 - (first & 0xfff) as usize).min(MAX_INSTRUCTION);
     if on_first < MAX_INSTRUCTION {
-        return fetch_from_two(space, first, on_first, bytes).map(|i| Decoded::new(0, rip, size, i));
+        return fetch_from_two(space, first, on_first, bytes).map(|i| wanted(&Decoded::new(0, rip, size, i)));
     }
     let gpa = space.translate(first, Access::Execute)?;
     *bytes = space.bus.read_code(gpa).ok_or(Stop::Unsupported)?;
@@ -405,11 +423,11 @@ fn fetch_decoded<B: Bus>(space: &mut Space<'_, B>, bytes: &mut [u8; MAX_INSTRUCT
     padded[..MAX_INSTRUCTION].copy_from_slice(bytes);
     let padded = u128::from_le_bytes(padded);
     if let Some(decoded) = space.bus.kept().instruction(padded, rip, size) {
-        return Ok(*decoded);
+        return Ok(wanted(decoded));
     }
     let decoded = Decoded::new(padded, rip, size, decode(size, rip, bytes, None)?);
     space.bus.kept().keep_instruction(decoded);
-    Ok(decoded)
+    Ok(wanted(&decoded))
 }
 
 /// Fetches and decodes near a page's end. What lies on the second page counts only if the instruction reaches so far.

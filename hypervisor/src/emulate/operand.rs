@@ -41,7 +41,8 @@ pub(super) struct Place {
 pub(super) struct Space<'a, B> {
     pub(super) cpu: &'a Cpu,
     pub(super) bus: &'a mut B,
-    mode: Mode,
+    /// Bytes of a table's entry.
+    entry_bytes: usize,
 }
 
 /// A bus as the place of page tables.
@@ -77,11 +78,16 @@ impl<B: Bus> Tables for TablesOn<'_, B> {
 
 impl<'a, B: Bus> Space<'a, B> {
     pub(super) fn new(cpu: &'a Cpu, bus: &'a mut B) -> Self {
+        let entry_bytes = bytes_of(Self::mode(cpu, bus).entry_width());
+        Self { cpu, bus, entry_bytes }
+    }
+
+    #[inline]
+    fn mode<'m>(cpu: &Cpu, bus: &'m mut B) -> &'m Mode {
         let Cpu { cr0, cr4, efer, physical_bits, .. } = *cpu;
         // A CPU without 1 GiB pages stops a guest at such an entry before there is anything to execute in its stead.
         let features = CpuFeatures { physical_bits: physical_bits.min(52) as u8, gigantic_pages: true };
-        let mode = bus.kept().mode(Controls { cr0, cr4, efer }, features);
-        Self { cpu, bus, mode }
+        bus.kept().mode(Controls { cr0, cr4, efer }, features)
     }
 
     /// Translates for an access that lies in one page.
@@ -93,7 +99,7 @@ impl<'a, B: Bus> Space<'a, B> {
         };
         let request = Request { linear, access, privilege, pkru };
         let asked = Asked::new(cr3, &request);
-        match self.bus.page_again(&asked, bytes_of(self.mode.entry_width())) {
+        match self.bus.page_again(&asked, self.entry_bytes) {
             Some(page) => Ok(page | linear % PAGE),
             None => self.walk(asked, &request),
         }
@@ -101,8 +107,9 @@ impl<'a, B: Bus> Space<'a, B> {
 
     #[inline(never)]
     fn walk(&mut self, asked: Asked, request: &Request) -> Result<u64, Stop> {
+        let mode = *Self::mode(self.cpu, self.bus);
         let mut tables = TablesOn { bus: self.bus, failure: None };
-        let found = walk(&self.mode, asked.cr3(), request, &mut tables);
+        let found = walk(&mode, asked.cr3(), request, &mut tables);
         if let Some(failure) = tables.failure {
             return Err(Stop::Host(failure));
         }
@@ -159,7 +166,8 @@ impl<'a, B: Bus> Space<'a, B> {
         if self.cpu.code_size() == CodeSize::Bits64 {
             let base = self.base(which);
             let (first, last) = (base.wrapping_add(offset), base.wrapping_add(last));
-            let canonical = self.is_canonical(first) && self.is_canonical(last);
+            // In one page they are the same in what counts.
+            let canonical = self.is_canonical(first) && (first / PAGE == last / PAGE || self.is_canonical(last));
             return if canonical { Ok(first) } else { Err(violation) };
         }
         let attributes = register.attributes;

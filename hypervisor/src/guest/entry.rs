@@ -45,8 +45,10 @@ const PTE_WRITABLE: u64 = 1 << 1;
 const PTE_LARGE: u64 = 1 << 7;
 const LARGE_PAGE: u64 = 2 << 20;
 
-/// A segment register with its hidden part.
+/// A segment register with its hidden part. Laid out as in a control block, from which it is copied for each instruction
+/// that is executed in software.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
 pub struct Segment {
     /// The selector.
     pub selector: u16,

@@ -167,6 +167,8 @@ pub(super) struct Found<'a> {
 pub struct GuestRam {
     banks: Vec<Bank>,
     pub(super) order: u32,
+    /// The bits of an address that are inside a chunk.
+    offset_mask: u64,
     giant: bool,
     giants: Mutex<()>,
     pub(super) pins: Pins,
@@ -205,7 +207,16 @@ impl GuestRam {
         let order = if size == ChunkSize::K4 { 0 } else { ORDER_2M };
         let banks = ranges.iter().map(|&range| Bank::new(range, order)).collect::<Result<Vec<_>, _>>()?;
         let giant = size == ChunkSize::G1;
-        Ok(Self { banks, order, giant, giants: Mutex::new(()), pins: Pins::new(), relocation: Mutex::new(()) })
+        let offset_mask = (FRAME << order) - 1;
+        Ok(Self {
+            banks,
+            order,
+            offset_mask,
+            giant,
+            giants: Mutex::new(()),
+            pins: Pins::new(),
+            relocation: Mutex::new(()),
+        })
     }
 
     /// The banks' ranges, in the order of their numbers.
@@ -477,7 +488,7 @@ impl GuestRam {
             drop(pin);
             return self.locate(at).map(|(host, _, pin)| (host, pin));
         }
-        let offset = at.0 & ((FRAME << self.order) - 1);
+        let offset = at.0 & self.offset_mask;
         Ok((ptr::with_exposed_provenance_mut((address(word) + offset) as usize), pin))
     }
 

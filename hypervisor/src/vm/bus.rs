@@ -20,7 +20,9 @@ use super::vcpu::{Due, Vcpu};
 use crate::devices::lapic::{Lapic, LapicEffect};
 use crate::devices::platform::Platform;
 use crate::devices::{Now, Width};
-use crate::emulate::{self, Asked, Bus, End, Exception, HostFailure, Kept, StatusWrite, TaskPriorityWrite, Wide};
+use crate::emulate::{
+    self, Asked, Bus, End, Exception, HostFailure, Kept, Outcome, StatusWrite, TaskPriorityWrite, Wide,
+};
 use crate::memory::guest::GuestRam;
 
 /// Guest RAM and ports, as one vCPU reaches them.
@@ -29,7 +31,9 @@ pub(super) struct GuestBus<'a> {
     lapic: &'a mut Lapic,
     wide: &'a mut dyn Wide,
     kept: &'a mut Kept,
-    now: Now,
+    tsc_offset: u64,
+    /// The APIC was used.
+    lapic_used: bool,
     /// What the vCPU has to look at.
     due: Due,
     /// The first access that nothing answered: where, and whether it was a write.
@@ -37,6 +41,10 @@ pub(super) struct GuestBus<'a> {
 }
 
 impl GuestBus<'_> {
+    fn now(&self) -> Now {
+        self.vm.clock.now_for(self.tsc_offset)
+    }
+
     fn ram(&self) -> &GuestRam {
         self.vm.mmu.host().ram()
     }
@@ -63,7 +71,9 @@ impl GuestBus<'_> {
     /// Writes to the local APIC, if it is there.
     fn write_lapic(&mut self, gpa: u64, bytes: usize, value: u64) -> bool {
         let Some(offset) = self.lapic.window_offset(gpa) else { return false };
-        match self.lapic.window_write(self.now, offset, bytes, value) {
+        self.lapic_used = true;
+        let now = self.now();
+        match self.lapic.window_write(now, offset, bytes, value) {
             LapicEffect::None => {}
             LapicEffect::Interrupts => self.due |= Due::EVENTS,
             LapicEffect::Timer => self.due |= Due::EVENTS | Due::TIMER,
@@ -89,7 +99,9 @@ impl Bus for GuestBus<'_> {
 
     fn read(&mut self, gpa: u64, bytes: usize) -> Result<u64, HostFailure> {
         if let Some(offset) = self.lapic.window_offset(gpa) {
-            return Ok(self.lapic.window_read(self.now, offset, bytes));
+            self.lapic_used = true;
+            let now = self.now();
+            return Ok(self.lapic.window_read(now, offset, bytes));
         }
         let mut value = [0; size_of::<u64>()];
         if !self.ram().contains(Gpa(gpa).gfn()) {
@@ -184,9 +196,9 @@ impl Bus for GuestBus<'_> {
 impl<C: GuestCpu> Vcpu<C> {
     /// This vCPU's memory and ports.
     pub(super) fn bus(&mut self) -> GuestBus<'_> {
-        let now = self.now();
         let (vm, lapic, kept) = (&*self.vm, &mut self.lapic, &mut self.kept);
-        GuestBus { vm, lapic, wide: self.cpu.wide(), kept, now, due: Due::empty(), lost: None }
+        let (wide, tsc_offset) = (self.cpu.wide(), self.policy.msrs.tsc_offset());
+        GuestBus { vm, lapic, wide, kept, tsc_offset, lapic_used: false, due: Due::empty(), lost: None }
     }
 
     /// What is at RIP, if it can be fetched and is an instruction.
@@ -200,14 +212,20 @@ impl<C: GuestCpu> Vcpu<C> {
     pub(super) fn emulate(&mut self) -> Next {
         let state = self.cpu.emulated(self.policy.physical_bits);
         let mut bus = self.bus();
-        let outcome = emulate::step(&state, &mut bus);
-        let GuestBus { due, lost, .. } = bus;
+        let mut outcome = Outcome::before(&state);
+        emulate::step_into(&state, &mut bus, &mut outcome);
+        let GuestBus { due, lost, lapic_used, .. } = bus;
         self.due |= due;
-        self.settle_lapic();
+        if lapic_used {
+            self.settle_lapic();
+        }
         if let Some((gpa, write)) = lost {
             return Next::Die(DeathReason::MmioWithoutDevice { gpa, write });
         }
         self.cpu.take_over(&outcome.registers);
+        if outcome.end == End::Done {
+            return Next::Continue;
+        }
         self.end_instruction(outcome.end, outcome.instruction)
     }
 

@@ -276,8 +276,7 @@ impl<C: GuestCpu> Vcpu<C> {
     /// Now, with the TSC as this vCPU reads it.
     #[inline]
     pub(super) fn now(&self) -> Now {
-        let now = self.vm.clock.now();
-        Now { ns: now.ns, tsc: now.tsc.wrapping_add(self.policy.msrs.tsc_offset()) }
+        self.vm.clock.now_for(self.policy.msrs.tsc_offset())
     }
 }
 

@@ -324,9 +324,11 @@ impl Shared {
 
     #[inline]
     fn settle(&self, ports: &mut Ports, now: u64) -> Option<u64> {
-        if !ports.platform.take_news() {
-            return None;
-        }
+        if ports.platform.take_news() { self.settle_news(ports, now) } else { None }
+    }
+
+    #[inline(never)]
+    fn settle_news(&self, ports: &mut Ports, now: u64) -> Option<u64> {
         let effects = ports.platform.take_effects();
         if effects.suspended || effects.resumed {
             self.settle_power(effects.suspended, effects.resumed);

@@ -106,6 +106,14 @@ impl VmClock {
         let tsc = instructions::rdtsc();
         Now { ns: self.ns(tsc), tsc }
     }
+
+    /// Now; the TSC is that of a vCPU that adds `tsc_offset` to the host's.
+    #[inline]
+    #[must_use]
+    pub fn now_for(&self, tsc_offset: u64) -> Now {
+        let now = self.now();
+        Now { ns: now.ns, tsc: now.tsc.wrapping_add(tsc_offset) }
+    }
 }
 
 #[cfg(test)]
