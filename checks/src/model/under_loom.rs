@@ -62,6 +62,11 @@ impl Bounds {
     }
 }
 
+/// Executions between two looks at the clock: no scenario is stopped sooner.
+const LOOK: usize = 20_000;
+/// The same for shadow paging, of which an execution takes milliseconds.
+const LOOK_AT_SHADOW: usize = 100;
+
 /// How far it went.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Explored {
@@ -76,7 +81,7 @@ pub struct Explored {
 pub fn explore(scenario: &'static Scenario<'static>, bounds: Bounds, executions: &Arc<AtomicU64>) -> Explored {
     let (freed, kept) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicU64::new(0)));
     let (all_freed, all_kept) = (Arc::clone(&freed), Arc::clone(&kept));
-    let explored = check(bounds, executions, move || {
+    let explored = check(bounds, LOOK, executions, move || {
         let counters = execute::execute(scenario);
         all_freed.fetch_add(counters.roots_freed, Ordering::Relaxed);
         all_kept.fetch_add(counters.roots_kept, Ordering::Relaxed);
@@ -91,7 +96,7 @@ pub fn explore(scenario: &'static Scenario<'static>, bounds: Bounds, executions:
 pub fn explore_shadow(scenario: &'static ShadowScenario, bounds: Bounds, executions: &Arc<AtomicU64>) -> Explored {
     let recycled = Arc::new(AtomicU64::new(0));
     let all_recycled = Arc::clone(&recycled);
-    let explored = check(bounds, executions, move || {
+    let explored = check(bounds, LOOK_AT_SHADOW, executions, move || {
         let counters = shadow_guest::execute(scenario, 1);
         all_recycled.fetch_add(counters.shadow_recycled, Ordering::Relaxed);
     });
@@ -100,12 +105,17 @@ pub fn explore_shadow(scenario: &'static ShadowScenario, bounds: Bounds, executi
     explored
 }
 
-fn check(bounds: Bounds, executions: &Arc<AtomicU64>, execute: impl Fn() + Send + Sync + 'static) -> Explored {
+/// Looks at the clock once in `look` executions.
+fn check(
+    bounds: Bounds,
+    look: usize,
+    executions: &Arc<AtomicU64>,
+    execute: impl Fn() + Send + Sync + 'static,
+) -> Explored {
     let mut model = loom::model::Builder::new();
     model.preemption_bound = bounds.preemptions;
     model.max_branches = 100_000;
-    // It looks at the clock once in so many executions, of which the longest take milliseconds.
-    model.checkpoint_interval = 100;
+    model.checkpoint_interval = look;
     model.max_duration = Some(bounds.limit);
     let (count, start) = (Arc::clone(executions), Instant::now());
     model.check(move || {
