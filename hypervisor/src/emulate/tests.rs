@@ -6,6 +6,7 @@ use alloc::vec::Vec;
 use super::*;
 use crate::devices::testing::Random;
 
+mod control;
 mod descriptors;
 mod forms;
 mod keeping;

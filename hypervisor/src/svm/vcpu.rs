@@ -314,7 +314,7 @@ impl<P: Paging> Vcpu<P> {
         unsafe { entry::enter(&mut self.switch) };
         self.settle_events();
         let RawExit { code, info1, info2 } = self.raw_exit();
-        let exit = self.settle_nmi(exit::decode(code, info1, info2));
+        let exit = self.settle_nmi(P::exited(self, exit::decode(code, info1, info2)));
         if shadowed {
             self.keep_shadow(rip, exit);
         }

@@ -11,6 +11,7 @@ use nestling::{Hpa, Vcpu as NestedMemory};
 use super::super::vmcb::{Control, NESTED_PAGING};
 use super::{Features, Vcpu};
 use crate::memory::embedder::Machine;
+use crate::vm::exit::Exit;
 use crate::vm::guest_cpu::NestedCpu;
 use crate::vm::translation::VcpuMemory;
 use crate::vm::walk::PagingRegisters;
@@ -40,6 +41,9 @@ pub trait Paging: Debug + Send + Sized + 'static {
 
     /// CR4 alone.
     fn cr4(vcpu: &Vcpu<Self>) -> u64;
+
+    /// What an exit is, with respect to what the kind keeps in the control block.
+    fn exited(vcpu: &Vcpu<Self>, exit: Exit) -> Exit;
 
     /// Writes to control registers that exit, beside those to CR8.
     fn watched_writes(&self) -> u16;
@@ -78,6 +82,11 @@ impl Paging for Nested {
     #[inline]
     fn cr4(vcpu: &Vcpu<Self>) -> u64 {
         vcpu.save().cr4
+    }
+
+    #[inline(always)]
+    fn exited(_vcpu: &Vcpu<Self>, exit: Exit) -> Exit {
+        exit
     }
 
     #[inline(always)]

@@ -18,7 +18,9 @@
 //! Page faults, always. Loads of CR3 and CR4, INVLPG and INVPCID, for what the guest wants forgotten must be compared. Reads
 //! of CR3. Reads and writes of CR0 only while the guest has PG or WP clear: otherwise it sees what there is, and what it
 //! writes exits if it changes more than TS and MP (the selective intercept). Reads of CR4 only while it differs. Writes to
-//! EFER exit in any case. Task switches, for they load CR3 from memory.
+//! EFER exit in any case. Task switches, for they load CR3 from memory; a guest on shadow tables has none, and ends with its
+//! first. QEMU's emulation (7.2) ignores that intercept and lets the guest run on with a CR3 of its own choice. Nothing
+//! here can keep it from that, and then from memory that is not its own; the next exit finds CR3 changed, and ends it.
 //!
 //! # Events
 //! A page fault that comes while an event is being delivered exits as any other. Where it turns out to be the guest's own,
@@ -33,6 +35,7 @@ use nestling::shadow::vcpu::ShadowFormat;
 use super::super::vmcb::{Control, Intercepts1, Intercepts3};
 use super::paging::Paging;
 use super::{EFER_SVME, Features, NmiState, Vcpu, event};
+use crate::vm::exit::Exit;
 use crate::vm::guest_cpu::{PageFaultTaken, ShadowCpu};
 use crate::vm::shadow::ShadowMemory;
 use crate::vm::walk::PagingRegisters;
@@ -68,6 +71,8 @@ pub struct Shadowed {
     efer: u64,
     /// What the control block was made for; `None`: the guest's registers have changed since.
     made_for: Option<ShadowFormat>,
+    /// What the CPU was given for CR3.
+    root: u64,
     watched_writes: u16,
 }
 
@@ -105,7 +110,7 @@ impl Paging for Shadowed {
     const EXCEPTIONS: u32 = 1 << PAGE_FAULT;
 
     fn new() -> Self {
-        Self { cr0: 0, cr3: 0, cr4: 0, efer: 0, made_for: None, watched_writes: 0 }
+        Self { cr0: 0, cr3: 0, cr4: 0, efer: 0, made_for: None, root: 0, watched_writes: 0 }
     }
 
     fn set_up(control: &mut Control, _features: Features) {
@@ -122,12 +127,18 @@ impl Paging for Shadowed {
     fn set_registers(vcpu: &mut Vcpu<Self>, registers: PagingRegisters) {
         let PagingRegisters { cr0, cr3, cr4, efer } = registers;
         vcpu.save_mut().cr0 = cr0 | CR0_OWN;
-        let watched_writes = vcpu.paging.watched_writes;
-        vcpu.paging = Self { cr0: cr0 & CR0_OWN, cr3, cr4, efer, made_for: None, watched_writes };
+        let own = &mut vcpu.paging;
+        (own.cr0, own.cr3, own.cr4, own.efer, own.made_for) = (cr0 & CR0_OWN, cr3, cr4, efer, None);
     }
 
     fn cr4(vcpu: &Vcpu<Self>) -> u64 {
         vcpu.paging.cr4
+    }
+
+    #[inline]
+    fn exited(vcpu: &Vcpu<Self>, exit: Exit) -> Exit {
+        // Where the CPU refused to run, the block has nothing of the guest.
+        if vcpu.save().cr3 == vcpu.paging.root || exit == Exit::Invalid { exit } else { Exit::TaskSwitch }
     }
 
     #[inline]
@@ -174,6 +185,7 @@ impl ShadowCpu for Vcpu<Shadowed> {
             self.compose(format);
         }
         // Another root comes with a flush, if the library thinks that one is needed.
+        self.paging.root = root.0;
         self.save_mut().cr3 = root.0;
     }
 
@@ -210,5 +222,169 @@ impl ShadowCpu for Vcpu<Shadowed> {
             return PageFaultTaken::BeforeNmi;
         }
         PageFaultTaken::Raised
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use nestling::guest::FaultCode;
+
+    use super::super::super::permission::Maps;
+    use super::*;
+    use crate::memory::frames::testing;
+    use crate::vm::exit::Raised;
+    use crate::vm::guest_cpu::GuestCpu;
+
+    const PE: u64 = 1 << 0;
+    const TS: u64 = 1 << 3;
+    const ROOT: Hpa = Hpa(0x5000);
+
+    fn vcpu() -> Vcpu<Shadowed> {
+        testing::machine();
+        Vcpu::new(Features::NONE, &Maps::new().unwrap()).unwrap()
+    }
+
+    /// Sets registers and gets it ready, as an entry does.
+    fn entered(vcpu: &mut Vcpu<Shadowed>, [cr0, cr3, cr4, efer]: [u64; 4], format: ShadowFormat) {
+        vcpu.set_paging(PagingRegisters { cr0, cr3, cr4, efer });
+        vcpu.load_root(ROOT, format);
+    }
+
+    fn real(vcpu: &Vcpu<Shadowed>) -> [u64; 4] {
+        let save = vcpu.save();
+        [save.cr0, save.cr3, save.cr4, save.efer]
+    }
+
+    fn exiting(vcpu: &Vcpu<Shadowed>) -> (u16, u16) {
+        (vcpu.vmcb().control.cr_reads, vcpu.paging.watched_writes())
+    }
+
+    #[test]
+    fn a_guest_without_paging_is_paged_and_does_not_see_it() {
+        let mut vcpu = vcpu();
+        // Real mode, which has turned on all that only paging heeds.
+        let guest = [0x10, 0x1000, CR4_SMEP | CR4_SMAP | CR4_PKE, EFER_LME];
+        entered(&mut vcpu, guest, ShadowFormat::Pae);
+        assert_eq!(real(&vcpu), [0x10 | CR0_OWN, ROOT.0, CR4_PAE, EFER_NXE | EFER_SVME]);
+        let paging = vcpu.paging();
+        assert_eq!([paging.cr0, paging.cr3, paging.cr4, paging.efer], guest);
+        assert_eq!(exiting(&vcpu), (CR0 | CR3 | CR4, CR0 | CR3 | CR4), "nothing is as it has it");
+    }
+
+    #[test]
+    fn a_guest_in_long_mode_reads_what_there_is() {
+        let mut vcpu = vcpu();
+        let (cr0, cr4, efer) = (CR0_OWN | PE, CR4_PAE | CR4_SMEP | CR4_SMAP, EFER_LME | EFER_LMA | EFER_NXE);
+        entered(&mut vcpu, [cr0, 0x1000, cr4, efer], ShadowFormat::Long4);
+        assert_eq!(real(&vcpu), [cr0, ROOT.0, cr4, efer | EFER_SVME]);
+        assert_eq!(exiting(&vcpu), (CR3, CR3 | CR4));
+        // TS and MP it writes where they are; nothing is made anew for that.
+        vcpu.save_mut().cr0 |= TS;
+        assert_eq!(vcpu.paging().cr0, cr0 | TS);
+        vcpu.load_root(Hpa(0x6000), ShadowFormat::Long4);
+        assert_eq!(real(&vcpu)[..2], [cr0 | TS, 0x6000]);
+        // Without WP its reads and writes are looked at, for the CPU keeps it.
+        entered(&mut vcpu, [cr0 & !CR0_WP, 0x1000, cr4, efer], ShadowFormat::Long4);
+        assert_eq!((real(&vcpu)[0], exiting(&vcpu)), (cr0, (CR0 | CR3, CR0 | CR3 | CR4)));
+        assert!(vcpu.flush);
+    }
+
+    #[test]
+    fn the_format_is_the_tables_and_not_the_guests() {
+        let mut vcpu = vcpu();
+        // 32-bit paging, on PAE tables.
+        entered(&mut vcpu, [CR0_OWN | PE, 0x1000, 0, 0], ShadowFormat::Pae);
+        assert_eq!(real(&vcpu)[2..], [CR4_PAE, EFER_NXE | EFER_SVME]);
+        assert_eq!(exiting(&vcpu).0, CR3 | CR4);
+        let five = [CR0_OWN | PE, 0x1000, CR4_PAE | CR4_LA57 | CR4_PCIDE, EFER_LME | EFER_LMA];
+        entered(&mut vcpu, five, ShadowFormat::Long5);
+        assert_eq!(real(&vcpu)[2..], [CR4_PAE | CR4_LA57, EFER_LME | EFER_LMA | EFER_NXE | EFER_SVME]);
+        assert_eq!(vcpu.cr4(), five[2], "PCIDs it has, its CPU has not");
+    }
+
+    fn fault(code: FaultCode) -> PageFault {
+        PageFault { code, address: 0xabc }
+    }
+
+    /// The last exit met the delivery of `event`.
+    fn delivering(vcpu: &mut Vcpu<Shadowed>, event: u64) {
+        vcpu.event = 0;
+        vcpu.vmcb_mut().control.exit_event = event;
+        vcpu.settle_events();
+    }
+
+    #[test]
+    fn a_page_fault_and_what_it_interrupts_make_one() {
+        use PageFaultTaken::{BeforeNmi, Raised, Shutdown};
+        let exception = event::VALID | event::EXCEPTION;
+        let given = exception | event::HAS_CODE | 14 | 6 << event::CODE_SHIFT;
+        let double = exception | event::HAS_CODE | 8;
+        for (interrupted, taken, then) in [
+            (0, Raised, given),
+            (exception | 6, Raised, given),
+            (exception | event::HAS_CODE | 13, Raised, given),
+            (exception | event::HAS_CODE | 14, Raised, double),
+            (double, Shutdown, 0),
+            (event::VALID | event::SOFTWARE | 0x80, Raised, given),
+            (event::VALID | event::NMI | 2, BeforeNmi, given),
+        ] {
+            let mut vcpu = vcpu();
+            delivering(&mut vcpu, interrupted);
+            assert_eq!(vcpu.take_page_fault(fault(FaultCode::WRITE | FaultCode::USER)), taken, "{interrupted:#x}");
+            assert_eq!((vcpu.event, vcpu.save().cr2), (then, 0xabc), "{interrupted:#x}");
+        }
+    }
+
+    #[test]
+    fn an_interrupt_and_an_nmi_wait_behind_a_page_fault() {
+        let mut vcpu = vcpu();
+        vcpu.interrupt(0x40);
+        delivering(&mut vcpu, event::VALID | event::INTERRUPT | 0x40);
+        assert_eq!(vcpu.take_page_fault(fault(FaultCode::empty())), PageFaultTaken::Raised);
+        assert_eq!((vcpu.latched, vcpu.event as u8), (Some(0x40), 14));
+        vcpu.event = 0;
+        vcpu.nmi();
+        delivering(&mut vcpu, event::VALID | event::NMI | 2);
+        assert_eq!(vcpu.take_page_fault(fault(FaultCode::empty())), PageFaultTaken::BeforeNmi);
+        vcpu.event = 0;
+        assert!(vcpu.can_take_nmi(), "none is being handled: it is given again");
+    }
+
+    #[test]
+    fn a_fault_of_a_watched_iret_is_asked_about_first() {
+        let mut vcpu = vcpu();
+        vcpu.nmi();
+        vcpu.event = 0;
+        assert_eq!(vcpu.settle_nmi(Exit::NmiWindow), Exit::NmiWindow);
+        let stepping = vcpu.save().rflags & super::super::RFLAGS_TF != 0;
+        let met = Exit::PageFault(fault(FaultCode::empty()));
+        assert_eq!((stepping, vcpu.settle_nmi(met)), (true, met), "its stack may only not be mapped yet");
+        assert!(vcpu.is_stepping());
+        vcpu.take_page_fault(fault(FaultCode::empty()));
+        assert!(!vcpu.is_stepping() && vcpu.nmis_masked(), "it was the guest's: the IRET has not completed");
+        assert_eq!(vcpu.save().rflags & super::super::RFLAGS_TF, 0);
+        vcpu.raise(Raised::InvalidOpcode);
+        assert_eq!(vcpu.vmcb().control.exceptions & 1 << PAGE_FAULT, 1 << PAGE_FAULT, "it goes on being watched");
+    }
+
+    #[test]
+    fn another_cr3_than_was_given_is_a_task_switch() {
+        let mut vcpu = vcpu();
+        entered(&mut vcpu, [CR0_OWN | PE, 0x1000, 0, 0], ShadowFormat::Pae);
+        assert_eq!(Shadowed::exited(&vcpu, Exit::Cpuid), Exit::Cpuid);
+        vcpu.save_mut().cr3 = 0x1000;
+        assert_eq!(Shadowed::exited(&vcpu, Exit::Cpuid), Exit::TaskSwitch, "though it is what the guest calls its own");
+    }
+
+    #[test]
+    fn whose_access_it_was() {
+        let mut vcpu = vcpu();
+        vcpu.save_mut().cpl = 3;
+        assert_eq!(vcpu.privilege(true), Privilege::User);
+        assert_eq!(vcpu.privilege(false), Privilege::Implicit, "the CPU's own, of a descriptor table");
+        vcpu.save_mut().cpl = 0;
+        assert_eq!(vcpu.privilege(false), Privilege::Supervisor { ac: false });
+        vcpu.save_mut().rflags |= RFLAGS_AC;
+        assert_eq!(vcpu.privilege(false), Privilege::Supervisor { ac: true });
     }
 }

@@ -1,0 +1,112 @@
+//! Guests on shadow tables, with nested paging off: they boot, find themselves right under a storm and as copies, and
+//! leave nothing behind.
+
+mod common;
+#[path = "common/machine.rs"]
+mod machine;
+
+use std::{fs, path::PathBuf};
+
+use common::{Finished, nestling, run};
+use machine::one_machine_at_a_time;
+use serde_json::Value;
+
+/// Seconds. A boot takes a tenth of it on an idle machine.
+const LIMIT: &str = "280";
+
+fn path(name: &str) -> PathBuf {
+    PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join(name)
+}
+
+/// A run on shadow tables with a report, which passes.
+fn passes(name: &str, arguments: &[&str]) -> (Finished, Value) {
+    let path = path(&format!("shadow-{name}.json"));
+    let path = path.to_str().expect("a path in text");
+    let finished = run([&["--mmu", "shadow", "--timeout", LIMIT, "--report", path], arguments].concat());
+    let text = fs::read_to_string(path).unwrap_or_default();
+    let report = serde_json::from_str(&text).unwrap_or_else(|cause| panic!("report: {cause}: {text:?}\n{finished}"));
+    finished.expect_status(0);
+    assert!(finished.stdout.contains("nestling-selfcheck: PASS"), "no PASS line\n{finished}");
+    (finished, report)
+}
+
+#[track_caller]
+fn number(report: &Value, pointer: &str) -> u64 {
+    report.pointer(pointer).and_then(Value::as_u64).unwrap_or_else(|| panic!("no number {pointer} in {report:#}"))
+}
+
+/// It was shadow paging that ran the guest, and no page, mapping, handle or frame of it is left.
+#[track_caller]
+fn shadowed(report: &Value) {
+    assert_eq!(report["mmu"], "shadow", "{report:#}");
+    assert!(report["exits"]["npf"].is_null(), "nested paging is off: {report:#}");
+    for counted in ["/exits/page_fault", "/exits/cr_write", "/exits/invlpg", "/shadow/pages", "/shadow/book_bytes"] {
+        assert!(number(report, counted) > 0, "no {counted}: {report:#}");
+    }
+    let left = ["/shadow/pages_left", "/shadow/mappings_left", "/shadow/handles_left"];
+    for left in left.into_iter().chain(["/table_frames/left", "/guest_frames_left", "/kept_pages_left"]) {
+        assert_eq!(number(report, left), 0, "{left}: {report:#}");
+    }
+}
+
+#[test]
+fn linux_boots_on_shadow_tables() {
+    for vcpus in ["1", "4"] {
+        let _machine = one_machine_at_a_time();
+        let (finished, report) = passes("boot", &["--vcpus", vcpus, "--memory", "192M"]);
+        assert!(finished.stdout.contains(&format!("nestling-selfcheck: {vcpus} CPUs")), "{finished}");
+        shadowed(&report);
+        let touched = number(&report, "/touched_bytes");
+        assert!(touched > 0 && number(&report, "/mapped_bytes/4K") >= touched, "{report:#}");
+    }
+}
+
+const STORM: [&str; 7] = ["zap-all", "slot-delete", "slot-move", "move-page", "take-page", "dirty-log", "split"];
+
+#[test]
+fn linux_on_shadow_tables_survives_a_storm() {
+    let _machine = one_machine_at_a_time();
+    // Each takes back what the guest has just faulted in: the rates are those at which it still gets on.
+    let storm = STORM.map(|kind| format!("{kind}=2")).join(",");
+    let arguments = ["--vcpus", "2", "--memory", "128M", "--append", "nestling.ram=20"];
+    let (_, report) = passes("storm", &[&arguments[..], &["--storm", &storm, "--storm-seed", "3"]].concat());
+    shadowed(&report);
+    for kind in STORM.iter().filter(|kind| **kind != "split") {
+        assert!(number(&report, &format!("/storm/{kind}")) >= 8, "hardly any {kind}: {report:#}");
+    }
+    for counted in ["/roots_freed", "/retries", "/tlb_flushes", "/kicks"] {
+        assert!(number(&report, counted) > 0, "no {counted}: {report:#}");
+    }
+}
+
+/// A guest on shadow tables is copied while it checks itself; the copy goes on, on tables of either kind.
+#[test]
+fn a_copy_goes_on_whatever_tables_it_gets() {
+    use std::io::{BufRead, BufReader};
+    use std::process::Stdio;
+
+    let _machine = one_machine_at_a_time();
+    let (file, name) = (path("shadow.snapshot"), format!("shadow-test-{}", std::process::id()));
+    let file = file.to_str().expect("a path in text");
+    let what = ["run", "--mmu", "shadow", "--vcpus", "2", "--memory", "128M", "--timeout", LIMIT, "--name", &name];
+    let mut guest = nestling().args(what).stdout(Stdio::piped()).spawn().expect("the command can be started");
+    let mut console = BufReader::new(guest.stdout.take().expect("a pipe"));
+    let mut seen = String::new();
+    while !seen.contains("memory: round 1") {
+        assert!(console.read_line(&mut seen).expect("text") > 0, "ended: {seen}");
+    }
+    let taken = nestling().args(["snapshot", file, "--name", &name]).output().expect("started");
+    assert_eq!(taken.status.code(), Some(0), "{}", String::from_utf8_lossy(&taken.stderr));
+    while console.read_line(&mut seen).expect("text") > 0 {}
+    assert_eq!(guest.wait().expect("ends").code(), Some(0), "{seen}");
+    for mmu in ["shadow", "npt"] {
+        let copy = run(["--restore", file, "--mmu", mmu, "--timeout", LIMIT]);
+        copy.expect_status(0);
+        assert!(copy.stdout.contains("nestling-selfcheck: PASS"), "{copy}");
+    }
+}
+
+#[test]
+fn what_is_no_kind_of_tables_is_refused() {
+    run(["--mmu", "ept"]).expect_status(2).expect_stderr("--mmu");
+}
