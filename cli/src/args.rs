@@ -294,6 +294,9 @@ pub struct BenchArgs {
     /// Do only this operation of this hypervisor's, and say by function where its instructions go
     #[arg(long, value_name = "OPERATION", conflicts_with_all = ["only", "json", "svg", "baseline"])]
     pub profile: Option<String>,
+    /// On which tables that operation is done
+    #[arg(long, value_name = "KIND", value_enum, default_value_t = Translation::Npt, requires = "profile")]
+    pub mmu: Translation,
     /// Compare with the JSON of an earlier run, name what has become worse, and fail if anything has
     #[arg(long, value_name = "FILE")]
     pub baseline: Option<PathBuf>,

@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 pub use rows::Row;
 
 use crate::{
-    args::{BenchArgs, Side},
+    args::{BenchArgs, Side, Translation},
     error::Error,
     progress::Progress,
 };
@@ -33,6 +33,15 @@ pub enum Paging {
     Npt,
     /// By shadow paging.
     Shadow,
+}
+
+impl From<Translation> for Paging {
+    fn from(translation: Translation) -> Self {
+        match translation {
+            Translation::Npt => Self::Npt,
+            Translation::Shadow => Self::Shadow,
+        }
+    }
 }
 
 impl Paging {
@@ -82,7 +91,9 @@ pub fn run(args: &BenchArgs, progress: Progress) -> Result<(), Error> {
         }
     }
     if args.only != Some(Side::Kvm) {
-        here.push((Paging::Npt, nestling::measure(args, progress)?));
+        for paging in [Paging::Npt, Paging::Shadow] {
+            here.push((paging, nestling::measure(args, paging, progress)?));
+        }
     }
     let of = |side: &[(Paging, Figures)], wanted| {
         side.iter().find(|(paging, _)| *paging == wanted).map(|(_, figures)| figures.clone()).unwrap_or_default()

@@ -6,7 +6,7 @@ use clap::Parser;
 use rustix::fs::{CWD, Mode, mkfifoat};
 
 use super::{
-    Figures, figures,
+    Figures, Paging, figures,
     profile::{self, Counts, Places},
 };
 use crate::{
@@ -22,8 +22,8 @@ use crate::{
 };
 
 /// Runs the measuring guest here.
-pub(super) fn measure(args: &BenchArgs, progress: Progress) -> Result<Figures, Error> {
-    run(prepare(args, "", progress)?)
+pub(super) fn measure(args: &BenchArgs, paging: Paging, progress: Progress) -> Result<Figures, Error> {
+    run(prepare(args, paging, "", progress)?)
 }
 
 /// Runs it and says where the instructions of one operation went: by function, for one page or exit. The emulator's log is
@@ -36,7 +36,7 @@ pub(super) fn profile(
     let work = tempfile::tempdir().map_err(Error::io("make a directory"))?;
     let log = work.path().join("log");
     mkfifoat(CWD, &log, Mode::RUSR | Mode::WUSR).map_err(|cause| Error::io("make a pipe")(cause.into()))?;
-    let prepared = prepare(args, operation, progress)?;
+    let prepared = prepare(args, args.mmu.into(), operation, progress)?;
     let hypervisor = prepared.hypervisor().to_owned();
     let Places { mark, filter } = profile::places(&hypervisor)?;
     let prepared = prepared.traced(Trace { log: log.clone(), filter });
@@ -51,10 +51,21 @@ pub(super) fn profile(
     Ok((functions.into_iter().map(|(name, total)| (name, each(total))).collect(), each(ticks)))
 }
 
-fn prepare(args: &BenchArgs, marked: &str, progress: Progress) -> Result<Prepared, Error> {
+fn prepare(args: &BenchArgs, paging: Paging, marked: &str, progress: Progress) -> Result<Prepared, Error> {
     let image = artifacts::test_kernel(progress)?;
     let words = format!("meter {} {marked}", args.pages);
-    let mut run = Cli::parse_from(["nestling", "--vcpus", "1", "--memory", "64M", "--huge-pages", "none"]).run;
+    let mut run = Cli::parse_from([
+        "nestling",
+        "--vcpus",
+        "1",
+        "--memory",
+        "64M",
+        "--huge-pages",
+        "none",
+        "--mmu",
+        paging.name(),
+    ])
+    .run;
     run.accel = crate::args::Accel::Counted;
     run.guest.multiboot = Some(image);
     run.guest.append = words;

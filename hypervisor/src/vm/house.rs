@@ -17,7 +17,7 @@ use core::fmt::Display;
 use core::sync::atomic::{AtomicUsize, Ordering};
 
 use nestling::guest::CpuFeatures;
-use nestling::shadow::ShadowConfig;
+use nestling::shadow::{Metadata, ShadowConfig};
 use nestling::{AddressSpace, Config, Counters, GfnRange, Gpa, Hpa, Level, Mmu, SlotConfig, SlotFlags, SlotId};
 use nestling_control::bundle::Bundle;
 use nestling_control::config::{GuestKind, HugePages, MmuKind, Origin, RunConfig};
@@ -409,25 +409,6 @@ impl Vm<'_> {
         Ok(self.finish(shared, &left))
     }
 
-    /// Takes shadow paging's tables down as a zap does, and counts what that leaves. Without a vCPU.
-    fn end_of_shadow(&self, counters: &Counters) -> Option<ShadowReport> {
-        let before = self.mmu.shadow_metadata()?;
-        // Without memory for a worker nothing is zapped, and all of it shows.
-        if let Ok(mut worker) = self.mmu.worker() {
-            worker.zap_all();
-        }
-        let left = self.mmu.shadow_metadata()?;
-        Some(ShadowReport {
-            pages: before.pages,
-            book_bytes: before.bytes(),
-            recycled: counters.shadow_recycled,
-            flooded: counters.shadow_flooded,
-            pages_left: left.pages,
-            mappings_left: left.mappings,
-            handles_left: left.handles,
-        })
-    }
-
     /// Serves the ports until every vCPU has left.
     fn keep_house(&self, vm: &Arc<Shared>, running: &Arc<AtomicUsize>, copier: &Copier) {
         let mut leave = Leave::default();
@@ -512,12 +493,18 @@ impl Vm<'_> {
         let retries = counters.faults_retried + shared.storm.without_slot();
         let storm = shared.storm.report();
         let clock = shared.clock.clone();
+        let had = self.mmu.shadow_metadata();
         let began = instructions::rdtsc();
         drop(remains);
         drop(shared);
-        let shadow = self.end_of_shadow(&counters);
+        if had.is_some() {
+            zap_shadow(&self.mmu);
+        }
+        let counting = instructions::rdtsc();
+        let shadow = had.zip(self.mmu.shadow_metadata()).map(|(had, left)| shadow_report(had, left, &counters));
+        let counted = instructions::rdtsc() - counting;
         drop(self.mmu);
-        let ticks = instructions::rdtsc() - began;
+        let ticks = instructions::rdtsc() - began - counted;
         let teardown = Span { ns: clock.ns_in(ticks), ticks };
         let stopped_by_operator = cause == Some(End::Exit(GuestExit::Stopped));
         let (exit, death) = match cause {
@@ -587,6 +574,26 @@ impl Copier {
             embedder::kick_housekeeper();
         });
         ap::run_on(self.cpu, job);
+    }
+}
+
+/// Takes shadow paging's tables down as any zap does, so that what it leaves can be counted. Without a vCPU.
+fn zap_shadow(mmu: &Arc<Mmu<Machine>>) {
+    // Without memory for a worker nothing goes, and all of it shows.
+    if let Ok(mut worker) = mmu.worker() {
+        worker.zap_all();
+    }
+}
+
+fn shadow_report(had: Metadata, left: Metadata, counters: &Counters) -> ShadowReport {
+    ShadowReport {
+        pages: had.pages,
+        book_bytes: had.bytes(),
+        recycled: counters.shadow_recycled,
+        flooded: counters.shadow_flooded,
+        pages_left: left.pages,
+        mappings_left: left.mappings,
+        handles_left: left.handles,
     }
 }
 
