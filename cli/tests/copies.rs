@@ -5,70 +5,22 @@
 mod common;
 #[path = "common/machine.rs"]
 mod machine;
+#[path = "common/running.rs"]
+mod running;
 
-use std::{
-    fs,
-    io::{BufRead, BufReader},
-    path::PathBuf,
-    process::{Child, ChildStdout, Stdio},
-};
+use std::{fs, path::PathBuf};
 
 use common::{nestling, run};
 use machine::one_machine_at_a_time;
 use nestling_cli::copy::stream::{Reader, Record, Writer};
 use nestling_control::config::GuestKind;
-use rustix::process::{Pid, Signal, kill_process};
+use running::Running;
 
 /// Seconds. A run takes a tenth of it on an idle machine.
 const LIMIT: &str = "240";
 
 fn path(name: &str) -> PathBuf {
     PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join(name)
-}
-
-/// A guest under way, and its console.
-struct Running {
-    child: Child,
-    console: BufReader<ChildStdout>,
-    seen: String,
-}
-
-impl Running {
-    fn start(arguments: &[&str]) -> Self {
-        let mut child = nestling()
-            .args(["run", "--timeout", LIMIT])
-            .args(arguments)
-            .stdout(Stdio::piped())
-            .spawn()
-            .expect("the command can be started");
-        let console = BufReader::new(child.stdout.take().expect("a pipe"));
-        Self { child, console, seen: String::new() }
-    }
-
-    /// Reads the console up to a line that holds `wanted`.
-    #[track_caller]
-    fn wait_for(&mut self, wanted: &str) {
-        let mut line = String::new();
-        while self.console.read_line(&mut line).expect("text") > 0 {
-            self.seen += &line;
-            if line.contains(wanted) {
-                return;
-            }
-            line.clear();
-        }
-        panic!("no {wanted:?} in\n{}", self.seen);
-    }
-
-    /// The guest must find itself right once more, from the first to the last of its checks. Then it is ended.
-    #[track_caller]
-    fn expect_good(mut self) {
-        self.wait_for("memory: round 1");
-        self.wait_for(" times good");
-        kill_process(Pid::from_child(&self.child), Signal::TERM).expect("it runs");
-        while self.console.read_line(&mut self.seen).expect("text") > 0 {}
-        assert!(!self.seen.contains("FAIL"), "{}", self.seen);
-        assert_eq!(self.child.wait().expect("ends").code(), Some(128 + 15), "{}", self.seen);
-    }
 }
 
 #[test]
