@@ -81,6 +81,26 @@ pub struct Extent {
     pub memory: MemoryType,
 }
 
+impl Extent {
+    /// What it says of one frame; `None` if it does not hold it.
+    #[inline]
+    pub fn page(&self, gfn: Gfn) -> Option<Page> {
+        let hfn = || Hfn(self.hfn.0 + (gfn.0 - self.gfns.start.0));
+        self.gfns.contains(gfn).then(|| Page { hfn: hfn(), writable: self.writable, memory: self.memory })
+    }
+}
+
+/// The host frame behind one guest frame; see [`Extent`].
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Page {
+    /// The host frame.
+    pub hfn: Hfn,
+    /// Whether the guest may write.
+    pub writable: bool,
+    /// How the guest's accesses are cached.
+    pub memory: MemoryType,
+}
+
 /// Why a guest frame has no host frame.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum BackingError {
@@ -112,6 +132,16 @@ pub trait Backing {
     /// the embedder says otherwise with [`crate::Worker::invalidate`]; the library retries a fault whose answer
     /// was overtaken by an invalidation.
     fn resolve(&self, slot: &Slot, gfn: Gfn, access: Access) -> Result<Extent, BackingError>;
+
+    /// What [`Backing::resolve`] would say of `gfn` alone, where that can be told at once. Called as that is.
+    ///
+    /// The usual fault, of a page whose table is there already, asks this first and needs no more: an embedder that finds
+    /// a frame faster than the run that it is in says so here. The others go on to `resolve`, as with `None`, which is
+    /// always right.
+    #[inline]
+    fn page(&self, _slot: &Slot, _gfn: Gfn, _access: Access) -> Option<Page> {
+        None
+    }
 }
 
 /// The means to reach vCPUs.

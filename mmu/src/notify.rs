@@ -32,6 +32,12 @@ const IN_PROGRESS: u64 = (1 << 16) - 1;
 /// to be overtaken by 2^48 invalidations to miss them. (KVM once compared 32 bits of 64.)
 const ENDED: u64 = 1 << 16;
 
+/// The bits of the sequence word that are compared.
+#[inline(always)]
+fn kept() -> u64 {
+    if mutants::is(Mutant::SequenceTruncated) { 2 * ENDED - 1 } else { u64::MAX }
+}
+
 /// Sequence and ranges in progress. Written under the exclusive lock.
 #[derive(Debug)]
 pub(crate) struct Notify {
@@ -58,6 +64,13 @@ impl Notify {
         if now & IN_PROGRESS == 0 { Some(Snapshot(now)) } else { self.snapshot_beside(now, gfn) }
     }
 
+    /// What has ended; `None` while anything is being invalidated.
+    #[inline]
+    pub(crate) fn quiet(&self) -> Option<Snapshot> {
+        let now = self.sequence.load(Ordering::Acquire);
+        (now & IN_PROGRESS == 0).then_some(Snapshot(now))
+    }
+
     #[cold]
     fn snapshot_beside(&self, now: u64, gfn: Gfn) -> Option<Snapshot> {
         let snapshot = Snapshot(now & !IN_PROGRESS);
@@ -78,14 +91,13 @@ impl Notify {
     /// at the ranges. Outside it, where they can not be told apart, it is for an answer that will not be installed.
     #[inline]
     pub(crate) fn is_overtaken(&self, snapshot: Snapshot) -> bool {
-        self.sequence.load(Ordering::Acquire) != snapshot.0
+        (self.sequence.load(Ordering::Acquire) ^ snapshot.0) & kept() != 0
     }
 
     fn overtakes(&self, now: u64, snapshot: Snapshot, block: GfnRange) -> bool {
         let range =
             GfnRange { start: Gfn(self.start.load(Ordering::Relaxed)), end: Gfn(self.end.load(Ordering::Relaxed)) };
-        let kept = if mutants::is(Mutant::SequenceTruncated) { 2 * ENDED - 1 } else { u64::MAX };
-        (now ^ snapshot.0) & !IN_PROGRESS & kept != 0 || (now & IN_PROGRESS != 0 && range.overlaps(block))
+        (now ^ snapshot.0) & !IN_PROGRESS & kept() != 0 || (now & IN_PROGRESS != 0 && range.overlaps(block))
     }
 
     /// Whether any invalidation is in progress. None begins or ends while the exclusive side is held.

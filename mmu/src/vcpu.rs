@@ -11,6 +11,10 @@
 //! outside the lock → table cache topped up → inside the shared side: are slots, backing and root still what was
 //! asked about? → walk. Everything that was overtaken is retried, here a few times, then by the guest.
 //!
+//! The usual fault goes this way in short: of the backing it asks for its page alone, it needs no table, and its walk ends
+//! in one compare-and-swap. Whatever is in its way, it leaves the lock with nothing done, and goes all of the way from the
+//! start, with a snapshot of its own.
+//!
 //! A vCPU is used by one thread at a time; that is what `&mut` says. Nothing here takes the exclusive lock.
 
 use alloc::sync::Arc;
@@ -361,11 +365,10 @@ impl<H: Host> Vcpu<H> {
     /// Handles a second-stage fault.
     #[inline]
     pub fn fault(&mut self, fault: Fault) -> Result<Outcome, FaultError> {
-        let result = self.handle(fault);
-        match result {
-            Ok(Outcome::Fixed { .. }) => self.ticket.counters().add(Counter::Fixed, 1),
-            _ => self.count_unfixed(result),
-        }
+        let result = match self.fix_at_once(fault) {
+            true => Ok(Outcome::Fixed { level: Level::K4 }),
+            false => self.fix(fault),
+        };
         if H::TRACE
             && let Ok(outcome) = result
         {
@@ -374,9 +377,60 @@ impl<H: Host> Vcpu<H> {
         result
     }
 
+    /// What nearly every fault is: the first use of a page whose table is there, or a write that only the log held back.
+    /// Whether that was all, and is done and counted; if not, nothing was done, and what is in the way is for
+    /// [`Vcpu::fix`] to find out.
+    #[inline(always)]
+    fn fix_at_once(&mut self, fault: Fault) -> bool {
+        let gfn = fault.gpa.gfn();
+        if fault.cause == Cause::Reserved {
+            return false;
+        }
+        let now = self.mmu.slots.generation();
+        if self.hint.holds(gfn, now) {
+            self.map_at_once(gfn, fault.access)
+        } else {
+            let write = fault.access == Access::Write && self.watched.hint.holds(gfn, now);
+            let fixed = write && matches!(self.fix_protected(gfn), Some(Outcome::Fixed { .. }));
+            if fixed {
+                self.ticket.counters().add(Counter::Fixed, 1);
+            }
+            fixed
+        }
+    }
+
+    /// Maps `gfn`, of the slot that is remembered, if its table is there and the backing has its frame at hand.
+    // Always inlined: of a slot of no use to it, a fault would learn that behind a call.
+    #[inline(always)]
+    fn map_at_once(&mut self, gfn: Gfn, access: Access) -> bool {
+        let mmu = &*self.mmu;
+        let (Some(snapshot), Some(root)) = (mmu.notify.quiet(), self.roots.current()) else { return false };
+        let Some(page) = mmu.host.page(&self.hint.slot, gfn, access) else { return false };
+        let late = if mutants::is(Mutant::SnapshotAfterBacking) { mmu.notify.quiet() } else { None };
+        let snapshot = late.unwrap_or(snapshot);
+        let writes = access == Access::Write;
+        if writes && !page.writable {
+            return false;
+        }
+        let inside = Shared::enter(mmu, &mut self.ticket);
+        // From here on no update gets past its grace period and no invalidation begins before the guard is dropped. A
+        // root that was invalidated is being emptied, and must not be filled again. One of a rarer role takes the longer
+        // way, as whatever is not plain.
+        let current = mmu.slots.generation() == self.hint.generation
+            && !mmu.notify.is_overtaken(snapshot)
+            && root.is_usual(&inside);
+        let mapped = current && map_page(&inside, root, gfn, page, writes);
+        if mapped {
+            inside.counters().add(Counter::Fixed, 1);
+        }
+        mapped
+    }
+
+    /// Handles a fault whatever it is, and counts how it ended.
     #[cold]
     #[inline(never)]
-    fn count_unfixed(&self, result: Result<Outcome, FaultError>) {
+    fn fix(&mut self, fault: Fault) -> Result<Outcome, FaultError> {
+        let result = self.handle(fault);
         let counter = match result {
             Ok(Outcome::Fixed { .. }) => Counter::Fixed,
             Ok(Outcome::Spurious) => Counter::Spurious,
@@ -387,10 +441,10 @@ impl<H: Host> Vcpu<H> {
             Err(_) => Counter::Failed,
         };
         self.ticket.counters().add(counter, 1);
+        result
     }
 
     /// Outside the lock: which slot it is, and what the backing says.
-    #[inline]
     fn handle(&mut self, fault: Fault) -> Result<Outcome, FaultError> {
         let gfn = fault.gpa.gfn();
         if fault.cause == Cause::Reserved && self.is_known_mmio(gfn)? {
@@ -406,8 +460,6 @@ impl<H: Host> Vcpu<H> {
     }
 
     /// Asks the backing of the slot that is remembered, which is that of the fault and lets writes through.
-    // Always inlined, or the compiler would make one function of it for the usual case and the cold one.
-    #[inline(always)]
     fn back(&mut self, gpa: Gpa, access: Access, snapshot: Snapshot) -> Result<Outcome, FaultError> {
         let mmu = &*self.mmu;
         let (slot, gfn) = (&self.hint.slot, gpa.gfn());
@@ -422,21 +474,10 @@ impl<H: Host> Vcpu<H> {
             return self.refuse(&self.hint, snapshot, Ok(Outcome::ReadOnly));
         }
         let want = Mapping::new(slot.range(), gfn, access, extent, extent.writable);
-        if !self.cache.is_full() {
-            Self::top_up(mmu, &self.ticket, &mut self.cache)?;
-        }
+        Self::top_up(mmu, &self.ticket, &mut self.cache)?;
         let root = self.roots.current().ok_or(FaultError::NoRoot)?;
-        let inside = Shared::enter(mmu, &mut self.ticket);
-        // From here on no update gets past its grace period and no invalidation begins before the guard is dropped.
         let generation = self.hint.generation;
-        // A root that was invalidated is being emptied, and must not be filled again. One of a rarer role takes the
-        // longer way, as whatever is not plain.
-        let current =
-            mmu.slots.generation() == generation && !mmu.notify.is_overtaken(snapshot) && root.is_usual(&inside);
-        if current && map_page(&inside, root, &want) {
-            drop(inside);
-            return Ok(Outcome::Fixed { level: Level::K4 });
-        }
+        let inside = Shared::enter(mmu, &mut self.ticket);
         Obstructed { inside, want, generation, snapshot, watch: None }.map(root, &mut self.cache)
     }
 

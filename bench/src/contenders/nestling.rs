@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering, compiler_fence, fence};
 
 use nestling::format::{MemoryType, Npt};
-use nestling::host::{Backing, BackingError, Extent, TableFrames, Time, Vcpus};
+use nestling::host::{Backing, BackingError, Extent, Page, TableFrames, Time, Vcpus};
 use nestling::{
     Access, AddressSpace, Cause, Config, Fault, Gfn, GfnRange, Gpa, Hfn, Host, Hpa, Level, Mmu, Outcome, Slot,
     SlotConfig, SlotFlags, SlotId, Vcpu, VcpuId, Worker,
@@ -97,6 +97,11 @@ impl<A: Asymmetry> Backing for Machine<A> {
     #[inline]
     fn resolve(&self, slot: &Slot, _gfn: Gfn, _access: Access) -> Result<Extent, BackingError> {
         Ok(Extent { gfns: slot.range(), hfn: Hfn(slot.backing()), writable: true, memory: MemoryType::WriteBack })
+    }
+
+    #[inline]
+    fn page(&self, slot: &Slot, gfn: Gfn, access: Access) -> Option<Page> {
+        self.resolve(slot, gfn, access).ok()?.page(gfn)
     }
 }
 

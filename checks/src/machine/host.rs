@@ -6,7 +6,7 @@ use std::ptr::NonNull;
 use std::sync::atomic::Ordering;
 
 use nestling::events::Event;
-use nestling::host::{Backing, BackingError, ByRange, Extent, TableFrames, Time, Vcpus};
+use nestling::host::{Backing, BackingError, ByRange, Extent, Page, TableFrames, Time, Vcpus};
 use nestling::sync::AtomicU64;
 use nestling::{Access, Gfn, GfnRange, Hfn, Host, Slot, VcpuId};
 
@@ -46,6 +46,16 @@ impl<F: Cpu> Backing for Machine<F> {
         // By turns: a late answer is the old one, or an error.
         let stale = ghost.tick().is_multiple_of(2);
         ghost.resolve(slot, gfn, stale)
+    }
+
+    /// By turns: nothing, a late answer, and what is so.
+    fn page(&self, slot: &Slot, gfn: Gfn, _access: Access) -> Option<Page> {
+        if held(&self.on_resolve).is_some() {
+            return None;
+        }
+        let mut ghost = self.ghost();
+        let turn = ghost.tick() % 3;
+        if turn == 0 { None } else { ghost.resolve(slot, gfn, turn == 1).ok()?.page(gfn) }
     }
 }
 

@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex};
 
 use super::checker::library::addr::ENTRIES;
 use super::checker::library::format::{Format, Leaf, MemoryType, Npt, Rights, State};
-use super::checker::library::host::{Backing, BackingError, Extent, TableFrames, Time, Vcpus};
+use super::checker::library::host::{Backing, BackingError, Extent, Page, TableFrames, Time, Vcpus};
 use super::checker::library::sync::{AtomicBool, AtomicU64 as Entry};
 use super::checker::library::{
     Access, AdBits, AddressSpace, Cause, Config, Fault, Gfn, GfnRange, Granularity, Hfn, Host, Level, LogConfig,
@@ -246,6 +246,10 @@ impl Backing for Machine {
             yield_now();
         }
         Ok(Extent { gfns, hfn, writable: true, memory: MemoryType::WriteBack })
+    }
+
+    fn page(&self, slot: &Slot, gfn: Gfn, access: Access) -> Option<Page> {
+        self.resolve(slot, gfn, access).ok()?.page(gfn)
     }
 }
 

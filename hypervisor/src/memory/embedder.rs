@@ -8,10 +8,10 @@ use core::ptr::{self, NonNull};
 use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use nestling::events::Event;
-use nestling::format::Npt;
+use nestling::format::{MemoryType, Npt};
 use nestling::guest::Width;
 use nestling::host::{
-    Access, Backing, BackingError, Extent, GuestMemory, Host, LOW_FRAMES, TableFrames, Time, VcpuId, Vcpus,
+    Access, Backing, BackingError, Extent, GuestMemory, Host, LOW_FRAMES, Page, TableFrames, Time, VcpuId, Vcpus,
 };
 use nestling::sync::AtomicU64 as Entry;
 use nestling::{Gfn, Hfn, Hpa, Slot};
@@ -121,6 +121,12 @@ impl Backing for Machine {
     #[inline]
     fn resolve(&self, slot: &Slot, gfn: Gfn, access: Access) -> Result<Extent, BackingError> {
         self.ram.resolve(slot.backing(), gfn, access)
+    }
+
+    #[inline]
+    fn page(&self, slot: &Slot, gfn: Gfn, _access: Access) -> Option<Page> {
+        let hfn = self.ram.frame_at_hand(slot.backing(), gfn)?;
+        Some(Page { hfn, writable: true, memory: MemoryType::WriteBack })
     }
 }
 

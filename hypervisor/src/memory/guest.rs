@@ -35,7 +35,7 @@ use core::sync::atomic::{AtomicPtr, AtomicU32, AtomicU64, Ordering};
 
 use nestling::format::MemoryType;
 use nestling::host::{Access, BackingError, Extent};
-use nestling::{Gfn, GfnRange, Gpa, Hpa, OutOfMemory};
+use nestling::{Gfn, GfnRange, Gpa, Hfn, Hpa, OutOfMemory};
 use spin::Mutex;
 
 use super::frames::{self, FRAME};
@@ -263,6 +263,16 @@ impl GuestRam {
         let bank = self.banks.get(bank as usize).filter(|b| b.range.contains(gfn)).ok_or(BackingError::NotBacked)?;
         let word = bank.chunks[self.index(bank, gfn)].load(Ordering::Acquire);
         if word & PRESENT != 0 { Ok(self.extent(gfn, word, self.order)) } else { self.resolve_absent(bank, gfn) }
+    }
+
+    /// The host frame of a frame of a bank, where its chunk's word tells.
+    #[inline]
+    pub(super) fn frame_at_hand(&self, bank: u64, gfn: Gfn) -> Option<Hfn> {
+        let bank = self.banks.get(bank as usize).filter(|b| b.range.contains(gfn))?;
+        let word = bank.chunks.get(self.index(bank, gfn))?.load(Ordering::Acquire);
+        // A part of a block of 1 GiB has its own address in its word, as any other chunk.
+        let inside = gfn.0 & ((1 << self.order) - 1);
+        (word & PRESENT != 0).then(|| Hfn(Hpa(address(word)).hfn().0 + inside))
     }
 
     /// The run that a present word stands for.

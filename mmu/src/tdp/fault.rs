@@ -6,7 +6,7 @@
 //!
 //! - An absent entry of a level-1 table is what a fault meets nearly always, so [`map_page`] tries that first, without
 //!   a look: on a line that another vCPU wrote last, the look would cost as much again as the compare-and-swap. Where
-//!   anything else is in the way, a [`Walk`] starts from the root.
+//!   anything else is in the way, the fault is handled from its start, and a [`Walk`] goes down from the root.
 //! - An absent entry becomes a table or leaf by compare-and-swap. The loser goes on from what the winner wrote: into
 //!   the winner's table, or finds the winner's leaf (spurious).
 //! - A leaf that is there but denies the access gets the rights that slot and backing allow, in place: rights only
@@ -22,7 +22,7 @@ use crate::addr::{Gfn, GfnRange, Hfn, Level};
 use crate::entry::{self, Books, Entry, change};
 use crate::events::Counter;
 use crate::format::{Format, Leaf, Rights, State};
-use crate::host::{Access, Extent, Host};
+use crate::host::{Access, Extent, Host, Page};
 use crate::lock::Shared;
 use crate::mutants::{self, Mutant};
 use crate::notify::Snapshot;
@@ -125,30 +125,36 @@ impl Mapping {
     /// The leaf, whose dirty bit says whether the guest may have written.
     #[inline]
     fn leaf(&self, level: Level, dirty: bool) -> Leaf {
-        let mut rights = Rights::READ.union(Rights::EXECUTE);
-        if self.writable {
-            rights = rights.union(Rights::WRITE);
-        }
-        Leaf {
-            hfn: self.hfn(level),
-            rights,
-            host_writable: self.writable,
-            mmu_writable: self.writable,
-            accessed: true,
-            dirty,
-            memory: self.extent.memory,
-        }
+        leaf(Page { hfn: self.hfn(level), writable: self.writable, memory: self.extent.memory }, dirty)
     }
 }
 
-/// Maps the page of `want` under `root`, which is a usual one ([`RootRef::is_usual`]), if that takes one absent entry of a
-/// level-1 table; whether it did.
+/// A leaf, of any size, with all the rights that its backing gives; `page` says so of its first page.
 #[inline]
-pub(crate) fn map_page<H: Host>(inside: &Shared<'_, H>, root: &RootRef, want: &Mapping) -> bool {
+fn leaf(page: Page, dirty: bool) -> Leaf {
+    let mut rights = Rights::READ.union(Rights::EXECUTE);
+    if page.writable {
+        rights = rights.union(Rights::WRITE);
+    }
+    Leaf {
+        hfn: page.hfn,
+        rights,
+        host_writable: page.writable,
+        mmu_writable: page.writable,
+        accessed: true,
+        dirty,
+        memory: page.memory,
+    }
+}
+
+/// Maps `page` at `gfn` for a fault that writes or not, under `root`, which is a usual one ([`RootRef::is_usual`]), if that
+/// takes one absent entry of a level-1 table; whether it did.
+#[inline]
+pub(crate) fn map_page<H: Host>(inside: &Shared<'_, H>, root: &RootRef, gfn: Gfn, page: Page, writes: bool) -> bool {
     // Where there is a table of level 1, nothing larger can be mapped, whatever would fit.
-    let Some(table) = Table::leaves(inside, root, want.gfn) else { return false };
-    let leaf = H::Format::leaf(Level::K4, want.leaf(Level::K4, want.writes()));
-    entry::fill::<H::Format>(table.entry(want.gfn), Level::K4, leaf, inside.counters()).is_ok()
+    let Some(table) = Table::leaves(inside, root, gfn) else { return false };
+    let leaf = H::Format::leaf(Level::K4, leaf(page, writes));
+    entry::fill::<H::Format>(table.entry(gfn), Level::K4, leaf, inside.counters()).is_ok()
 }
 
 /// A fault whose page could not be mapped just like that. Something is in the way, or has overtaken it: what, this
@@ -263,11 +269,9 @@ pub(crate) fn fix_protected<H: Host>(
     let cell = table.entry(gfn);
     let mut raw = cell.read();
     loop {
-        if H::Format::permits(raw, Level::K4, Rights::WRITE) {
-            return Some(Outcome::Spurious);
-        }
-        if !H::Format::permits(raw, Level::K4, Rights::READ) || raw & H::Format::MMU_WRITABLE == 0 {
-            return None;
+        let readable = H::Format::permits(raw, Level::K4, Rights::READ);
+        if !(readable && raw & H::Format::MMU_WRITABLE != 0 && raw & H::Format::WRITE == 0) {
+            return H::Format::permits(raw, Level::K4, Rights::WRITE).then_some(Outcome::Spurious);
         }
         let new = raw | H::Format::WRITE | H::Format::CPU_OWNED;
         if mutants::is(Mutant::DirtyBeforeWritable) {

@@ -19,10 +19,12 @@ fn memory_comes_zeroed_when_it_is_touched_and_stays_where_it_is() {
         let ram = ram(size);
         let gfn = Gpa(3 * MIB + 0x5000).gfn();
         assert!(!ram.peek(gfn.gpa(), &mut [0]), "nothing is there before the first touch");
+        assert_eq!(ram.frame_at_hand(0, gfn), None);
         let extent = ram.resolve(0, gfn, Access::Read).unwrap();
         assert_eq!((extent.gfns.pages(), extent.gfns.contains(gfn)), (pages, true));
         assert_eq!(extent.hfn.0 % pages, extent.gfns.start.0 % pages, "aligned alike on both sides");
         assert_eq!(ram.resolve(0, gfn, Access::Write), Ok(extent));
+        assert_eq!(ram.frame_at_hand(0, gfn), extent.page(gfn).map(|page| page.hfn));
         let mut page = vec![0xff; 4096];
         ram.read(gfn.gpa(), &mut page).unwrap();
         assert!(page.iter().all(|byte| *byte == 0));
