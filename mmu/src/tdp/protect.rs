@@ -14,7 +14,7 @@
 
 use crate::Mmu;
 use crate::OutOfMemory;
-use crate::addr::{Gfn, GfnRange, Hfn, Level};
+use crate::addr::{ENTRIES, Gfn, GfnRange, Hfn, Level};
 use crate::entry::{Entry, weaken};
 use crate::events::Counter;
 use crate::format::{Format, State};
@@ -113,14 +113,19 @@ impl Logged<'_> {
     #[inline]
     pub(crate) fn mark(&self, level: Level, gfn: Gfn) {
         let page = gfn.0 - self.first.0;
-        let news = if level == Level::K4 {
-            self.log.mark(page)
-        } else {
-            self.log.mark_range(self.first, GfnRange::block(level, gfn));
-            true
-        };
-        if let Some((slot, ring)) = self.ring.filter(|_| news) {
-            ring.push(DirtyPages { slot, page, level });
+        match self.ring {
+            None if level == Level::K4 => self.log.note(page),
+            Some((slot, ring)) if level == Level::K4 => {
+                if self.log.mark(page) {
+                    ring.push(DirtyPages { slot, page, level });
+                }
+            }
+            ring => {
+                self.log.mark_range(self.first, GfnRange::block(level, gfn));
+                if let Some((slot, ring)) = ring {
+                    ring.push(DirtyPages { slot, page, level });
+                }
+            }
         }
     }
 
@@ -231,25 +236,31 @@ impl<H: Host> Visitor<H> for Arm<'_> {
 
     fn leaves(&mut self, _inside: &Shared<'_, H>, table: &Table<'_, H>, range: GfnRange) {
         let (entries, bits) = (table.entries(), self.bits);
-        let Pages::Taken { .. } = self.pages else {
-            let start = Level::K4.index(range.start);
+        let start = Level::K4.index(range.start);
+        let Pages::Taken { first, words } = self.pages else {
             for cell in &entries[start..start + range.pages() as usize] {
                 arm::<H::Format>(cell, bits, self.debt);
             }
             return;
         };
-        let (mut page, end) = (self.page(range.start), self.page(range.end));
-        while page < end {
-            let (word, next) = ((page / WORD) as usize, ((page / WORD + 1) * WORD).min(end));
-            let base = page / WORD * WORD;
-            let mut left = self.wanted(word) & u64::MAX << (page % WORD) & u64::MAX >> (base + WORD - next);
-            let first = self.logged.first.0 + base;
+        let (page, end) = (self.page(range.start), self.page(range.end));
+        let (from, to) = ((page / WORD) as usize - first, end.div_ceil(WORD) as usize - first);
+        // The entry of each word's first page; that of the first one may lie before the table's.
+        let mut base = start.wrapping_sub((page % WORD) as usize);
+        for (index, word) in (from..to).zip(&words[from..to]) {
+            let mut left = *word;
+            if index == from {
+                left &= u64::MAX << (page % WORD);
+            }
+            if index + 1 == to {
+                left &= u64::MAX >> ((to + first) as u64 * WORD - end);
+            }
             while left != 0 {
-                let gfn = Gfn(first + u64::from(left.trailing_zeros()));
-                arm::<H::Format>(&entries[Level::K4.index(gfn)], bits, self.debt);
+                let cell = &entries[base.wrapping_add(left.trailing_zeros() as usize) % ENTRIES];
+                arm::<H::Format>(cell, bits, self.debt);
                 left &= left - 1;
             }
-            page = next;
+            base = base.wrapping_add(WORD as usize);
         }
     }
 
@@ -288,21 +299,19 @@ impl<H: Host> Visitor<H> for Gather<'_> {
     }
 
     fn leaves(&mut self, _inside: &Shared<'_, H>, table: &Table<'_, H>, range: GfnRange) {
-        let mut page = range.start.0 - self.logged.first.0;
-        let (start, mut mask) = (Level::K4.index(range.start), 0);
-        for cell in &table.entries()[start..start + range.pages() as usize] {
-            let raw = cell.read();
-            if raw & H::Format::DIRTY != 0 && H::Format::is_mapping(raw, Level::K4) {
-                mask |= 1 << (page % WORD);
+        let (mut page, end) = (range.start.0 - self.logged.first.0, range.end.0 - self.logged.first.0);
+        let mut cells = table.entries()[Level::K4.index(range.start)..].iter();
+        while page < end {
+            let (bit, count) = (page % WORD, (WORD - page % WORD).min(end - page));
+            let mut mask = 0;
+            for (bit, cell) in (bit..).zip(cells.by_ref().take(count as usize)) {
+                let raw = cell.read();
+                mask |= u64::from(raw & H::Format::DIRTY != 0 && H::Format::is_mapping(raw, Level::K4)) << bit;
             }
-            page += 1;
-            if page.is_multiple_of(WORD) && mask != 0 {
-                self.logged.log.mark_word((page / WORD) as usize - 1, mask);
-                mask = 0;
+            if mask != 0 {
+                self.logged.log.mark_word((page / WORD) as usize, mask);
             }
-        }
-        if mask != 0 {
-            self.logged.log.mark_word((page / WORD) as usize, mask);
+            page += count;
         }
     }
 

@@ -96,15 +96,20 @@ pub(crate) fn sweep<H: Host>(
 /// What is at the start of `left`. Where to go on, and whether a table is needed first.
 fn step<H: Host>(inside: &Shared<'_, H>, root: &RootRef, left: GfnRange, visitor: &mut impl Visitor<H>) -> (Gfn, bool) {
     let gfn = left.start;
+    // What is met mostly, by the walk that is made for it.
+    if let Some(table) = Table::leaves(inside, root, gfn) {
+        let end = Level::M2.next_block(gfn).min(left.end);
+        visitor.leaves(inside, &table, GfnRange { start: gfn, end });
+        return (visitor.seek(end), false);
+    }
     let mut table = Table::root(inside, root);
     let mut raw = table.entry(gfn).read();
     while let Some(next) = table.next(raw) {
-        table = next;
-        if table.level == Level::K4 {
-            let end = Level::M2.next_block(gfn).min(left.end);
-            visitor.leaves(inside, &table, GfnRange { start: gfn, end });
-            return (visitor.seek(end), false);
+        if next.level == Level::K4 {
+            // A fault has put it there since the look for it.
+            return (gfn, false);
         }
+        table = next;
         raw = table.entry(gfn).read();
     }
     if H::Format::is_mapping(raw, table.level) {

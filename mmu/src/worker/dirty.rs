@@ -125,7 +125,9 @@ impl<H: Host> Worker<H> {
             for ((word, mask), taken) in (first..).zip(mask).zip(taken.iter_mut()) {
                 *taken = log.take_word(word, *mask);
             }
-            pages += self.arm_taken(&slot, &log, first, taken, &mut debt);
+            let dirty = dirty_pages(taken);
+            self.arm_taken(&slot, &log, first, taken, dirty, &mut debt);
+            pages += dirty;
         }
         debt.pay(&mmu, self.ticket.counters());
         Ok(pages)
@@ -141,18 +143,16 @@ impl<H: Host> Worker<H> {
         let updates = mmu.updates.lock(|| mmu.host.relax());
         let (slot, log) = updates.logged(id)?;
         self.gather(&slot, &log, first_word, out.len())?;
-        for (word, out) in (first_word..).zip(out.iter_mut()) {
-            *out = log.take_word(word, u64::MAX);
-        }
+        let pages = log.take_words(first_word, out);
         let mut debt = Debt::nothing();
         if mutants::is(Mutant::DirtyHandedOutBeforeFlush) {
             Debt::flush().pay(&mmu, self.ticket.counters());
             let mut late = Debt::nothing();
-            let pages = self.arm_taken(&slot, &log, first_word, out, &mut late);
+            self.arm_taken(&slot, &log, first_word, out, pages, &mut late);
             core::mem::forget(late);
             return Ok(pages);
         }
-        let pages = self.arm_taken(&slot, &log, first_word, out, &mut debt);
+        self.arm_taken(&slot, &log, first_word, out, pages, &mut debt);
         debt.pay(&mmu, self.ticket.counters());
         Ok(pages)
     }
@@ -178,7 +178,9 @@ impl<H: Host> Worker<H> {
             for word in (base..base + count).filter(|word| log.has_words(*word, 1)) {
                 let mask = left[..run].iter().fold(0, |mask, entry| mask | mask_of(&slot, entry, word));
                 let taken = [log.take_word(word, mask)];
-                pages += self.arm_taken(&slot, &log, word, &taken, &mut debt);
+                let dirty = dirty_pages(&taken);
+                self.arm_taken(&slot, &log, word, &taken, dirty, &mut debt);
+                pages += dirty;
             }
             left = &left[run..];
         }
@@ -290,9 +292,9 @@ impl<H: Host> Worker<H> {
         Ok(())
     }
 
-    /// Arms the pages of words that were taken. How many they are.
-    fn arm_taken(&mut self, slot: &Memslot, log: &DirtyLog, first: usize, taken: &[u64], debt: &mut Debt) -> u64 {
-        let pages = dirty_pages(taken);
+    /// Arms the pages of words that were taken, so many.
+    fn arm_taken(&mut self, slot: &Memslot, log: &DirtyLog, first: usize, taken: &[u64], pages: u64, debt: &mut Debt) {
+        debug_assert_eq!(pages, dirty_pages(taken));
         if pages > 0 {
             debt.note();
             let mut arm = Arm::new(logged(slot, log), Pages::Taken { first, words: taken }, debt);
@@ -304,7 +306,6 @@ impl<H: Host> Worker<H> {
             });
             self.arm_shadow(bits.map(|page| Gfn(start.0 + page)));
         }
-        pages
     }
 
     /// Arms pages where shadow paging maps them: there it is always the write right that tells.

@@ -158,6 +158,12 @@ impl DirtyLog {
         &self.config
     }
 
+    /// The page was written.
+    #[inline]
+    pub(crate) fn note(&self, page: u64) {
+        self.bitmap.note((page / WORD) as usize, 1 << (page % WORD));
+    }
+
     /// The page was written; whether that is news.
     #[inline]
     pub(crate) fn mark(&self, page: u64) -> bool {
@@ -171,11 +177,16 @@ impl DirtyLog {
 
     /// Of 64 pages: those of `mask` were written.
     pub(crate) fn mark_word(&self, word: usize, mask: u64) {
-        self.bitmap.set(word, mask);
+        self.bitmap.note(word, mask);
     }
 
     pub(crate) fn get_word(&self, word: usize) -> u64 {
         self.bitmap.get(word)
+    }
+
+    /// Takes as many words as `out` has, from `first` on. How many pages were dirty.
+    pub(crate) fn take_words(&self, first: usize, out: &mut [u64]) -> u64 {
+        self.bitmap.take_words(first, out)
     }
 
     pub(crate) fn take_word(&self, word: usize, mask: u64) -> u64 {
