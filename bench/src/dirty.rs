@@ -25,6 +25,8 @@ const COUNTED: &str = "nestling_bench::dirty::counted";
 const PAGES: u64 = crate::contenders::PAGES;
 /// Pages of a huge leaf.
 const HUGE: u64 = 512;
+/// Huge leaves of the guest.
+const LEAVES: u64 = PAGES / HUGE;
 const ID: SlotId = SlotId(0);
 
 type Machine = Host<FullFences>;
@@ -53,22 +55,28 @@ const fn case(name: &'static str, unit: &'static str, units: u64, run: fn(&mut B
 /// All of them. "4k" is 1 GiB mapped by pages of 4 KiB, "2m" by pages of 2 MiB.
 pub const CASES: &[Case] = &[
     case("start_clean_4k", "page", PAGES, |b| b.small().start(Tracking::WriteProtect, LogStart::Clean)),
-    case("start_clean_2m", "leaf", PAGES / HUGE, |b| b.huge().start(Tracking::WriteProtect, LogStart::Clean)),
+    case("start_clean_2m", "leaf", LEAVES, |b| b.huge().start(Tracking::WriteProtect, LogStart::Clean)),
     case("start_all_dirty_4k", "call", 1, |b| b.small().start(Tracking::WriteProtect, LogStart::AllDirty)),
     case("harvest_1_percent_4k", "dirty_page", PAGES / 100, |b| b.small().harvest(Tracking::WriteProtect, 100)),
     case("harvest_10_percent_4k", "dirty_page", PAGES / 10, |b| b.small().harvest(Tracking::WriteProtect, 10)),
     case("harvest_100_percent_4k", "dirty_page", PAGES, |b| b.small().harvest(Tracking::WriteProtect, 1)),
     case("harvest_10_percent_4k_by_dirty_bit", "dirty_page", PAGES / 10, |b| b.small().harvest(Tracking::DirtyBit, 10)),
     case("harvest_100_percent_4k_by_dirty_bit", "dirty_page", PAGES, |b| b.small().harvest(Tracking::DirtyBit, 1)),
-    case("harvest_100_percent_2m", "dirty_leaf", PAGES / HUGE, |b| b.huge().harvest_leaves()),
+    case("harvest_1_percent_2m", "dirty_leaf", LEAVES / 100, |b| b.huge().harvest_leaves(100)),
+    case("harvest_10_percent_2m", "dirty_leaf", LEAVES / 10, |b| b.huge().harvest_leaves(10)),
+    case("harvest_100_percent_2m", "dirty_leaf", LEAVES, |b| b.huge().harvest_leaves(1)),
     case("get_10_percent_4k", "dirty_page", PAGES / 10, |b| b.small().get(10)),
+    case("clear_1_percent_4k", "dirty_page", PAGES / 100, |b| b.small().clear(100)),
     case("clear_10_percent_4k", "dirty_page", PAGES / 10, |b| b.small().clear(10)),
     case("clear_100_percent_4k", "dirty_page", PAGES, |b| b.small().clear(1)),
+    case("clear_1_percent_2m", "dirty_leaf", LEAVES / 100, |b| b.huge().clear_leaves(100)),
+    case("clear_10_percent_2m", "dirty_leaf", LEAVES / 10, |b| b.huge().clear_leaves(10)),
+    case("clear_100_percent_2m", "dirty_leaf", LEAVES, |b| b.huge().clear_leaves(1)),
     case("first_write_after_protect", "write", PAGES, |b| b.small().first_writes()),
-    case("split_2m", "leaf", PAGES / HUGE, |b| b.huge().split()),
-    case("collapse_2m", "leaf", PAGES / HUGE, |b| b.huge().collapse()),
+    case("split_2m", "leaf", LEAVES, |b| b.huge().split()),
+    case("collapse_2m", "leaf", LEAVES, |b| b.huge().collapse()),
     case("age_4k", "page", PAGES, |b| b.small().age()),
-    case("age_2m", "leaf", PAGES / HUGE, |b| b.huge().age()),
+    case("age_2m", "leaf", LEAVES, |b| b.huge().age()),
 ];
 
 /// A machine whose guest has touched nothing yet.
@@ -162,10 +170,24 @@ impl Mapped {
         assert_eq!(counted(&mut || worker.harvest_dirty(ID, 0, words).expect("the slot has a log")), dirty);
     }
 
-    fn harvest_leaves(mut self) {
-        self.begin(Tracking::WriteProtect, Granularity::Leaf, LogStart::AllDirty);
+    /// Dirties every `nth` huge leaf of a log that was just started; how many pages that makes.
+    fn dirty_leaves(&mut self, nth: u64) -> u64 {
+        self.begin(Tracking::WriteProtect, Granularity::Leaf, LogStart::Clean);
+        (0..LEAVES / nth).for_each(|number| self.write(number * nth * HUGE));
+        LEAVES / nth * HUGE
+    }
+
+    fn harvest_leaves(mut self, nth: u64) {
+        let dirty = self.dirty_leaves(nth);
         let Self { worker, words, .. } = &mut self;
-        assert_eq!(counted(&mut || worker.harvest_dirty(ID, 0, words).expect("the slot has a log")), PAGES);
+        assert_eq!(counted(&mut || worker.harvest_dirty(ID, 0, words).expect("the slot has a log")), dirty);
+    }
+
+    fn clear_leaves(mut self, nth: u64) {
+        let dirty = self.dirty_leaves(nth);
+        let Self { worker, words, .. } = &mut self;
+        worker.get_dirty(ID, 0, words).expect("the slot has a log");
+        assert_eq!(counted(&mut || worker.clear_dirty(ID, 0, words).expect("the slot has a log")), dirty);
     }
 
     fn get(mut self, nth: u64) {
