@@ -12,7 +12,7 @@ use std::{
     time::Duration,
 };
 
-use super::{Figures, Paging, figures};
+use super::{Figures, Pages, Paging, figures};
 use crate::{
     accel::Acceleration,
     args::BenchArgs,
@@ -32,7 +32,7 @@ const MEMORY_MIB: u64 = 1024;
 const LIMIT: Duration = Duration::from_secs(300);
 
 /// Runs the measuring guest under KVM.
-pub(super) fn measure(args: &BenchArgs, paging: Paging, progress: Progress) -> Result<Figures, Error> {
+pub(super) fn measure(args: &BenchArgs, paging: Paging, pages: Pages, progress: Progress) -> Result<Figures, Error> {
     let qemu = setup::qemu(progress)?;
     let host = packages::kvm_host(progress)?;
     let init = read(&artifacts::kvm_init(progress)?)?;
@@ -48,14 +48,14 @@ pub(super) fn measure(args: &BenchArgs, paging: Paging, progress: Progress) -> R
 
     let mut command = qemu::machine(&qemu, Acceleration::Counted, "max", 1, MEMORY_MIB);
     command.args(["-serial", "stdio"]).arg("-kernel").arg(&host.kernel).arg("-initrd").arg(&initrd);
-    let npt = u8::from(paging == Paging::Npt);
-    command
-        .args(["-append", &format!("console=ttyS0 quiet panic=-1 nestling.npt={npt} nestling.meter={}", args.pages)]);
+    let (npt, large) = (u8::from(paging == Paging::Npt), u8::from(pages == Pages::Large));
+    let meter = format!("nestling.npt={npt} nestling.large={large} nestling.meter={}", args.pages);
+    command.args(["-append", &format!("console=ttyS0 quiet panic=-1 {meter}")]);
     command.stdout(Stdio::piped());
     if args.verbose {
         progress.note(&qemu::shown(&command));
     }
-    let step = progress.step(&format!("measuring KVM with {}", paging.words()));
+    let step = progress.step(&format!("measuring KVM with {} on {} pages", paging.words(), pages.word()));
     let mut child = command.spawn().map_err(|cause| Error::Qemu(cause.to_string()))?;
     let output = child.stdout.take();
     let reader = thread::spawn(move || {

@@ -11,7 +11,7 @@ mod rows;
 
 use std::{collections::BTreeMap, fs, path::Path};
 
-use nestling_meter::{END, Figure};
+use nestling_meter::{END, Figure, LARGE_PAGES, SMALL_PAGES};
 use serde::{Deserialize, Serialize};
 
 pub use rows::Row;
@@ -60,6 +60,36 @@ impl Paging {
     }
 }
 
+/// How the memory that is measured is mapped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Pages {
+    Small,
+    Large,
+}
+
+/// The figures that are of large pages.
+const OF_LARGE: [&str; 3] = ["fault_2m", "split_2m", "collapse_2m"];
+
+/// The end of the guest is one of every run.
+fn is_of_large((name, _): &(String, (u64, u64))) -> bool {
+    OF_LARGE.contains(&&name[..])
+}
+
+impl Pages {
+    /// Those that a figure is of.
+    fn of(operation: &str) -> Self {
+        if OF_LARGE.contains(&operation) { Self::Large } else { Self::Small }
+    }
+
+    /// As the measuring guest is told.
+    fn word(self) -> &'static str {
+        match self {
+            Self::Small => SMALL_PAGES,
+            Self::Large => LARGE_PAGES,
+        }
+    }
+}
+
 /// A measurement as it is written down.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Measurement {
@@ -87,8 +117,9 @@ pub fn run(args: &BenchArgs, progress: Progress) -> Result<(), Error> {
     let (mut kvm, mut here) = (Vec::new(), Vec::new());
     if args.only != Some(Side::Nestling) {
         for paging in [Paging::Npt, Paging::Shadow] {
-            kvm.push((paging, kvm::measure(args, paging, progress)?));
+            kvm.push((paging, kvm::measure(args, paging, Pages::Small, progress)?));
         }
+        kvm[0].1.extend(kvm::measure(args, Paging::Npt, Pages::Large, progress)?.into_iter().filter(is_of_large));
     }
     if args.only != Some(Side::Kvm) {
         for paging in [Paging::Npt, Paging::Shadow] {
@@ -105,7 +136,8 @@ pub fn run(args: &BenchArgs, progress: Progress) -> Result<(), Error> {
         write(path, &measured)?;
     }
     if let Some(path) = &args.svg {
-        plot::write(path, &measured.rows)?;
+        let instructions: Vec<_> = measured.rows.iter().filter(|row| row.op != rows::BYTES).cloned().collect();
+        plot::write(path, &instructions)?;
     }
     match baseline {
         Some(earlier) => compare(&earlier.rows, &measured.rows, f64::from(args.tolerance) / 100.0),

@@ -6,7 +6,7 @@ use clap::Parser;
 use rustix::fs::{CWD, Mode, mkfifoat};
 
 use super::{
-    Figures, Paging, figures,
+    Figures, Pages, Paging, figures, is_of_large,
     profile::{self, Counts, Places},
 };
 use crate::{
@@ -21,9 +21,14 @@ use crate::{
     run::Prepared,
 };
 
-/// Runs the measuring guest here.
+/// Runs the measuring guest here, on small pages and, where they are mapped as such, on large ones.
 pub(super) fn measure(args: &BenchArgs, paging: Paging, progress: Progress) -> Result<Figures, Error> {
-    run(prepare(args, paging, "", progress)?)
+    let mut figures = run(prepare(args, paging, Pages::Small, "", progress)?)?;
+    if paging == Paging::Npt {
+        let large = run(prepare(args, paging, Pages::Large, "", progress)?)?;
+        figures.extend(large.into_iter().filter(is_of_large));
+    }
+    Ok(figures)
 }
 
 /// Runs it and says where the instructions of one operation went: by function, for one page or exit. The emulator's log is
@@ -36,7 +41,7 @@ pub(super) fn profile(
     let work = tempfile::tempdir().map_err(Error::io("make a directory"))?;
     let log = work.path().join("log");
     mkfifoat(CWD, &log, Mode::RUSR | Mode::WUSR).map_err(|cause| Error::io("make a pipe")(cause.into()))?;
-    let prepared = prepare(args, args.mmu.into(), operation, progress)?;
+    let prepared = prepare(args, args.mmu.into(), Pages::of(operation), operation, progress)?;
     let hypervisor = prepared.hypervisor().to_owned();
     let Places { mark, filter } = profile::places(&hypervisor)?;
     let prepared = prepared.traced(Trace { log: log.clone(), filter });
@@ -51,9 +56,16 @@ pub(super) fn profile(
     Ok((functions.into_iter().map(|(name, total)| (name, each(total))).collect(), each(ticks)))
 }
 
-fn prepare(args: &BenchArgs, paging: Paging, marked: &str, progress: Progress) -> Result<Prepared, Error> {
+fn prepare(
+    args: &BenchArgs,
+    paging: Paging,
+    pages: Pages,
+    marked: &str,
+    progress: Progress,
+) -> Result<Prepared, Error> {
     let image = artifacts::test_kernel(progress)?;
-    let words = format!("meter {} {marked}", args.pages);
+    let words = format!("meter {} {} {marked}", args.pages, pages.word());
+    let largest = if pages == Pages::Large { "2M" } else { "none" };
     let mut run = Cli::parse_from([
         "nestling",
         "--vcpus",
@@ -61,7 +73,7 @@ fn prepare(args: &BenchArgs, paging: Paging, marked: &str, progress: Progress) -
         "--memory",
         "64M",
         "--huge-pages",
-        "none",
+        largest,
         "--mmu",
         paging.name(),
     ])

@@ -13,7 +13,14 @@ enum Value {
     Each8,
     /// Instructions for all of it.
     All,
+    /// Bytes for each GiB of pages.
+    PerGib,
 }
+
+/// The one row that is not of instructions.
+pub(super) const BYTES: &str = "table_bytes_per_gib";
+/// Pages of 4 KiB in a GiB.
+const GIB_PAGES: f64 = 262_144.0;
 
 /// A row before anything is measured.
 #[derive(Clone, Copy, Debug)]
@@ -35,7 +42,7 @@ const fn shadow(op: &'static str, figure: &'static str, value: Value, goal: Opti
 }
 
 /// The guest's figures have the rows' names, but for those of shadow paging that stand for something else there.
-const DEFINITIONS: [Definition; 25] = [
+const DEFINITIONS: [Definition; 32] = [
     npt("write_fault", Value::Each, Some(400.0)),
     npt("dirty_write_fault", Value::Each, Some(250.0)),
     npt("dirty_enable", Value::Each, Some(25.0)),
@@ -48,6 +55,13 @@ const DEFINITIONS: [Definition; 25] = [
     npt("slot_delete_empty", Value::All, None),
     npt("host_invalidate", Value::Each, Some(100.0)),
     npt("zap_all", Value::Each, None),
+    npt("zap_all_front", Value::All, None),
+    npt("zap_all_back", Value::Each, None),
+    npt("fault_2m", Value::Each, None),
+    npt("split_2m", Value::Each, None),
+    npt("collapse_2m", Value::Each, None),
+    npt("root_switch", Value::Each, None),
+    Definition { op: BYTES, mmu: Paging::Npt, figure: "table_bytes", value: Value::PerGib, goal: None },
     npt("cpuid_exit", Value::Each, Some(300.0)),
     npt("port_write", Value::Each, Some(400.0)),
     npt("mmio_read", Value::Each, Some(1500.0)),
@@ -92,6 +106,7 @@ pub(super) fn rows(kvm: impl Fn(Paging) -> Figures, nestling: impl Fn(Paging) ->
                 Value::Each => ticks / count,
                 Value::Each8 => 8.0 * ticks / count,
                 Value::All => ticks,
+                Value::PerGib => GIB_PAGES * ticks / count,
             };
             Some((value * 10.0).round() / 10.0)
         };

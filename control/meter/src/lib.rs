@@ -34,6 +34,11 @@ pub const BASE: u64 = 256 << 20;
 /// The most pages it may have: 256 MiB.
 pub const MAX_PAGES: u32 = 1 << 16;
 
+/// A word on the guest's command line: measure what large pages cost, and nothing else.
+pub const LARGE_PAGES: &str = "large";
+/// The other word in its place.
+pub const SMALL_PAGES: &str = "small";
+
 /// How a line with a figure begins. The rest: a name, a count, ticks; decimal, a space between.
 pub const LINE: &str = "meter:";
 /// The guest's line when all is measured.
@@ -67,11 +72,21 @@ pub enum Operation {
     ZapAll,
     /// Nothing; what is to be looked at closely begins here, or ends.
     Mark,
+    /// Splits the large pages that map it.
+    Split,
+    /// Makes large pages of its small ones.
+    Collapse,
+    /// Nothing; [`COUNT`] says how many pages of 4 KiB all tables that map guests' memory take.
+    Tables,
+    /// Turns a vCPU to a root of another kind and back, again and again; [`COUNT`] says how often it turned.
+    SwitchRoot,
+    /// Nothing; the cost is that part of the last [`Operation::ZapAll`] in which nobody else could map anything.
+    ZapAllFront,
 }
 
 impl Operation {
     /// All of them, in the order of their numbers.
-    pub const ALL: [Self; 12] = [
+    pub const ALL: [Self; 17] = [
         Self::Nothing,
         Self::Add,
         Self::Delete,
@@ -84,6 +99,11 @@ impl Operation {
         Self::Age,
         Self::ZapAll,
         Self::Mark,
+        Self::Split,
+        Self::Collapse,
+        Self::Tables,
+        Self::SwitchRoot,
+        Self::ZapAllFront,
     ];
 
     /// The operation of this number.

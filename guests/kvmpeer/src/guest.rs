@@ -8,10 +8,10 @@ use std::{
 use elf::{ElfBytes, abi::PT_LOAD, endian::LittleEndian};
 use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_segment};
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd};
-use nestling_meter::{LINE, PORTS};
+use nestling_meter::{LARGE_PAGES, LINE, PORTS, SMALL_PAGES};
 
 use crate::{
-    memory::{Memory, PAGE},
+    memory::{Memory, PAGE, Pages},
     meter::{Meter, set_slot, ticks},
 };
 
@@ -31,12 +31,13 @@ const TRANSMITTER_EMPTY: u8 = 0x60;
 const EXIT: u16 = 0xf4;
 
 /// Runs the image until it ends itself.
-pub(crate) fn run(image: &[u8], pages: usize) -> Result<(), Box<dyn Error>> {
+pub(crate) fn run(image: &[u8], pages: usize, mapped: Pages) -> Result<(), Box<dyn Error>> {
     let kvm = Kvm::new()?;
     let vm = kvm.create_vm()?;
-    let ram = Memory::new(RAM_BYTES)?;
+    let ram = Memory::new(RAM_BYTES, Pages::Small)?;
     let entry = load(&ram, image)?;
-    let mut words = format!("image meter {pages}").into_bytes();
+    let size = if mapped == Pages::Large { LARGE_PAGES } else { SMALL_PAGES };
+    let mut words = format!("image meter {pages} {size}").into_bytes();
     words.push(0);
     ram.write(COMMAND_LINE, &words)?;
     let mut information = [0u8; 0x60];
@@ -44,7 +45,7 @@ pub(crate) fn run(image: &[u8], pages: usize) -> Result<(), Box<dyn Error>> {
     information[16..20].copy_from_slice(&(COMMAND_LINE as u32).to_le_bytes());
     ram.write(INFORMATION, &information)?;
     set_slot(&vm, 0, 0, &ram, RAM_BYTES as u64, 0)?;
-    let mut meter = Meter::new(&vm, Memory::new(pages * PAGE)?)?;
+    let mut meter = Meter::new(&vm, Memory::new(pages * PAGE, mapped)?)?;
 
     let mut vcpu = vm.create_vcpu(0)?;
     vcpu.set_cpuid2(&kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)?)?;

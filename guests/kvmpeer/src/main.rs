@@ -1,7 +1,8 @@
 //! The init of a Linux host that runs the measuring guest under KVM, prints what the guest prints, and switches the machine
 //! off.
 //!
-//! Its command line: `nestling.npt=0` for KVM's shadow paging, `nestling.meter=PAGES` for the size of the meter's slot.
+//! Its command line: `nestling.npt=0` for KVM's shadow paging, `nestling.meter=PAGES` for the size of the meter's slot,
+//! `nestling.large=1` for large pages behind it.
 //! Files: `/image` is the guest, `/modules/` holds KVM. A failure is a line on the console, and the power goes off all the
 //! same: whoever started the machine misses the guest's last line.
 
@@ -11,6 +12,8 @@ mod memory;
 mod meter;
 
 use std::{error::Error, fs};
+
+use memory::Pages;
 
 fn main() {
     if let Err(error) = run() {
@@ -26,6 +29,7 @@ fn run() -> Result<(), Box<dyn Error>> {
     let npt = value("nestling.npt") != Some("0");
     host::load_modules(npt)?;
     let pages = value("nestling.meter").ok_or("no nestling.meter= on the command line")?.parse()?;
-    guest::run(&fs::read("/image")?, pages)?;
+    let mapped = if value("nestling.large") == Some("1") { Pages::Large } else { Pages::Small };
+    guest::run(&fs::read("/image")?, pages, mapped)?;
     Ok(())
 }

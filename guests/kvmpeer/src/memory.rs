@@ -4,9 +4,18 @@ use std::{error::Error, io, ptr::NonNull};
 
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous, munmap};
 
-/// Host pages are of this size: large ones are kept away from the guest's memory.
+/// The small ones of the host's pages.
 pub(crate) const PAGE: usize = 4096;
 const LARGE_PAGE: usize = 2 << 20;
+
+/// How the host is to map a piece.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Pages {
+    /// By pages of 4 KiB.
+    Small,
+    /// By pages of 2 MiB, as far as it has them.
+    Large,
+}
 
 /// A piece of memory that a guest has.
 #[derive(Debug)]
@@ -20,7 +29,7 @@ pub(crate) struct Memory {
 
 impl Memory {
     /// So many bytes, none of which has a page yet.
-    pub(crate) fn new(bytes: usize) -> Result<Self, Box<dyn Error>> {
+    pub(crate) fn new(bytes: usize, pages: Pages) -> Result<Self, Box<dyn Error>> {
         let mapped_bytes = bytes + LARGE_PAGE;
         let protection = ProtFlags::READ | ProtFlags::WRITE;
         let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
@@ -31,7 +40,10 @@ impl Memory {
         // SAFETY: the offset is less than a large page, which the mapping has in excess.
         let start = unsafe { mapping.add(offset) };
         let memory = Self { mapping, mapped_bytes, start, bytes };
-        memory.advise(Advice::LinuxNoHugepage)?;
+        memory.advise(match pages {
+            Pages::Small => Advice::LinuxNoHugepage,
+            Pages::Large => Advice::LinuxHugepage,
+        })?;
         Ok(memory)
     }
 

@@ -6,7 +6,9 @@
 
 use core::sync::atomic::{AtomicU64, Ordering};
 
-use nestling_meter::{BASE, COUNT, DONE, END, LINE, MAX_PAGES, NOT_HERE, Operation, PORT, STATE, TICKS_HIGH};
+use nestling_meter::{
+    BASE, COUNT, DONE, END, LARGE_PAGES, LINE, MAX_PAGES, NOT_HERE, Operation, PORT, STATE, TICKS_HIGH,
+};
 
 use crate::cpu::{self, inl, outb, outl, rdtsc};
 use crate::{check, machine, serial};
@@ -36,12 +38,19 @@ unsafe extern "C" {
     static directories: [AtomicU64; 4 * ENTRIES];
 }
 
-/// Measures everything. `words`: the command line behind the kernel's name and this check's.
+/// Measures everything. `words`: the command line behind the kernel's name and this check's: pages, how whoever runs this
+/// maps them, and the figure to be marked.
 pub(crate) fn run<'a>(mut words: impl Iterator<Item = &'a str>) {
     let pages = words.next().and_then(|word| word.parse::<u32>().ok()).unwrap_or(0);
     check!((1..=MAX_PAGES).contains(&pages), "the second word is the number of pages, 1 to {MAX_PAGES}");
+    let large = words.next() == Some(LARGE_PAGES);
     let slot = Slot { pages: u64::from(pages), marked: words.next().unwrap_or("") };
     slot.map();
+    if large {
+        slot.large();
+        serial::print(format_args!("{END}\n"));
+        return;
+    }
     slot.faults();
     slot.dirty_log();
     slot.invalidation();
@@ -132,7 +141,10 @@ impl Slot<'_> {
         self.tell("slot_delete_empty", 1, || must(Operation::Delete).0);
         must(Operation::Add);
         must(Operation::Populate);
+        let tables = || ask(Operation::Tables).map(|(_, pages)| pages * PAGE);
+        let before = tables();
         self.tell("write_fault", self.count(), || ticks(|| self.write()));
+        self.tell_if("table_bytes", self.count(), || Some(tables()? - before?));
         self.tell("write_again", self.count(), || ticks(|| self.write()));
         self.tell("slot_delete", self.count(), || must(Operation::Delete).0);
         must(Operation::Add);
@@ -185,12 +197,34 @@ impl Slot<'_> {
         self.tell("cr3_reload_unsync", tables.len() as u64, || ticks(cpu::reload_cr3));
     }
 
+    /// What large pages cost, where whoever runs this has them.
+    fn large(&self) {
+        let blocks = self.count().div_ceil(ENTRIES as u64);
+        must(Operation::Delete);
+        must(Operation::Add);
+        must(Operation::Populate);
+        let touch =
+            || (BASE..).step_by(PAGE as usize * ENTRIES).take(blocks as usize).for_each(|at| machine::set_word(at, 1));
+        self.tell("fault_2m", blocks, || ticks(touch));
+        self.write();
+        self.optional("split_2m", blocks, Operation::Split);
+        self.write();
+        self.optional("collapse_2m", blocks, Operation::Collapse);
+    }
+
     fn invalidation(&self) {
         self.write();
         self.tell("host_invalidate", self.count(), || must(Operation::Invalidate).0);
         must(Operation::Populate);
         self.write();
-        self.optional("zap_all", self.count(), Operation::ZapAll);
+        let all = ask(Operation::ZapAll).map(|(ticks, _)| ticks);
+        let front = ask(Operation::ZapAllFront).map(|(ticks, _)| ticks);
+        self.tell_if("zap_all", self.count(), || all);
+        self.tell_if("zap_all_front", 1, || front);
+        self.tell_if("zap_all_back", self.count(), || Some(all? - front?));
+        if let Some((ticks, turns)) = ask(Operation::SwitchRoot) {
+            self.tell("root_switch", turns.max(1), || ticks);
+        }
     }
 
     /// What leaving the guest costs.

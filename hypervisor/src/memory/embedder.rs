@@ -7,7 +7,7 @@
 use core::ptr::{self, NonNull};
 use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
-use nestling::events::Event;
+use nestling::events::{Event, Side};
 use nestling::format::{MemoryType, Npt};
 use nestling::guest::Width;
 use nestling::host::{
@@ -50,6 +50,7 @@ pub struct Machine {
     /// When the hold that goes on now began, by CPU.
     holds: [AtomicU64; MAX_CPUS],
     longest_hold: AtomicU64,
+    exclusive: AtomicU64,
 }
 
 /// Table frames of all VMs, now and at most.
@@ -66,13 +67,24 @@ impl Machine {
     /// An embedder whose slots are backed by `ram`.
     #[must_use]
     pub fn new(ram: GuestRam) -> Self {
-        Self { ram, holds: [const { AtomicU64::new(0) }; MAX_CPUS], longest_hold: AtomicU64::new(0) }
+        Self {
+            ram,
+            holds: [const { AtomicU64::new(0) }; MAX_CPUS],
+            longest_hold: AtomicU64::new(0),
+            exclusive: AtomicU64::new(0),
+        }
     }
 
     /// The longest time for which a worker held the MMU lock, in ticks of the TSC.
     #[must_use]
     pub fn longest_hold(&self) -> u64 {
         self.longest_hold.load(Ordering::Relaxed)
+    }
+
+    /// For how long workers have had the MMU lock to themselves in all, in ticks of the TSC.
+    #[must_use]
+    pub fn exclusive_ticks(&self) -> u64 {
+        self.exclusive.load(Ordering::Relaxed)
     }
 
     /// The guest's RAM.
@@ -200,9 +212,13 @@ impl Host for Machine {
             Event::LockTaken { .. } => {
                 self.holds[local::this().number()].store(instructions::rdtsc(), Ordering::Relaxed);
             }
-            Event::LockReleased { .. } => {
+            Event::LockReleased { side, .. } => {
                 let began = self.holds[local::this().number()].load(Ordering::Relaxed);
-                self.longest_hold.fetch_max(instructions::rdtsc().wrapping_sub(began), Ordering::Relaxed);
+                let ticks = instructions::rdtsc().wrapping_sub(began);
+                self.longest_hold.fetch_max(ticks, Ordering::Relaxed);
+                if side == Side::Exclusive {
+                    self.exclusive.fetch_add(ticks, Ordering::Relaxed);
+                }
             }
             _ => {}
         }

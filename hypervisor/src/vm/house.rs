@@ -183,7 +183,8 @@ fn memory(config: &RunConfig) -> Result<Arc<Mmu<Machine>>, String> {
     let ram = GuestRam::new(&banks, chunk).map_err(text)?;
     let (storm, meter_pages, asked) = (config.storm.is_some(), config.meter_pages, config);
     let config = Config {
-        vcpus: config.vcpus as u16,
+        // One more for the meter.
+        vcpus: config.vcpus as u16 + u16::from(metered.is_some()),
         // For the guest's demands, for a storm, for a meter, and for whoever copies the VM.
         workers: 4,
         largest,
@@ -332,7 +333,12 @@ impl Vm<'_> {
         if self.config.meter_pages > 0 {
             let bank = self.mmu.host().ram().ranges().count() as u64 - 1;
             let slot = meter::slot(self.config.meter_pages, bank);
-            shared.meter = Some(Mutex::new(Meter::new(self.mmu.worker().map_err(text)?, slot)));
+            // Behind the guest's own; with shadow paging there is none of this kind.
+            let turner = match self.config.mmu {
+                MmuKind::Nested => self.mmu.vcpu(nestling::VcpuId(self.config.vcpus as u16)),
+                MmuKind::Shadow => None,
+            };
+            shared.meter = Some(Mutex::new(Meter::new(self.mmu.worker().map_err(text)?, slot, turner)));
         }
         let shared = Arc::new(shared);
         let tsc_offset = shared.clock.started().wrapping_neg();

@@ -11,9 +11,11 @@ use nestling::{AddressSpace, GfnRange, Gpa, SlotConfig, SlotError, SlotFlags, Sl
 use nestling_meter::{BASE, COUNT, DONE, NOT_HERE, Operation, PORT, STATE, TICKS_HIGH};
 
 use crate::cpu::instructions::rdtsc;
-use crate::memory::embedder::Machine;
+use crate::memory::embedder::{self, Machine};
 use crate::memory::frames::FRAME;
 
+/// How often [`Operation::SwitchRoot`] turns.
+const TURNS: u32 = 1000;
 /// No other slot has this number: a guest's RAM has few.
 const SLOT: SlotId = SlotId(u32::MAX);
 
@@ -45,12 +47,16 @@ pub struct Meter {
     state: u32,
     /// A log of the slot, as it was read last.
     words: Box<[u64]>,
+    /// One that turns from root to root, and never runs. `None` with shadow paging.
+    turner: Option<nestling::Vcpu<Machine>>,
+    /// Of the last zap of everything.
+    front_ticks: u64,
 }
 
 impl Meter {
-    pub(super) fn new(worker: Worker<Machine>, slot: SlotConfig) -> Self {
-        let words = (slot.size / FRAME).div_ceil(64) as usize;
-        Self { worker, slot, ticks: 0, count: 0, state: NOT_HERE, words: alloc::vec![0; words].into() }
+    pub(super) fn new(worker: Worker<Machine>, slot: SlotConfig, turner: Option<nestling::Vcpu<Machine>>) -> Self {
+        let words = alloc::vec![0; (slot.size / FRAME).div_ceil(64) as usize].into();
+        Self { worker, slot, ticks: 0, count: 0, state: NOT_HERE, words, turner, front_ticks: 0 }
     }
 
     /// A register; what is none reads as the bus floats.
@@ -73,6 +79,9 @@ impl Meter {
         let start = rdtsc();
         let done = Operation::from_number(value).map(|operation| self.carry_out(operation));
         self.ticks = rdtsc() - start;
+        if value == Operation::ZapAllFront as u32 {
+            self.ticks = self.front_ticks;
+        }
         (self.state, self.count) = match done {
             Some(Ok(count)) => (DONE, count),
             Some(Err(_)) | None => (NOT_HERE, 0),
@@ -87,8 +96,11 @@ impl Meter {
             Operation::Populate => self.populate()?,
             Operation::Invalidate => drop(self.worker.invalidate(self.range())),
             Operation::ZapAll => {
+                let before = self.exclusive_ticks();
                 self.worker.zap_all();
+                self.front_ticks = self.exclusive_ticks() - before;
             }
+            Operation::ZapAllFront => {}
             Operation::Mark => mark(),
             Operation::LogStart => self.start_log(LogStart::Clean)?,
             Operation::LogStartAllSet => self.start_log(LogStart::AllDirty)?,
@@ -97,9 +109,32 @@ impl Meter {
                 return Ok(dirty as u32);
             }
             Operation::LogStop => self.worker.stop_log(self.slot.id)?,
-            Operation::Age => return Err(Refused),
+            Operation::Age => {
+                let age = self.worker.clear_young(AddressSpace::Main, self.range());
+                return Ok(age.young as u32);
+            }
+            Operation::Split => self.worker.split(self.slot.id)?,
+            Operation::Collapse => return Ok(self.worker.collapse(self.slot.id)?.leaves_2m as u32),
+            Operation::Tables => return Ok(embedder::table_frames().0 as u32),
+            Operation::SwitchRoot => return self.switch_roots(),
         }
         Ok(0)
+    }
+
+    fn exclusive_ticks(&self) -> u64 {
+        self.worker.mmu().host().exclusive_ticks()
+    }
+
+    /// To the root of system-management mode and back, as far as a vCPU gets without running on either.
+    fn switch_roots(&mut self) -> Result<u32, Refused> {
+        let turner = self.turner.as_mut().ok_or(Refused)?;
+        let usual = turner.role();
+        for role in [usual.in_space(AddressSpace::Smm), usual].into_iter().cycle().take(TURNS as usize) {
+            turner.set_role(role);
+            let mut inside = turner.enter().map_err(|_| Refused)?;
+            core::hint::black_box((inside.root(), inside.take_flush()));
+        }
+        Ok(TURNS)
     }
 
     /// As KVM does without a CPU's help: by write protection, a page at a time.
