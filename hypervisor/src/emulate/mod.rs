@@ -46,7 +46,7 @@ use operand::Space;
 pub use status::{StatusWrite, status_write};
 
 /// Longest instruction (APM vol. 3, 1.1).
-const MAX_INSTRUCTION: usize = 15;
+pub const MAX_INSTRUCTION: usize = 15;
 
 const RFLAGS_RF: u64 = 1 << 16;
 const RFLAGS_VM: u64 = 1 << 17;

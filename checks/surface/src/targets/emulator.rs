@@ -1,6 +1,9 @@
 //! One instruction after the other on a CPU in any state, over memory that is RAM, tables and a device.
 
-use nestling_hypervisor::emulate::{self, Bus, Cpu, End, HostFailure, Registers};
+use nestling::Gpa;
+use nestling_hypervisor::emulate::{
+    self, Asked, Bus, Cpu, End, Floating, HostFailure, Kept, MAX_INSTRUCTION, Registers, Wide,
+};
 use nestling_hypervisor::guest::entry::Segment;
 
 use crate::source::{Bytes, Source};
@@ -19,6 +22,32 @@ const MOST_ACCESSES: usize = 1 << 16;
 struct Memory {
     ram: Vec<u8>,
     accesses: usize,
+    wide: WideRegisters,
+    kept: Kept,
+}
+
+#[derive(Clone, PartialEq, Debug)]
+struct WideRegisters {
+    vectors: [[u64; 2]; 16],
+    floating: Floating,
+}
+
+impl Wide for WideRegisters {
+    fn vector(&self, number: usize) -> [u64; 2] {
+        self.vectors[number]
+    }
+
+    fn set_vector(&mut self, number: usize, value: [u64; 2]) {
+        self.vectors[number] = value;
+    }
+
+    fn floating(&self) -> Floating {
+        self.floating
+    }
+
+    fn set_floating(&mut self, floating: &Floating) {
+        self.floating = *floating;
+    }
 }
 
 impl Memory {
@@ -38,6 +67,30 @@ impl Bus for Memory {
     fn read_ram(&mut self, gpa: u64, into: &mut [u8]) -> bool {
         self.count(gpa, into.len());
         self.slice(gpa, into.len()).map(|from| into.copy_from_slice(from)).is_some()
+    }
+
+    fn read_code(&mut self, gpa: u64) -> Option<[u8; MAX_INSTRUCTION]> {
+        let mut code = [0; MAX_INSTRUCTION];
+        self.read_ram(gpa, &mut code).then_some(code)
+    }
+
+    fn wide(&mut self) -> &mut dyn Wide {
+        &mut self.wide
+    }
+
+    fn kept(&mut self) -> &mut Kept {
+        &mut self.kept
+    }
+
+    fn page_again(&mut self, asked: &Asked, bytes: usize) -> Option<u64> {
+        self.accesses += 1;
+        let entry = |Gpa(at): Gpa| {
+            let at = usize::try_from(at).ok()?;
+            let mut entry = [0; 8];
+            entry[..bytes].copy_from_slice(self.ram.get(at..at.checked_add(bytes)?)?);
+            Some(u64::from_le_bytes(entry))
+        };
+        self.kept.page(asked, entry)
     }
 
     fn read_entry(&mut self, gpa: u64, bytes: usize) -> Option<u64> {
@@ -126,7 +179,7 @@ fn cpu(source: &mut Bytes<'_>) -> Cpu {
     general[1] %= 64;
     let rflags = 2 | source.below(1 << 19) & 0x4_0cd5;
     let mut cpu = Cpu {
-        registers: Registers { general, rip: CODE, rflags, vectors: [7; 16], ..Registers::default() },
+        registers: Registers { general, rip: CODE, rflags, loaded: None },
         cr0,
         cr3: TABLES,
         cr4: 0x220,
@@ -161,7 +214,12 @@ fn cpu(source: &mut Bytes<'_>) -> Cpu {
 /// A CPU and tables from the first bytes, code from the rest.
 pub fn emulator(bytes: &[u8]) {
     let mut source = Bytes::new(bytes);
-    let mut memory = Memory { ram: vec![0; RAM], accesses: 0 };
+    let mut memory = Memory {
+        ram: vec![0; RAM],
+        accesses: 0,
+        wide: WideRegisters { vectors: [[7; 2]; 16], floating: Floating::default() },
+        kept: Kept::default(),
+    };
     write_tables(&mut memory, &mut source);
     let mut cpu = cpu(&mut source);
     for descriptor in 0..source.below(16) {
@@ -173,14 +231,14 @@ pub fn emulator(bytes: &[u8]) {
     memory.ram[CODE as usize..CODE as usize + code.len()].copy_from_slice(code);
     for _ in 0..STEPS {
         memory.accesses = 0;
+        let wide = memory.wide.clone();
         let outcome = emulate::step(&cpu, &mut memory);
         let _ = emulate::task_priority_write(&cpu, &mut memory);
         match outcome.end {
             End::Done => {}
             End::Unsupported => {
                 // A repeated string instruction may have come some elements far, and have changed the tables itself.
-                let Registers { rip, vectors, .. } = cpu.registers;
-                assert_eq!((outcome.registers.rip, outcome.registers.vectors), (rip, vectors), "done by halves");
+                assert_eq!((outcome.registers.rip, &memory.wide), (cpu.registers.rip, &wide), "done by halves");
                 return;
             }
             End::Raise(_) | End::Host(_) => return,
