@@ -249,11 +249,10 @@ impl<H: Host> Visitor<H> for Arm<'_> {
         let mut base = start.wrapping_sub((page % WORD) as usize);
         for (index, word) in (from..to).zip(&words[from..to]) {
             let mut left = *word;
-            if index == from {
-                left &= u64::MAX << (page % WORD);
-            }
-            if index + 1 == to {
-                left &= u64::MAX >> ((to + first) as u64 * WORD - end);
+            if left != 0 {
+                let head = if index == from { u64::MAX << (page % WORD) } else { u64::MAX };
+                let tail = if index + 1 == to { u64::MAX >> ((to + first) as u64 * WORD - end) } else { u64::MAX };
+                left &= head & tail;
             }
             while left != 0 {
                 let cell = &entries[base.wrapping_add(left.trailing_zeros() as usize) % ENTRIES];
@@ -300,14 +299,17 @@ impl<H: Host> Visitor<H> for Gather<'_> {
 
     fn leaves(&mut self, _inside: &Shared<'_, H>, table: &Table<'_, H>, range: GfnRange) {
         let (mut page, end) = (range.start.0 - self.logged.first.0, range.end.0 - self.logged.first.0);
-        let mut cells = table.entries()[Level::K4.index(range.start)..].iter();
+        let mut cells = &table.entries()[Level::K4.index(range.start)..];
         while page < end {
             let (bit, count) = (page % WORD, (WORD - page % WORD).min(end - page));
             let mut mask = 0;
-            for (bit, cell) in (bit..).zip(cells.by_ref().take(count as usize)) {
+            let (now, rest) = cells.split_at(count as usize);
+            cells = rest;
+            for cell in now.iter().rev() {
                 let raw = cell.read();
-                mask |= u64::from(raw & H::Format::DIRTY != 0 && H::Format::is_mapping(raw, Level::K4)) << bit;
+                mask = mask << 1 | u64::from(raw & H::Format::DIRTY != 0 && H::Format::is_mapping(raw, Level::K4));
             }
+            mask <<= bit;
             if mask != 0 {
                 self.logged.log.mark_word((page / WORD) as usize, mask);
             }

@@ -100,20 +100,22 @@ impl Bitmap {
 
     /// Takes all bits of as many words as `out` has, from `first` on; returns how many were set.
     pub(crate) fn take_words(&self, first: usize, out: &mut [u64]) -> u64 {
-        let (mut pages, last) = (0, self.words.len() - 1);
-        for ((number, cell), out) in (first..).zip(&self.words[first..]).zip(out) {
+        let (mut pages, last, clean) = (0, self.words.len() - 1, self.clean);
+        let cells = &self.words[first..][..out.len()];
+        for (index, out) in out.iter_mut().enumerate() {
+            let cell = &cells[index];
             // A word without dirty pages, which is what most are, is not written.
-            if cell.load(Ordering::Acquire) == self.clean && !cfg!(feature = "loom") {
+            if cell.load(Ordering::Acquire) == clean && !cfg!(feature = "loom") {
                 *out = 0;
                 continue;
             }
             // What lies past the slot's end is clean for good then, if it was not.
-            let mut taken = cell.swap(self.clean, Ordering::AcqRel) ^ self.clean;
-            if number == last {
-                taken &= self.valid(last);
+            *out = cell.swap(clean, Ordering::AcqRel) ^ clean;
+            if first + index == last {
+                *out &= self.valid(last);
             }
-            pages += if taken & taken.wrapping_sub(1) == 0 && taken != 0 { 1 } else { u64::from(taken.count_ones()) };
-            *out = taken;
+            // The usual word of a busy guest is not worth adding up, which takes a CPU that may not be asked to count long.
+            pages += if *out == u64::MAX { WORD } else { u64::from(out.count_ones()) };
         }
         pages
     }
