@@ -302,7 +302,12 @@ impl<H: Host> Worker<H> {
             arm.end(&self.mmu, &self.ticket);
             let start = frames(slot, first, taken.len()).start;
             let bits = taken.iter().zip(0u64..).flat_map(|(word, number)| {
-                (0..WORD).filter(move |bit| word >> bit & 1 != 0).map(move |bit| number * WORD + bit)
+                let mut left = *word;
+                core::iter::from_fn(move || {
+                    let bit = u64::from(left.trailing_zeros());
+                    left &= left.checked_sub(1)?;
+                    Some(number * WORD + bit)
+                })
             });
             self.arm_shadow(bits.map(|page| Gfn(start.0 + page)));
         }
