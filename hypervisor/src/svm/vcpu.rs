@@ -481,7 +481,7 @@ impl<P: Paging> GuestCpu for Vcpu<P> {
             self.settle_events();
         }
         let RawExit { code, info1, info2 } = self.raw_exit();
-        exit::decode(code, info1, info2)
+        P::exited(self, exit::decode(code, info1, info2))
     }
 
     fn can_take_interrupt(&self) -> bool {
