@@ -24,27 +24,29 @@
 //! alone takes the mark back, when it has put the control block in its plain form again. So a mark too many costs some
 //! instructions; what must not be is a way to put in an event, to owe a flush or to mask NMIs without one.
 
+mod event;
 mod floating;
 mod long_mode;
 mod msrs;
 mod nmi;
 mod paging;
+mod run;
 mod saved;
+mod segments;
 mod shadow;
 
 use alloc::boxed::Box;
 use core::ptr;
 
-use nestling_control::message::{self, Registers};
+use nestling_control::message::Registers;
 
 use super::entry::{self, Switch};
-use super::exit;
 use super::permission::Maps;
-use super::vmcb::{Intercepts1, Intercepts2, Save, Segment, TlbControl, Vmcb, virtual_interrupt};
+use super::vmcb::{Intercepts1, Intercepts2, Save, Segment, Vmcb, virtual_interrupt};
 use super::{EFER_SVME, Features};
 use crate::cpu::extended;
 use crate::devices::saved::BadState;
-use crate::emulate::{self, SegmentRegister, segment};
+use crate::emulate;
 use crate::guest::{VcpuInit, entry as start};
 use crate::memory::frames::{self, FRAME};
 use crate::vm::exit::{Exit, Intercepted, Raised, RawExit};
@@ -55,6 +57,7 @@ use msrs::MSRS;
 use nmi::NmiState;
 pub use paging::{Nested, Paging};
 use saved::check;
+use segments::{segment_back, segment_in, segment_out};
 pub use shadow::Shadowed;
 
 const RFLAGS_IF: u64 = 1 << 9;
@@ -79,18 +82,6 @@ const RSI: usize = 6;
 const DR6_BS: u64 = 1 << 14;
 /// DR7: any access to a debug register raises #DB, whose delivery clears this.
 const DR7_GD: u64 = 1 << 13;
-
-/// EVENTINJ and EXITINTINFO (15.20).
-mod event {
-    pub(super) const VALID: u64 = 1 << 31;
-    pub(super) const HAS_CODE: u64 = 1 << 11;
-    pub(super) const INTERRUPT: u64 = 0 << 8;
-    pub(super) const NMI: u64 = 2 << 8;
-    pub(super) const EXCEPTION: u64 = 3 << 8;
-    pub(super) const SOFTWARE: u64 = 4 << 8;
-    pub(super) const KIND: u64 = 7 << 8;
-    pub(super) const CODE_SHIFT: u32 = 32;
-}
 
 /// One virtual CPU.
 #[derive(Debug)]
@@ -217,122 +208,12 @@ impl<P: Paging> Vcpu<P> {
         (self.flush, self.unusual) = (true, true);
     }
 
-    /// The next entry puts this in, as EVENTINJ has it.
-    fn put_in(&mut self, event: u64) {
-        (self.event, self.unusual) = (event, true);
-    }
-
     fn save(&self) -> &Save {
         &self.vmcb().save
     }
 
     fn save_mut(&mut self) -> &mut Save {
         &mut self.vmcb_mut().save
-    }
-
-    /// After an exit: what was on its way in, and has it arrived?
-    #[inline]
-    fn settle_events(&mut self) {
-        let control = &self.vmcb().control;
-        let (interrupted, word) = (control.exit_event, control.virtual_interrupt);
-        let requested = word & virtual_interrupt::REQUEST != 0;
-        if let Some(vector) = self.latched {
-            let interrupted_this = interrupted & event::VALID != 0 && interrupted as u8 == vector;
-            if requested {
-                if interrupted_this {
-                    return; // V_IRQ is still set and delivers it: the copy in EXITINTINFO is the same event.
-                }
-            } else {
-                self.latched = None;
-            }
-        }
-        if interrupted & event::VALID == 0 {
-            return;
-        }
-        match interrupted & event::KIND {
-            event::INTERRUPT => self.latch(interrupted as u8),
-            // RIP still points at the INT instruction: running it again raises the event again.
-            event::SOFTWARE => {}
-            event::EXCEPTION if matches!(interrupted as u8, 3 | 4) => {}
-            // QEMU calls an external interrupt an exception when its delivery faults; real exceptions end at 31.
-            event::EXCEPTION if interrupted as u8 > 31 => self.latch(interrupted as u8),
-            _ => self.put_in(interrupted),
-        }
-    }
-
-    fn latch(&mut self, vector: u8) {
-        (self.latched, self.unusual) = (Some(vector), true);
-        let control = &mut self.vmcb_mut().control;
-        control.virtual_interrupt = control.virtual_interrupt & !(0xff << virtual_interrupt::VECTOR_SHIFT)
-            | virtual_interrupt::REQUEST
-            | u64::from(vector) << virtual_interrupt::VECTOR_SHIFT;
-    }
-
-    /// What an instruction did that was executed in software.
-    fn load_segment(&mut self, which: SegmentRegister, loaded: &start::Segment) {
-        let vmcb = self.vmcb_mut();
-        let save = &mut vmcb.save;
-        let register = match which {
-            SegmentRegister::Code(segment::ES) => &mut save.es,
-            SegmentRegister::Code(segment::CS) => &mut save.cs,
-            SegmentRegister::Code(segment::SS) => {
-                // The stack pointer comes next.
-                vmcb.control.shadow = 1;
-                &mut save.ss
-            }
-            SegmentRegister::Code(segment::DS) => &mut save.ds,
-            SegmentRegister::Code(segment::FS) => &mut save.fs,
-            SegmentRegister::Code(_) => &mut save.gs,
-            SegmentRegister::Ldtr => &mut save.ldtr,
-            SegmentRegister::Tr => &mut save.tr,
-        };
-        *register = segment_in(loaded);
-    }
-
-    /// As [`GuestCpu::run`], when the entry may be any but a plain one.
-    #[inline(never)]
-    fn run_unusual(&mut self) -> Exit {
-        let tlb = match (self.flush, self.features.flush_by_asid()) {
-            (false, _) => TlbControl::Keep,
-            (true, true) => TlbControl::FlushAsid,
-            (true, false) => TlbControl::FlushAll,
-        };
-        self.flush = false;
-        let event = core::mem::take(&mut self.event);
-        // An event that goes in ends it.
-        let (rip, shadowed) = (self.save().rip, self.vmcb().control.shadow & 1 != 0 && event == 0);
-        let (watched, others) = (self.watch_task_priority, self.paging.watched_writes());
-        let control = &mut self.vmcb_mut().control;
-        // While an interrupt is offered, CR8 is written in software: QEMU's emulation (7.2) looks at a pending V_IRQ in such a
-        // write without the lock that it needs, and dies. Nothing depends on the guest not writing it itself.
-        let offered = control.virtual_interrupt & virtual_interrupt::REQUEST != 0;
-        control.cr_writes = others | if offered || watched { CR8 } else { 0 };
-        control.event = event;
-        control.tlb_control = tlb as u32;
-        // SAFETY: `bind` was called on this CPU, so SVM is on; the controls set in `new` let the guest touch nothing but
-        // what the nested table maps; both pages belong to this value.
-        unsafe { entry::enter(&mut self.switch) };
-        self.settle_events();
-        let RawExit { code, info1, info2 } = self.raw_exit();
-        let exit = self.settle_nmi(P::exited(self, exit::decode(code, info1, info2)));
-        if shadowed {
-            self.keep_shadow(rip, exit);
-        }
-        self.settle_control();
-        exit
-    }
-
-    /// Puts the control block in its plain form, if the next entry may be a plain one.
-    fn settle_control(&mut self) {
-        let waits = self.event != 0 || self.flush || self.latched.is_some() || self.nmi != NmiState::Open;
-        let offered = self.vmcb().control.virtual_interrupt & virtual_interrupt::REQUEST != 0;
-        if waits || offered || self.watch_task_priority {
-            return;
-        }
-        let others = self.paging.watched_writes();
-        let control = &mut self.vmcb_mut().control;
-        (control.cr_writes, control.event, control.tlb_control) = (others, 0, TlbControl::Keep as u32);
-        self.unusual = false;
     }
 
     /// Moves behind an instruction that was executed, or counts as executed.
@@ -343,13 +224,6 @@ impl<P: Paging> Vcpu<P> {
         vmcb.control.shadow = 0;
         vmcb.save.rflags &= !RFLAGS_RF;
         vmcb
-    }
-
-    /// Puts in a fault, `what` of EVENTINJ. Its frame says that the instruction at RIP was met already: a breakpoint there
-    /// does not come again when it is tried again (13.1.2).
-    fn raise_fault(&mut self, what: u64) {
-        self.save_mut().rflags |= RFLAGS_RF;
-        self.put_in(event::VALID | event::EXCEPTION | what);
     }
 }
 
@@ -475,13 +349,7 @@ impl<P: Paging> GuestCpu for Vcpu<P> {
         if self.unusual || self.vmcb().control.shadow & 1 != 0 {
             return self.run_unusual();
         }
-        // SAFETY: as in `run_unusual`.
-        unsafe { entry::enter(&mut self.switch) };
-        if self.was_delivering() {
-            self.settle_events();
-        }
-        let RawExit { code, info1, info2 } = self.raw_exit();
-        P::exited(self, exit::decode(code, info1, info2))
+        self.run_plain()
     }
 
     fn can_take_interrupt(&self) -> bool {
@@ -688,18 +556,6 @@ impl<P: Paging> GuestCpu for Vcpu<P> {
     fn cr4(&self) -> u64 {
         P::cr4(self)
     }
-}
-
-fn segment_back(from: message::Segment) -> Segment {
-    Segment { selector: from.selector, attributes: from.attributes, limit: from.limit, base: from.base }
-}
-
-fn segment_in(from: &start::Segment) -> Segment {
-    Segment { selector: from.selector, attributes: from.attributes, limit: from.limit, base: from.base }
-}
-
-fn segment_out(from: &Segment) -> message::Segment {
-    message::Segment { selector: from.selector, attributes: from.attributes, limit: from.limit, base: from.base }
 }
 
 impl<P> Drop for Vcpu<P> {

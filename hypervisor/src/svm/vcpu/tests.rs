@@ -2,6 +2,7 @@
 
 use nestling::Hpa;
 
+use super::super::vmcb::TlbControl;
 use super::*;
 use crate::memory::frames::testing;
 use crate::vm::guest_cpu::NestedCpu;

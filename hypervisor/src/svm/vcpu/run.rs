@@ -1,0 +1,75 @@
+//! One run of the guest: what is put in the control block before it, and what is read from it behind it.
+
+use super::super::entry;
+use super::super::exit;
+use super::super::vmcb::{TlbControl, virtual_interrupt};
+use super::paging::Paging;
+use super::{CR8, NmiState, Vcpu};
+use crate::vm::exit::{Exit, RawExit};
+use crate::vm::guest_cpu::GuestCpu;
+
+impl<P: Paging> Vcpu<P> {
+    /// As [`GuestCpu::run`], when the entry is a plain one.
+    #[inline]
+    pub(super) fn run_plain(&mut self) -> Exit {
+        // SAFETY: as in `run_unusual`.
+        unsafe { entry::enter(&mut self.switch) };
+        self.left_plain()
+    }
+
+    /// What ended a plain run.
+    #[inline]
+    pub(super) fn left_plain(&mut self) -> Exit {
+        if self.was_delivering() {
+            self.settle_events();
+        }
+        let RawExit { code, info1, info2 } = self.raw_exit();
+        P::exited(self, exit::decode(code, info1, info2))
+    }
+
+    /// As [`GuestCpu::run`], when the entry may be any but a plain one.
+    #[inline(never)]
+    pub(super) fn run_unusual(&mut self) -> Exit {
+        let tlb = match (self.flush, self.features.flush_by_asid()) {
+            (false, _) => TlbControl::Keep,
+            (true, true) => TlbControl::FlushAsid,
+            (true, false) => TlbControl::FlushAll,
+        };
+        self.flush = false;
+        let event = core::mem::take(&mut self.event);
+        // An event that goes in ends it.
+        let (rip, shadowed) = (self.save().rip, self.vmcb().control.shadow & 1 != 0 && event == 0);
+        let (watched, others) = (self.watch_task_priority, self.paging.watched_writes());
+        let control = &mut self.vmcb_mut().control;
+        // While an interrupt is offered, CR8 is written in software: QEMU's emulation (7.2) looks at a pending V_IRQ in such a
+        // write without the lock that it needs, and dies. Nothing depends on the guest not writing it itself.
+        let offered = control.virtual_interrupt & virtual_interrupt::REQUEST != 0;
+        control.cr_writes = others | if offered || watched { CR8 } else { 0 };
+        control.event = event;
+        control.tlb_control = tlb as u32;
+        // SAFETY: `bind` was called on this CPU, so SVM is on; the controls set in `new` let the guest touch nothing but
+        // what the nested table maps; both pages belong to this value.
+        unsafe { entry::enter(&mut self.switch) };
+        self.settle_events();
+        let RawExit { code, info1, info2 } = self.raw_exit();
+        let exit = self.settle_nmi(P::exited(self, exit::decode(code, info1, info2)));
+        if shadowed {
+            self.keep_shadow(rip, exit);
+        }
+        self.settle_control();
+        exit
+    }
+
+    /// Puts the control block in its plain form, if the next entry may be a plain one.
+    pub(super) fn settle_control(&mut self) {
+        let waits = self.event != 0 || self.flush || self.latched.is_some() || self.nmi != NmiState::Open;
+        let offered = self.vmcb().control.virtual_interrupt & virtual_interrupt::REQUEST != 0;
+        if waits || offered || self.watch_task_priority {
+            return;
+        }
+        let others = self.paging.watched_writes();
+        let control = &mut self.vmcb_mut().control;
+        (control.cr_writes, control.event, control.tlb_control) = (others, 0, TlbControl::Keep as u32);
+        self.unusual = false;
+    }
+}
