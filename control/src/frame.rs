@@ -108,6 +108,11 @@ impl<M: DeserializeOwned> Decoder<M> {
         Self { buffer: Vec::new(), limit, overflowed: false, message: PhantomData }
     }
 
+    /// Takes all the memory that frames can ever need.
+    pub fn reserve(&mut self) {
+        self.buffer.reserve_exact(self.limit - self.buffer.len());
+    }
+
     /// Takes one byte; a message or an error comes back when the byte ends a frame.
     ///
     /// An error concerns that frame only: the decoder is in step again and goes on with the next byte.
@@ -141,5 +146,23 @@ impl<M: DeserializeOwned> Decoder<M> {
         }
         let (message, rest) = postcard::take_from_bytes(payload).map_err(FrameError::Payload)?;
         if rest.is_empty() { Ok(message) } else { Err(FrameError::Trailing { bytes: rest.len() }) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Decoder;
+
+    #[test]
+    fn a_reserved_decoder_takes_no_memory_any_more() {
+        let mut decoder = Decoder::<u32>::with_limit(100);
+        decoder.reserve();
+        let had = (decoder.buffer.capacity(), decoder.buffer.as_ptr());
+        assert!(had.0 >= 100);
+        for byte in (0..500).map(|byte| (byte % 200) as u8) {
+            decoder.push(byte);
+            decoder.reserve();
+        }
+        assert_eq!((decoder.buffer.capacity(), decoder.buffer.as_ptr()), had);
     }
 }

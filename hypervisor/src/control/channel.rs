@@ -39,6 +39,7 @@ impl Hears for Channel {
 
     fn reserve(&self) {
         self.queue.lock().reserve();
+        self.requests.lock().reserve();
     }
 
     fn tell(&self, message: &ToCommand, urgency: Urgency) -> bool {
