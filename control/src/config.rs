@@ -59,7 +59,7 @@ impl MmuKind {
 /// How a guest is loaded, and on which machine it finds itself.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum GuestKind {
-    /// A Linux kernel, by the 64-bit boot protocol.
+    /// A Linux kernel, by the 64-bit boot protocol, or by the 32-bit one if that is all that it has.
     #[default]
     Linux,
     /// A Multiboot version 1 image, on a machine as test kernels expect it: with an I/O APIC, fw_cfg and a test device.

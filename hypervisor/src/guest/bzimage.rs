@@ -1,8 +1,9 @@
 //! The Linux/x86 boot protocol's view of a bzImage: its setup header and its two parts.
 //!
-//! An image is a real-mode part (boot sector and setup code, which the 64-bit protocol doesn't run) followed by the
-//! protected-mode kernel. The header in the real-mode part says how the kernel wants to be loaded. Field offsets are those
-//! of the protocol's documentation ("The Linux/x86 Boot Protocol"), counted from the start of the image.
+//! An image is a real-mode part (boot sector and setup code, which neither the 64-bit nor the 32-bit protocol runs)
+//! followed by the protected-mode kernel. The header in the real-mode part says how the kernel wants to be loaded, and
+//! whether it can be entered in long mode. Field offsets are those of the protocol's documentation ("The Linux/x86 Boot
+//! Protocol"), counted from the start of the image.
 
 use core::fmt;
 
@@ -50,8 +51,6 @@ pub enum ImageError {
     },
     /// A zImage, which must be loaded low.
     LoadedLow,
-    /// The kernel has no 64-bit entry point.
-    No64BitEntry,
     /// The image ends before the part that its header announces.
     Truncated {
         /// Its length in bytes.
@@ -86,7 +85,6 @@ impl fmt::Display for ImageError {
                 MIN_PROTOCOL & 0xff
             ),
             Self::LoadedLow => write!(f, "kernel is a zImage, which must be loaded low; a bzImage is needed"),
-            Self::No64BitEntry => write!(f, "kernel has no 64-bit entry point (is it a 32-bit kernel?)"),
             Self::Truncated { bytes, needed } => {
                 write!(f, "kernel image is truncated: {bytes} bytes, its header announces {needed}")
             }
@@ -97,11 +95,22 @@ impl fmt::Display for ImageError {
 
 impl core::error::Error for ImageError {}
 
+/// Where the kernel is entered, and in which mode: guest physical addresses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Entry {
+    /// In long mode, at the 64-bit entry point.
+    Long(u64),
+    /// In protected mode without paging, where the kernel was loaded: it is a 32-bit kernel.
+    Protected(u64),
+}
+
 /// A checked image.
 #[derive(Clone, Copy, Debug)]
 pub struct BzImage<'a> {
     header: &'a [u8],
     payload: &'a [u8],
+    /// Of the entry point, from the start of the protected-mode kernel; `None`: a 32-bit kernel, entered at its start.
+    entry_64: Option<u64>,
     load_address: u64,
     init_size: u64,
     initrd_max: u64,
@@ -134,9 +143,7 @@ impl<'a> BzImage<'a> {
         if u8_at(0x211)? & LOADED_HIGH == 0 {
             return Err(ImageError::LoadedLow);
         }
-        if u16_at(0x236)? & XLF_KERNEL_64 == 0 {
-            return Err(ImageError::No64BitEntry);
-        }
+        let entry_64 = (u16_at(0x236)? & XLF_KERNEL_64 != 0).then_some(ENTRY_64);
         // The jump at 0x200 skips the header, so its second byte tells where the header ends.
         let jump = u8_at(0x201)?;
         let header_end = 0x202 + usize::from(jump);
@@ -154,8 +161,9 @@ impl<'a> BzImage<'a> {
         let announced = u32_at(0x1f4)? as usize * 16;
         let payload = image.get(setup..).unwrap_or(&[]);
         // syssize rounds the payload up to 16 bytes.
-        if payload.len().next_multiple_of(16) < announced || payload.len() as u64 <= ENTRY_64 {
-            let needed = setup + announced.max(ENTRY_64 as usize + 1);
+        let entry = entry_64.unwrap_or(0) as usize;
+        if payload.len().next_multiple_of(16) < announced || payload.len() <= entry {
+            let needed = setup + announced.max(entry + 1);
             return Err(ImageError::Truncated { bytes: image.len(), needed });
         }
         let load_address = u64_at(0x258)?;
@@ -173,6 +181,7 @@ impl<'a> BzImage<'a> {
         Ok(Self {
             header,
             payload,
+            entry_64,
             load_address,
             init_size,
             initrd_max: u64::from(u32_at(0x22c)?),
@@ -201,9 +210,12 @@ impl<'a> BzImage<'a> {
         self.load_address + self.init_size.max(self.payload.len() as u64)
     }
 
-    /// The 64-bit entry point.
-    pub fn entry(&self) -> u64 {
-        self.load_address + ENTRY_64
+    /// Where it is entered: in long mode if it can be.
+    pub fn entry(&self) -> Entry {
+        match self.entry_64 {
+            Some(offset) => Entry::Long(self.load_address + offset),
+            None => Entry::Protected(self.load_address),
+        }
     }
 
     /// Highest address that a byte of the initrd may have.
@@ -240,10 +252,23 @@ mod tests {
         let parsed = BzImage::parse(&image).expect("a good image");
         assert_eq!(parsed.payload().len(), 10_000);
         assert_eq!(parsed.load_address(), 0x100_0000);
-        assert_eq!(parsed.entry(), 0x100_0200);
+        assert_eq!(parsed.entry(), Entry::Long(0x100_0200));
         assert_eq!(parsed.end(), 0x300_0000);
         assert_eq!(parsed.header().len(), 0x26c - 0x1f1);
         assert_eq!(parsed.version(), 0x020f);
+    }
+
+    #[test]
+    fn a_32_bit_kernel_is_entered_at_its_start() {
+        let mut image = kernel(0x200);
+        image[0x236] = 0x3e;
+        let parsed = BzImage::parse(&image).expect("a good image");
+        assert_eq!(parsed.entry(), Entry::Protected(0x100_0000));
+        image[0x236] |= 1;
+        assert_eq!(
+            BzImage::parse(&image).expect_err("it ends before its 64-bit entry point"),
+            ImageError::Truncated { bytes: 2560 + 0x200, needed: 2560 + 0x201 }
+        );
     }
 
     #[test]
@@ -257,7 +282,6 @@ mod tests {
         assert_eq!(broken(0x1fe, &[0, 0]), ImageError::NotBzImage(Lookalike::Unknown));
         assert_eq!(broken(0x206, &[0x0b, 0x02]), ImageError::ProtocolTooOld { version: 0x020b });
         assert_eq!(broken(0x211, &[0]), ImageError::LoadedLow);
-        assert_eq!(broken(0x236, &[0x3e, 0]), ImageError::No64BitEntry);
         assert_eq!(broken(0x201, &[0x10]), ImageError::BadField { field: "jump", value: 0x10 });
         assert_eq!(broken(0x230, &[3, 0, 0, 0]), ImageError::BadField { field: "kernel_alignment", value: 3 });
         assert_eq!(broken(0x258, &[0x10]), ImageError::BadField { field: "pref_address", value: 0x100_0010 });

@@ -1,8 +1,9 @@
 //! The states in which vCPUs start, as plain data.
 //!
-//! Where the 64-bit boot protocol and Multiboot put the first vCPU, where a start-up IPI puts any other (real mode,
-//! AMD APM vol. 2, 14.1.3), and where firmware puts the first after a sleep. Registers that are not named are 0. Segment attributes are in the packed form that a VMCB
-//! holds (APM vol. 2, appendix B): type and S in 4:0, DPL in 6:5, P in 7, AVL, L, D/B and G in 11:8.
+//! Where Linux's boot protocol (64-bit and 32-bit) and Multiboot put the first vCPU, where a start-up IPI puts any other
+//! (real mode, AMD APM vol. 2, 14.1.3), and where firmware puts the first after a sleep. Registers that are not named are
+//! 0. Segment attributes are in the packed form that a VMCB holds (APM vol. 2, appendix B): type and S in 4:0, DPL in 6:5,
+//! P in 7, AVL, L, D/B and G in 11:8.
 
 use super::layout::{GDT, PAGE_BYTES, PAGE_TABLES, STACK_TOP};
 use super::{GuestMemory, GuestMemoryError};
@@ -26,7 +27,10 @@ const DR7_RESET: u64 = 0x400;
 const BOOT_CS: u16 = 0x10;
 const BOOT_DS: u16 = 0x18;
 /// Null, unused, flat 64-bit code, flat data.
-const GDT_ENTRIES: [u64; 4] = [0, 0, 0x00af_9b00_0000_ffff, 0x00cf_9300_0000_ffff];
+const GDT_64: [u64; 4] = [0, 0, 0x00af_9b00_0000_ffff, 0x00cf_9300_0000_ffff];
+/// The same for a kernel that is entered in protected mode: its code is 32-bit.
+const GDT_32: [u64; 4] = [0, 0, 0x00cf_9b00_0000_ffff, 0x00cf_9300_0000_ffff];
+const GDT_LIMIT: u16 = size_of_val(&GDT_64) as u16 - 1;
 
 /// Selectors of the flat segments that Multiboot asks for without saying which.
 const MULTIBOOT_CS: u16 = 0x08;
@@ -134,8 +138,23 @@ impl VcpuInit {
             data: flat,
             tr: Segment { selector: 0, attributes: ATTR_TSS_BUSY, limit: 0xffff, base: 0 },
             ldtr: Segment { selector: 0, attributes: ATTR_LDT, limit: 0xffff, base: 0 },
-            gdtr: TableRegister { limit: size_of_val(&GDT_ENTRIES) as u16 - 1, base: GDT },
+            gdtr: TableRegister { limit: GDT_LIMIT, base: GDT },
             idtr: TableRegister { limit: 0, base: 0 },
+        }
+    }
+
+    /// The state of the 32-bit boot protocol: protected mode with flat segments, no paging, interrupts off, and EBP, EDI
+    /// and EBX 0. [`write_descriptors_32`] must have written what GDTR points to.
+    pub const fn linux_32(entry: u32, boot_params: u32) -> Self {
+        Self {
+            rip: entry as u64,
+            rsi: boot_params as u64,
+            cr0: CR0_PE | CR0_ET,
+            cr3: 0,
+            cr4: 0,
+            efer: 0,
+            cs: Segment { selector: BOOT_CS, attributes: ATTR_CODE_32, limit: u32::MAX, base: 0 },
+            ..Self::linux_64(0, 0)
         }
     }
 
@@ -212,9 +231,7 @@ impl VcpuInit {
 /// Writes the descriptor table and the page tables of [`VcpuInit::linux_64`]: the first 4 GiB mapped to themselves by
 /// 2 MiB pages, which covers the kernel, the initrd, the boot parameters and the command line wherever they may be.
 pub fn write_tables(memory: &impl GuestMemory) -> Result<(), GuestMemoryError> {
-    for (index, entry) in (0u64..).zip(GDT_ENTRIES) {
-        memory.write(GDT + 8 * index, &entry.to_le_bytes())?;
-    }
+    write_descriptors(memory, GDT_64)?;
     let table = |index: u64| PAGE_TABLES + index * PAGE_BYTES;
     let flags = PTE_PRESENT | PTE_WRITABLE;
     memory.write(table(0), &page(|index| if index == 0 { table(1) | flags } else { 0 }))?;
@@ -223,6 +240,15 @@ pub fn write_tables(memory: &impl GuestMemory) -> Result<(), GuestMemoryError> {
         memory.write(table(2 + gib), &page(|index| (gib * 512 + index) * LARGE_PAGE + (flags | PTE_LARGE)))?;
     }
     Ok(())
+}
+
+/// Writes the descriptor table of [`VcpuInit::linux_32`].
+pub fn write_descriptors_32(memory: &impl GuestMemory) -> Result<(), GuestMemoryError> {
+    write_descriptors(memory, GDT_32)
+}
+
+fn write_descriptors(memory: &impl GuestMemory, entries: [u64; 4]) -> Result<(), GuestMemoryError> {
+    (0u64..).zip(entries).try_for_each(|(index, entry)| memory.write(GDT + 8 * index, &entry.to_le_bytes()))
 }
 
 fn page(entry: impl Fn(u64) -> u64) -> [u8; PAGE_BYTES as usize] {
@@ -270,14 +296,26 @@ mod tests {
     #[test]
     fn hidden_segment_parts_agree_with_the_descriptors() {
         let memory = TestMemory::new(16 << 20);
+        let agree = |init: VcpuInit| {
+            for segment in [init.cs, init.data] {
+                let descriptor = memory.u64(init.gdtr.base + u64::from(segment.selector));
+                let attributes = (descriptor >> 40 & 0xff) | (descriptor >> 52 & 0xf) << 8;
+                assert_eq!(attributes, u64::from(segment.attributes));
+            }
+            assert!(init.gdtr.limit >= BOOT_DS + 7);
+        };
         write_tables(&memory).expect("low memory is RAM");
-        let init = VcpuInit::linux_64(0, 0);
-        for segment in [init.cs, init.data] {
-            let descriptor = memory.u64(init.gdtr.base + u64::from(segment.selector));
-            let attributes = (descriptor >> 40 & 0xff) | (descriptor >> 52 & 0xf) << 8;
-            assert_eq!(attributes, u64::from(segment.attributes));
-        }
-        assert!(init.gdtr.limit >= BOOT_DS + 7);
+        agree(VcpuInit::linux_64(0, 0));
+        write_descriptors_32(&memory).expect("low memory is RAM");
+        agree(VcpuInit::linux_32(0, 0));
+    }
+
+    #[test]
+    fn the_32_bit_protocol_neither_pages_nor_is_in_long_mode() {
+        let init = VcpuInit::linux_32(0x100_0000, 0x1_0000);
+        assert_eq!((init.rip, init.rsi, init.rbx, init.rflags), (0x100_0000, 0x1_0000, 0, RFLAGS_FIXED));
+        assert_eq!((init.cr0, init.cr3, init.cr4, init.efer), (CR0_PE | CR0_ET, 0, 0, 0));
+        assert_eq!((init.cs.selector, init.data.selector), (0x10, 0x18));
     }
 
     #[test]

@@ -1,9 +1,9 @@
-//! Loading a Linux kernel by the 64-bit boot protocol.
+//! Loading a Linux kernel by the 64-bit boot protocol, or by the 32-bit one if it has no entry point in long mode.
 
 use core::fmt;
 
 use super::boot_params::{self, BootInfo};
-use super::bzimage::{BzImage, ImageError};
+use super::bzimage::{BzImage, Entry, ImageError};
 use super::entry::{self, VcpuInit};
 use super::layout::{
     ACPI, BOOT_PARAMS, COMMAND_LINE, COMMAND_LINE_ROOM, HOLE_START, MemorySizeError, PAGE_BYTES, RamLayout, RamRange,
@@ -130,8 +130,17 @@ pub fn load_linux(
     memory.write(ACPI, &acpi::build(ACPI, config.vcpus, acpi::Controllers::Pic))?;
     let info = BootInfo { ram: &ram, initrd: initrd_at, command_line: COMMAND_LINE, rsdp: ACPI };
     memory.write(BOOT_PARAMS, &boot_params::build(&kernel, &info))?;
-    entry::write_tables(memory)?;
-    Ok(VcpuInit::linux_64(kernel.entry(), BOOT_PARAMS))
+    match kernel.entry() {
+        Entry::Long(at) => {
+            entry::write_tables(memory)?;
+            Ok(VcpuInit::linux_64(at, BOOT_PARAMS))
+        }
+        Entry::Protected(at) => {
+            entry::write_descriptors_32(memory)?;
+            // An image is loaded below 4 GiB, or it was refused.
+            Ok(VcpuInit::linux_32(at as u32, BOOT_PARAMS as u32))
+        }
+    }
 }
 
 fn check_command_line(kernel: &BzImage<'_>, command_line: &str) -> Result<(), LoadError> {
@@ -192,6 +201,17 @@ mod tests {
         assert_eq!(memory.bytes(at, 5000), initrd);
         assert_eq!(memory.bytes(u64::from(memory.u32(BOOT_PARAMS + 0x228)), 14), b"console=ttyS0\0");
         assert_eq!(memory.bytes(memory.u64(BOOT_PARAMS + 0x70), 8), b"RSD PTR ");
+    }
+
+    #[test]
+    fn a_32_bit_kernel_starts_in_protected_mode_and_has_no_page_tables() {
+        let memory = TestMemory::new(128 * MIB);
+        let mut image = kernel(9000);
+        image[0x236] &= !1;
+        let init = load_linux(&memory, &image, &[], "", &config(128 * MIB)).expect("loads");
+        assert_eq!(init, VcpuInit::linux_32(0x100_0000, BOOT_PARAMS as u32));
+        assert_eq!(memory.u32(BOOT_PARAMS + 0x214), 0x100_0000, "code32_start is where it was loaded");
+        assert_eq!(memory.bytes(super::super::layout::PAGE_TABLES, 4096), vec![0; 4096]);
     }
 
     #[test]
