@@ -97,11 +97,14 @@ pub struct SnapshotArgs {
 /// What can be said about a guest, wherever it runs.
 #[derive(Args, Clone, Debug)]
 pub struct GuestArgs {
-    /// Guest kernel, a Linux bzImage [default: Debian's cloud kernel, fetched once by package name]
+    /// What the guest is, where not said by files: its kernel and busybox are Debian's, fetched once by package name
+    #[arg(long, value_name = "KIND", value_enum, default_value_t = System::Amd64)]
+    pub guest: System,
+    /// Guest kernel, a Linux bzImage, 64-bit or 32-bit [default: the one of --guest]
     #[arg(long, value_name = "FILE")]
     pub kernel: Option<PathBuf>,
     /// Instead of Linux, a Multiboot image on a machine as test kernels expect it; --initrd is its module
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["kernel", "mode"])]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["guest", "kernel", "mode"])]
     pub multiboot: Option<PathBuf>,
     /// Guest initial RAM disk [default: busybox and a self-check, put together here]
     #[arg(long, value_name = "FILE")]
@@ -331,7 +334,7 @@ pub enum AtEnd {
 }
 
 /// What is decided when a guest boots.
-const BOOT_OPTIONS: [&str; 6] = ["kernel", "multiboot", "initrd", "append", "memory", "vcpus"];
+const BOOT_OPTIONS: [&str; 7] = ["guest", "kernel", "multiboot", "initrd", "append", "memory", "vcpus"];
 
 /// A name that is a file name too.
 fn guest_name(text: &str) -> Result<String, String> {
@@ -362,6 +365,17 @@ impl From<PageSize> for HugePages {
             PageSize::G1 => Self::G1,
         }
     }
+}
+
+/// `--guest`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum System {
+    /// 64-bit: Debian's cloud kernel
+    Amd64,
+    /// 32-bit with two levels of page tables: Debian's kernel for CPUs without PAE
+    I386,
+    /// 32-bit with PAE
+    I386Pae,
 }
 
 /// `--mmu`.

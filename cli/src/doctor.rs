@@ -5,9 +5,11 @@ use std::{fmt, path::Path, process::Command};
 use nestling_control::config::MIN_MEMORY_BYTES;
 
 use crate::{
-    accel, artifacts,
+    accel,
+    args::System,
+    artifacts,
     error::Mebibytes,
-    guest::packages,
+    guest::{apt, packages},
     qemu,
     setup::{self, find_program, install_line, run_quietly},
 };
@@ -77,10 +79,10 @@ pub fn examine() -> Vec<Finding> {
             finding("source tree", State::Missing, "run from a source tree, or give --hypervisor and --initrd".into())
         }
     });
-    let fetching = ["apt-get", "apt-cache", "dpkg-deb"].iter().all(|tool| find_program(tool).is_some());
+    let fetching = apt::is_here();
     let packages = [
-        ("guest kernel", packages::cached_kernel(), "give one with --kernel"),
-        ("guest busybox", packages::cached_busybox(), "give an initial RAM disk with --initrd"),
+        ("guest kernel", packages::cached_kernel(System::Amd64), "give one with --kernel"),
+        ("guest busybox", packages::cached_busybox(System::Amd64), "give an initial RAM disk with --initrd"),
     ];
     for (what, cached, instead) in packages {
         findings.push(match cached {
@@ -91,6 +93,18 @@ pub fn examine() -> Vec<Finding> {
             None => finding(what, State::Missing, format!("apt-get and dpkg-deb are not here: {instead}")),
         });
     }
+    let kernels = [System::I386, System::I386Pae].map(packages::cached_kernel);
+    findings.push(match (kernels, packages::cached_busybox(System::I386)) {
+        ([Some(kernel), Some(pae)], Some(_)) => {
+            finding("32-bit guests", State::Ok, format!("{}, {}", kernel.display(), pae.display()))
+        }
+        _ if fetching => finding(
+            "32-bit guests",
+            State::OnDemand,
+            "`nestling run --guest i386` fetches packages with apt-get".into(),
+        ),
+        _ => finding("32-bit guests", State::Optional, "for `nestling run --guest i386` only: needs apt-get".into()),
+    });
     let missing = setup::missing_image_packages();
     findings.push(if missing.is_empty() {
         let firmware = if Path::new(setup::EFI_MODULES).exists() { "BIOS and EFI" } else { "BIOS" };

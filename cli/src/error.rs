@@ -99,6 +99,12 @@ pub enum Error {
         /// Why not.
         cause: KernelError,
     },
+    /// The file is a 32-bit kernel, and the init that it would get is not for one.
+    #[error("{}: a 32-bit kernel: the default initial RAM disk for one comes with --guest i386 (or i386-pae), or give one with --initrd", path.display())]
+    InitrdForKernel {
+        /// The file.
+        path: PathBuf,
+    },
     /// The file has no Multiboot header.
     #[error("--multiboot {}: not a Multiboot image", path.display())]
     Multiboot {
@@ -220,6 +226,7 @@ impl Error {
             | Self::File { .. }
             | Self::EmptyFile { .. }
             | Self::Kernel { .. }
+            | Self::InitrdForKernel { .. }
             | Self::Multiboot { .. }
             | Self::Hypervisor { .. }
             | Self::OtherPages { .. }

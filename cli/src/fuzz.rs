@@ -21,7 +21,7 @@ use nestling_control::{
 use serde::Serialize;
 
 use crate::{
-    args::{FuzzArgs, Mode},
+    args::{FuzzArgs, Mode, System},
     artifacts,
     error::{Error, Status},
     guest::plan::{GuestPlan, checked_hypervisor},
@@ -177,7 +177,8 @@ pub fn prepare(args: &FuzzArgs, progress: Progress) -> Result<Prepared, Error> {
     };
     config.validate()?;
     let hypervisor = args.hypervisor.as_deref().map(checked_hypervisor).transpose()?;
-    let guest = GuestPlan { config, mode: Mode::Shell, kernel: None, initrd: None, hypervisor, ghost: false };
+    let (mode, system) = (Mode::Shell, System::Amd64);
+    let guest = GuestPlan { config, mode, system, kernel: None, initrd: None, hypervisor, ghost: false };
     let plan = Plan { guest, acceleration: acceleration(args.accel)?, timeout: None, verbose: args.verbose };
     plan.check_host_memory()?;
     if let Some(path) = &args.report {

@@ -442,7 +442,11 @@ mod tests {
     use nestling_control::config::{HugePages, MmuKind, RunConfig};
 
     use super::*;
-    use crate::{accel::Acceleration, args::Mode, guest::plan::GuestPlan};
+    use crate::{
+        accel::Acceleration,
+        args::{Mode, System},
+        guest::plan::GuestPlan,
+    };
 
     fn plan(timeout: Option<Duration>) -> Plan {
         let config = RunConfig {
@@ -459,7 +463,8 @@ mod tests {
             command_line: String::new(),
             ready_marker: String::new(),
         };
-        let guest = GuestPlan { config, mode: Mode::Check, kernel: None, initrd: None, hypervisor: None, ghost: false };
+        let (mode, system) = (Mode::Check, System::Amd64);
+        let guest = GuestPlan { config, mode, system, kernel: None, initrd: None, hypervisor: None, ghost: false };
         Plan { guest, acceleration: Acceleration::Tcg, timeout, verbose: false }
     }
 

@@ -33,6 +33,9 @@ fn bad_options_are_refused_by_name() {
         (&["--timeout", "0"], "at least 1"),
         (&["--timeout", "soon"], "whole number of seconds"),
         (&["--mode", "fast"], "--mode"),
+        (&["--guest", "i286"], "--guest"),
+        (&["--guest", "i386", "--multiboot", "x"], "cannot be used with"),
+        (&["--guest", "i386", "--restore", "x"], "cannot be used with"),
         (&["--append", "a\nb"], "control character"),
         (&["--no-such-option"], "--no-such-option"),
         (&["--report", "/no/such/directory/report.json"], "--report /no/such/directory/report.json"),
@@ -67,7 +70,7 @@ fn bad_kernels_are_refused_by_what_is_wrong() {
         ("text", vec![b'x'; 4096], "not a Linux bzImage"),
         ("elf", [&b"\x7fELF\x02\x01\x01"[..], &[0; 2000]].concat(), "not a Linux bzImage"),
         ("old", changed(|file| file[0x206] = 0x0a), "boot protocol 2.10"),
-        ("thirty-two-bit", changed(|file| file[0x236] = 0), "64-bit"),
+        ("thirty-two-bit", changed(|file| file[0x236] = 0), "a 32-bit kernel: the default initial RAM disk"),
         ("zimage", changed(|file| file[0x211] = 0), "zImage"),
         ("cut-off", changed(|file| file[0x1f6] = 0xff), "cut off"),
     ] {

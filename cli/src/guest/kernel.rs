@@ -8,12 +8,23 @@ use thiserror::Error;
 pub struct KernelImage {
     /// Boot protocol version, major in the high byte.
     pub protocol: u16,
+    /// How it is entered.
+    pub width: Width,
     /// Where the kernel would like to be loaded, a guest physical address.
     pub preferred_address: u64,
     /// Bytes from its load address that it needs before it knows the memory map.
     pub init_bytes: u64,
     /// The longest command line it takes, without the terminating zero.
     pub command_line_bytes: usize,
+}
+
+/// For which CPUs a kernel is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Width {
+    /// In protected mode: a 32-bit kernel.
+    Bits32,
+    /// In long mode.
+    Bits64,
 }
 
 /// Why a file is not a kernel that can be booted.
@@ -28,15 +39,12 @@ pub enum KernelError {
     /// No boot sector signature or no setup header.
     #[error("not a Linux bzImage: it has no setup header (a vmlinux or a compressed file is not one)")]
     NoHeader,
-    /// Older than the 64-bit boot protocol.
+    /// Too old to say how it is entered.
     #[error("boot protocol {}.{:02}: 2.12 or later is needed", protocol >> 8, protocol & 0xff)]
     TooOld {
         /// What it speaks.
         protocol: u16,
     },
-    /// A 32-bit kernel.
-    #[error("a kernel without a 64-bit entry point")]
-    Not64Bit,
     /// A zImage, to be loaded below 1 MiB.
     #[error("a zImage: a bzImage is needed")]
     NotBig,
@@ -86,9 +94,7 @@ impl KernelImage {
         if byte(LOAD_FLAGS) & LOADED_HIGH == 0 {
             return Err(KernelError::NotBig);
         }
-        if half(EXTENDED_LOAD_FLAGS) & KERNEL_64 == 0 {
-            return Err(KernelError::Not64Bit);
-        }
+        let width = if half(EXTENDED_LOAD_FLAGS) & KERNEL_64 == 0 { Width::Bits32 } else { Width::Bits64 };
         // 0 sectors stand for 4, for images of the last century.
         let sectors = match byte(SETUP_SECTORS) {
             0 => 4,
@@ -101,6 +107,7 @@ impl KernelImage {
         }
         Ok(Self {
             protocol,
+            width,
             preferred_address: u64::from(word(PREFERRED_ADDRESS)) | (u64::from(word(PREFERRED_ADDRESS + 4)) << 32),
             init_bytes: word(INIT_SIZE).into(),
             command_line_bytes: word(COMMAND_LINE_SIZE) as usize,
@@ -138,8 +145,11 @@ mod tests {
     #[test]
     fn a_good_header_is_read() {
         let kernel = KernelImage::parse(&image()).expect("a good image");
-        assert_eq!((kernel.protocol, kernel.command_line_bytes), (0x020f, 2047));
+        assert_eq!((kernel.protocol, kernel.command_line_bytes, kernel.width), (0x020f, 2047, Width::Bits64));
         assert_eq!(kernel.least_memory_bytes(5), 0x400_0005);
+        let mut file = image();
+        file[EXTENDED_LOAD_FLAGS] = 0;
+        assert_eq!(KernelImage::parse(&file).map(|kernel| kernel.width), Ok(Width::Bits32));
     }
 
     #[test]
@@ -155,7 +165,6 @@ mod tests {
         assert_eq!(broken(|f| f[MAGIC] = b'h'), KernelError::NoHeader);
         assert_eq!(broken(|f| f[VERSION] = 0x0b), KernelError::TooOld { protocol: 0x020b });
         assert_eq!(broken(|f| f[LOAD_FLAGS] = 0), KernelError::NotBig);
-        assert_eq!(broken(|f| f[EXTENDED_LOAD_FLAGS] = 0), KernelError::Not64Bit);
         assert_eq!(broken(|f| f.truncate(1024 + 40)), KernelError::CutOff { bytes: 1064, stated: 1088 });
         assert_eq!(broken(|f| f[SYSTEM_SIZE + 3] = 0xff).to_string().split(':').next(), Some("cut off"));
     }

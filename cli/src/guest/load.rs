@@ -8,6 +8,7 @@ use nestling_control::{
 };
 
 use crate::{
+    args::System,
     artifacts,
     error::Error,
     guest::{
@@ -18,6 +19,9 @@ use crate::{
     },
     progress::Progress,
 };
+
+/// The init of 32-bit guests: a script, for there is no 32-bit target to build a program for.
+const INIT_32: &[u8] = include_bytes!("../../../guests/i386/init.sh");
 
 /// Everything a machine needs to run the guest.
 #[derive(Clone, Debug)]
@@ -52,7 +56,7 @@ impl GuestPlan {
         let GivenFile { path, content: kernel } = match &self.kernel {
             Some(given) => given,
             None => {
-                let path = packages::kernel(progress)?;
+                let path = packages::kernel(self.system, progress)?;
                 fetched = GivenFile { content: read(&path)?, path };
                 &fetched
             }
@@ -62,7 +66,7 @@ impl GuestPlan {
         let initrd = match &self.initrd {
             Some(given) => given,
             None => {
-                built = default_initrd(progress)?;
+                built = default_initrd(self.system, progress)?;
                 &built
             }
         };
@@ -88,10 +92,13 @@ impl GuestPlan {
     }
 }
 
-fn default_initrd(progress: Progress) -> Result<Vec<u8>, Error> {
-    let busybox = packages::busybox(progress)?;
-    let init = artifacts::guest_init(progress)?;
-    initramfs::build(&read(&init)?, &read(&busybox)?).map_err(Error::io("put the initial RAM disk together"))
+fn default_initrd(system: System, progress: Progress) -> Result<Vec<u8>, Error> {
+    let busybox = read(&packages::busybox(system, progress)?)?;
+    let init = match system {
+        System::Amd64 => read(&artifacts::guest_init(progress)?)?,
+        System::I386 | System::I386Pae => INIT_32.to_owned(),
+    };
+    initramfs::build(&init, &busybox).map_err(Error::io("put the initial RAM disk together"))
 }
 
 fn read(path: &PathBuf) -> Result<Vec<u8>, Error> {

@@ -7,6 +7,7 @@ use std::{env, fs, path::PathBuf};
 
 use crate::error::Error;
 
+pub mod apt;
 pub mod initramfs;
 pub mod kernel;
 pub mod load;

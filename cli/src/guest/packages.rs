@@ -1,8 +1,9 @@
-//! Fetches the default guest's kernel and busybox from the distribution's packages, once.
+//! Fetches the default guests' kernels and busybox from the distribution's packages, once.
 //!
 //! `apt-get download` needs no rights and installs nothing; the one file that is wanted is unpacked into the cache. It gets
 //! its name there by a rename, so that a fetch that was interrupted leaves nothing that looks whole. A lock on the cache
-//! makes concurrent runs wait for each other.
+//! makes concurrent runs wait for each other. What 32-bit guests need is packages of another architecture ([`Apt`]), and
+//! has a directory of its own in the cache.
 
 use std::{
     cmp::Ordering,
@@ -13,17 +14,22 @@ use std::{
 };
 
 use crate::{
+    args::System,
     error::Error,
-    guest::{cache_dir, cache_path, kernel::KernelImage},
+    guest::{
+        apt::{self, Apt},
+        cache_dir, cache_path,
+        kernel::KernelImage,
+    },
     progress::Progress,
-    setup::{self, find_file, find_program, run_quietly},
+    setup::{find_file, run_quietly},
 };
 
 /// The package with a busybox that needs no library.
 const BUSYBOX_PACKAGE: &str = "busybox-static";
 
-/// Kernel packages, best first: small cloud kernels of the series that is tested, of any series, and what Ubuntu has. The
-/// unsigned packages hold the image itself.
+/// Kernel packages for 64-bit guests, best first: small cloud kernels of the series that is tested, of any series, and what
+/// Ubuntu has. The unsigned packages hold the image itself.
 const KERNEL_PACKAGES: [&str; 6] = [
     r"^linux-image-6\.12\.[0-9]+.*-cloud-amd64-unsigned$",
     r"^linux-image-[0-9]+\.[0-9]+\.[0-9]+.*-cloud-amd64-unsigned$",
@@ -33,20 +39,80 @@ const KERNEL_PACKAGES: [&str; 6] = [
     r"^linux-image-[0-9]+\.[0-9]+\.[0-9]+.*-amd64-unsigned$",
 ];
 
+/// The architecture of packages for 32-bit guests, and their part of the cache.
+const I386: &str = "i386";
+
+impl System {
+    /// Kernel packages for it, best first.
+    const fn kernel_packages(self) -> &'static [&'static str] {
+        match self {
+            Self::Amd64 => &KERNEL_PACKAGES,
+            // Of kernels with other extras (real-time ones) the names have more parts.
+            Self::I386 => &[r"^linux-image-[0-9][0-9a-z.+~]*(-[0-9]+)?-686(-unsigned)?$"],
+            Self::I386Pae => &[r"^linux-image-[0-9][0-9a-z.+~]*(-[0-9]+)?-686-pae(-unsigned)?$"],
+        }
+    }
+
+    /// What a kernel of its in the cache is called.
+    fn is_kernel(self, path: &Path) -> bool {
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        let Some(package) = name.strip_suffix(".vmlinuz") else { return false };
+        let is_pae = package.trim_end_matches("-unsigned").ends_with("-pae");
+        match self {
+            Self::Amd64 => true,
+            Self::I386 => !is_pae,
+            Self::I386Pae => is_pae,
+        }
+    }
+
+    /// What is to be done where no package can be had.
+    const fn without_kernel(self) -> &'static str {
+        match self {
+            Self::Amd64 => "sudo apt-get update, or give a kernel with --kernel",
+            Self::I386 | Self::I386Pae => {
+                "Debian 12 and earlier ones have 32-bit kernels, later ones and Ubuntu do not: give one with --kernel"
+            }
+        }
+    }
+
+    /// Its part of the cache, in the whole.
+    fn part(self, cache: PathBuf) -> PathBuf {
+        match self {
+            Self::Amd64 => cache,
+            Self::I386 | Self::I386Pae => cache.join(I386),
+        }
+    }
+
+    /// Its part of the cache, made if it is not there.
+    fn dir(self) -> Result<PathBuf, Error> {
+        let dir = self.part(cache_dir()?);
+        fs::create_dir_all(&dir).map_err(Error::io(format!("create {}", dir.display())))?;
+        Ok(dir)
+    }
+
+    fn apt(self, dir: &Path) -> Result<Apt, Error> {
+        match self {
+            Self::Amd64 => Ok(Apt::native()),
+            Self::I386 | Self::I386Pae => Apt::foreign(I386, dir),
+        }
+    }
+}
+
 /// The default guest's kernel, fetched if it is not in the cache.
 ///
 /// # Errors
 /// If the cache cannot be written, or no package can be found or fetched.
-pub fn kernel(progress: Progress) -> Result<PathBuf, Error> {
-    let dir = cache_dir()?;
+pub fn kernel(system: System, progress: Progress) -> Result<PathBuf, Error> {
+    let dir = system.dir()?;
     let _lock = lock(&dir)?;
-    if let Some(path) = cached_kernel() {
+    if let Some(path) = cached_kernel(system) {
         return Ok(path);
     }
     need_apt("a kernel for the guest", "give one with --kernel")?;
-    let package = newest_kernel_package(progress)?;
+    let apt = system.apt(&dir)?;
+    let package = newest_kernel_package(&apt, system, progress)?;
     let target = dir.join(format!("{package}.vmlinuz"));
-    fetch(&dir, &package, &|name| name.as_encoded_bytes().starts_with(b"vmlinuz"), &target, progress)?;
+    fetch(&apt, &dir, &package, &|name| name.as_encoded_bytes().starts_with(b"vmlinuz"), &target, progress)?;
     Ok(target)
 }
 
@@ -54,15 +120,15 @@ pub fn kernel(progress: Progress) -> Result<PathBuf, Error> {
 ///
 /// # Errors
 /// If the cache cannot be written, or the package cannot be fetched.
-pub fn busybox(progress: Progress) -> Result<PathBuf, Error> {
-    let dir = cache_dir()?;
+pub fn busybox(system: System, progress: Progress) -> Result<PathBuf, Error> {
+    let dir = system.dir()?;
     let _lock = lock(&dir)?;
-    if let Some(path) = cached_busybox() {
+    if let Some(path) = cached_busybox(system) {
         return Ok(path);
     }
     need_apt("busybox for the guest", "give an initial RAM disk with --initrd")?;
     let target = dir.join("busybox");
-    fetch(&dir, BUSYBOX_PACKAGE, &|name| name == "busybox", &target, progress)?;
+    fetch(&system.apt(&dir)?, &dir, BUSYBOX_PACKAGE, &|name| name == "busybox", &target, progress)?;
     Ok(target)
 }
 
@@ -83,14 +149,14 @@ pub struct KvmHost {
 /// # Errors
 /// If the cache cannot be written, no package can be found or fetched, or the kernel's has no modules in it.
 pub fn kvm_host(progress: Progress) -> Result<KvmHost, Error> {
-    let kernel = kernel(progress)?;
+    let kernel = kernel(System::Amd64, progress)?;
     let dir = cache_dir()?;
     let _lock = lock(&dir)?;
     let modules = kernel.with_extension("kvm");
     if !modules.is_dir() {
         let package = kernel.file_stem().unwrap_or_default().to_string_lossy().into_owned();
         need_apt("KVM's modules", "measure without KVM: --only nestling")?;
-        unpacked(&dir, &package, progress, |root| {
+        unpacked(&Apt::native(), &dir, &package, progress, |root| {
             let shown = |cause| format!("{}: {cause}", modules.display());
             let taken = tempfile::tempdir_in(&dir).map_err(shown)?;
             for module in KVM_MODULES {
@@ -113,23 +179,23 @@ pub fn kvm_host(progress: Progress) -> Result<KvmHost, Error> {
     Ok(KvmHost { kernel, modules })
 }
 
-/// The newest kernel in the cache that is whole.
+/// The newest kernel of a system's in the cache that is whole.
 #[must_use]
-pub fn cached_kernel() -> Option<PathBuf> {
-    let mut kernels: Vec<_> = fs::read_dir(cache_path()?)
+pub fn cached_kernel(system: System) -> Option<PathBuf> {
+    let mut kernels: Vec<_> = fs::read_dir(system.part(cache_path()?))
         .ok()?
         .filter_map(|entry| Some(entry.ok()?.path()))
-        .filter(|path| path.extension() == Some(OsStr::new("vmlinuz")))
+        .filter(|path| system.is_kernel(path))
         .filter(|path| fs::read(path).is_ok_and(|file| KernelImage::parse(&file).is_ok()))
         .collect();
     kernels.sort_by(|a, b| compare_versions(&a.to_string_lossy(), &b.to_string_lossy()));
     kernels.pop()
 }
 
-/// Busybox in the cache.
+/// A system's busybox in the cache.
 #[must_use]
-pub fn cached_busybox() -> Option<PathBuf> {
-    let path = cache_path()?.join("busybox");
+pub fn cached_busybox(system: System) -> Option<PathBuf> {
+    let path = system.part(cache_path()?).join("busybox");
     fs::read(&path).is_ok_and(|file| file.starts_with(b"\x7fELF")).then_some(path)
 }
 
@@ -142,27 +208,27 @@ fn lock(dir: &Path) -> Result<File, Error> {
 }
 
 fn need_apt(what: &str, instead: &str) -> Result<(), Error> {
-    if ["apt-get", "apt-cache", "dpkg-deb"].iter().all(|tool| find_program(tool).is_some()) {
+    if apt::is_here() {
         return Ok(());
     }
     Err(Error::Missing { what: format!("{what}, which is fetched with apt and dpkg,"), how: instead.into() })
 }
 
-fn newest_kernel_package(progress: Progress) -> Result<String, Error> {
-    let find = || KERNEL_PACKAGES.iter().find_map(|pattern| newest_package(pattern));
+fn newest_kernel_package(apt: &Apt, system: System, progress: Progress) -> Result<String, Error> {
+    let find = || system.kernel_packages().iter().find_map(|pattern| newest_package(apt, pattern));
     find()
         .or_else(|| {
-            setup::update_package_lists(progress);
+            apt.update(progress);
             find()
         })
         .ok_or_else(|| Error::Missing {
-            what: "a kernel package in apt's lists".into(),
-            how: "sudo apt-get update, or give a kernel with --kernel".into(),
+            what: format!("a kernel package in {}", apt.lists()),
+            how: system.without_kernel().into(),
         })
 }
 
-fn newest_package(pattern: &str) -> Option<String> {
-    let listing = run_quietly(Command::new("apt-cache").args(["search", "--names-only", pattern])).ok()?;
+fn newest_package(apt: &Apt, pattern: &str) -> Option<String> {
+    let listing = run_quietly(apt.tool("apt-cache").args(["search", "--names-only", pattern])).ok()?;
     listing
         .lines()
         .filter_map(|line| line.split_ascii_whitespace().next())
@@ -172,13 +238,14 @@ fn newest_package(pattern: &str) -> Option<String> {
 
 /// Fetches `package` and puts the one file that is wanted of it to `target`.
 fn fetch(
+    apt: &Apt,
     cache: &Path,
     package: &str,
     wanted: &dyn Fn(&OsStr) -> bool,
     target: &Path,
     progress: Progress,
 ) -> Result<(), Error> {
-    unpacked(cache, package, progress, |root| {
+    unpacked(apt, cache, package, progress, |root| {
         let found = find_file(root, wanted).ok_or("the file that is wanted is not in it")?;
         fs::rename(&found, target).map_err(|cause| format!("{}: {cause}", target.display()))
     })
@@ -186,6 +253,7 @@ fn fetch(
 
 /// Fetches `package`, unpacks it, and lets `take` have what it wants of it.
 fn unpacked(
+    apt: &Apt,
     cache: &Path,
     package: &str,
     progress: Progress,
@@ -194,10 +262,10 @@ fn unpacked(
     let failed = |cause: String| Error::Fetch { what: format!("the package {package}"), cause };
     let work = tempfile::tempdir_in(cache).map_err(Error::io(format!("write to {}", cache.display())))?;
     let step = progress.step(&format!("fetching {package} (apt-get download {package})"));
-    let download = || run_quietly(Command::new("apt-get").args(["-q", "download", package]).current_dir(work.path()));
+    let download = || run_quietly(apt.tool("apt-get").args(["-q", "download", package]).current_dir(work.path()));
     download()
         .or_else(|_| {
-            setup::update_package_lists(progress);
+            apt.update(progress);
             download()
         })
         .map_err(failed)?;

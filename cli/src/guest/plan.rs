@@ -9,10 +9,13 @@ use std::{
 use nestling_control::config::{GuestKind, HugePages, MmuKind, Origin, RunConfig, STORM_KINDS, Storm};
 
 use crate::{
-    args::{GuestArgs, Mode},
+    args::{GuestArgs, Mode, System},
     copy::stream::Header,
     error::Error,
-    guest::{BASE_COMMAND_LINE, READY_MARKER, kernel::KernelImage},
+    guest::{
+        BASE_COMMAND_LINE, READY_MARKER,
+        kernel::{KernelImage, Width},
+    },
 };
 
 /// In check mode the guest prints all the time: a minute of silence is a dead guest, also on a loaded emulator.
@@ -53,6 +56,8 @@ pub struct GuestPlan {
     pub config: RunConfig,
     /// What the guest is to do.
     pub mode: Mode,
+    /// What the kernel and the initrd are that were not given.
+    pub system: System,
     /// The kernel or Multiboot image that was given.
     pub kernel: Option<GivenFile>,
     /// The initrd that was given.
@@ -112,11 +117,16 @@ impl GuestPlan {
         }
         let kernel = args.kernel.as_ref().map(|path| given("--kernel", path)).transpose()?;
         if let Some(GivenFile { path, content }) = &kernel {
-            KernelImage::parse(content).map_err(|cause| Error::Kernel { path: path.clone(), cause })?;
+            let image = KernelImage::parse(content).map_err(|cause| Error::Kernel { path: path.clone(), cause })?;
+            // The other way round it may do: many 64-bit kernels run 32-bit programs.
+            if image.width == Width::Bits32 && args.guest == System::Amd64 && args.initrd.is_none() {
+                return Err(Error::InitrdForKernel { path: path.clone() });
+            }
         }
         let initrd = args.initrd.as_deref().map(|path| read("--initrd", path)).transpose()?;
         let hypervisor = args.hypervisor.as_deref().map(checked_hypervisor).transpose()?;
-        Ok(Self { config, mode, kernel: image.or(kernel), initrd, hypervisor, ghost: args.ghost })
+        let kernel = image.or(kernel);
+        Ok(Self { config, mode, system: args.guest, kernel, initrd, hypervisor, ghost: args.ghost })
     }
 
     /// The guest of a copy, which goes on. What was fired at it and what it measured is not passed on.
@@ -137,7 +147,7 @@ impl GuestPlan {
         };
         config.validate()?;
         let hypervisor = args.hypervisor.as_deref().map(checked_hypervisor).transpose()?;
-        Ok(Self { config, mode, kernel: None, initrd: None, hypervisor, ghost: args.ghost })
+        Ok(Self { config, mode, system: args.guest, kernel: None, initrd: None, hypervisor, ghost: args.ghost })
     }
 
     /// The least memory of a machine for this guest, in bytes: the guest's, what maps it, the hypervisor's own, and the
