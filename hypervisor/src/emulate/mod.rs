@@ -32,7 +32,7 @@ mod vector;
 #[cfg(test)]
 mod tests;
 
-use iced_x86::{Code, Decoder, DecoderError, DecoderOptions, Instruction, Mnemonic};
+use iced_x86::{Code, Decoder, DecoderError, DecoderOptions, Instruction, Mnemonic, Register};
 
 use nestling::Access;
 
@@ -376,8 +376,8 @@ pub enum Kind {
     Vmcall,
     /// INT1.
     Int1,
-    /// MOV to CR4.
-    WriteCr4,
+    /// MOV to CR3 or CR4.
+    WriteControl,
     /// Any other.
     Other,
 }
@@ -389,7 +389,7 @@ pub fn see(cpu: &Cpu, bus: &mut impl Bus) -> Option<Seen> {
     let what = match decoded.mnemonic() {
         Mnemonic::Vmcall => Kind::Vmcall,
         Mnemonic::Int1 => Kind::Int1,
-        Mnemonic::Mov if decoded.op_register(0) == iced_x86::Register::CR4 => Kind::WriteCr4,
+        Mnemonic::Mov if matches!(decoded.op_register(0), Register::CR3 | Register::CR4) => Kind::WriteControl,
         _ => Kind::Other,
     };
     Some(Seen { what, next_rip: cpu.wrap(decoded.next_ip()) })

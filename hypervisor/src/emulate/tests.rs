@@ -554,6 +554,9 @@ fn what_is_seen_of_an_instruction_that_others_execute() {
     };
     assert_eq!(seen(&[0x0f, 0x01, 0xc1]), Some((Kind::Vmcall, 3)));
     assert_eq!(seen(&[0x2e, 0xf1]), Some((Kind::Int1, 2)));
+    assert_eq!(seen(&[0x0f, 0x22, 0xd8]), Some((Kind::WriteControl, 3)));
+    assert_eq!(seen(&[0x0f, 0x22, 0xe7]), Some((Kind::WriteControl, 3)));
+    assert_eq!(seen(&[0x0f, 0x20, 0xd8]), Some((Kind::Other, 3)), "a read");
     assert_eq!(seen(&[0x0f, 0x0b]), Some((Kind::Other, 2)));
     assert_eq!(seen(&[0x0f, 0x04]), None);
 }

@@ -1,8 +1,8 @@
 //! What ends a run as if the CPU had found the guest's state wrong.
 //!
-//! A write to CR4 of a bit that does not exist is #GP (APM vol. 2, 3.1.3). QEMU's emulation (7.2) makes an exit of it, with
-//! the code of a state that VMRUN refuses, RIP at the instruction and nothing changed; where that is so, the guest is given
-//! its #GP here. A CPU has no such exit.
+//! A write to CR3 or CR4 of a bit that does not exist is #GP (APM vol. 2, 3.1.2 and 3.1.3). QEMU's emulation (7.2) makes an
+//! exit of it, with the code of a state that VMRUN refuses, RIP at the instruction and nothing changed; where that is so,
+//! the guest is given its #GP here. A CPU has no such exit.
 //!
 //! A state that VMRUN really refuses may have its RIP at such an instruction as well, and would be refused again with the
 //! #GP on its way in, for ever. So this many in a row, with no exit of another kind between them, are believed.
@@ -38,7 +38,7 @@ impl<C: GuestCpu> Vcpu<C> {
     #[cold]
     pub(super) fn refused(&mut self) -> Next {
         match self.see() {
-            Some(Seen { what: Kind::WriteCr4, .. }) if self.refused.is_believed(&self.exits) => {
+            Some(Seen { what: Kind::WriteControl, .. }) if self.refused.is_believed(&self.exits) => {
                 self.cpu.raise(Raised::GeneralProtection);
                 Next::Continue
             }

@@ -96,6 +96,25 @@ fn instructions() {
     }
 }
 
+/// What a control register holds.
+macro_rules! control {
+    ($register:literal) => {{
+        let value: u64;
+        // SAFETY: it only reads.
+        unsafe { asm!(concat!("mov {}, ", $register), out(reg) value, options(nomem, nostack)) };
+        value
+    }};
+}
+
+/// A write of bits that do not exist: the fault is that of an instruction which was met, and has changed nothing.
+fn not_taken(register: &str, value: u64, write: impl Fn(), read: impl Fn() -> u64) {
+    let (faults, before) = (count(GENERAL_PROTECTION), read());
+    write();
+    let (flags, code, found) = (traps::last_debug().1, traps::last().0, read());
+    check!(count(GENERAL_PROTECTION) == faults + 1 && found == before, "{register} took {value:#x}: {found:#x}");
+    check!(flags & 1 << 16 != 0 && code == 0, "#GP of {register}: flags {flags:#x}, code {code:#x}");
+}
+
 /// Writes a register, and says whether that was refused.
 fn put(msr: u32, value: u64) -> bool {
     let before = count(GENERAL_PROTECTION);
@@ -173,25 +192,16 @@ fn refused() {
         check!(put(msr, value), "MSR {msr:#x} takes {value:#x}");
         check!(get_refused(msr) || rdmsr(msr) == before, "MSR {msr:#x} changed by what it refused");
     }
-    // Bits of CR4 that do not exist: the fault is that of an instruction which was met, and has changed nothing.
-    let cr4: u64;
-    // SAFETY: it only reads.
-    unsafe { asm!("mov {}, cr4", out(reg) cr4, options(nomem, nostack)) };
+    let (cr3, cr4) = (control!("cr3"), control!("cr4"));
     for value in [u64::from(u32::MAX), cr4 | 1 << 30, cr4 | 1 << 31, cr4 | 1 << 30] {
-        let before = count(GENERAL_PROTECTION);
-        let found: u64;
         // SAFETY: the fault is expected.
-        unsafe {
-            provoke!(["mov cr4, {v}"] v = in(reg) value,);
-            asm!("mov {}, cr4", out(reg) found, options(nomem, nostack));
-        }
-        let flags = traps::last_debug().1;
-        check!(count(GENERAL_PROTECTION) == before + 1 && found == cr4, "CR4 took {value:#x}: {found:#x}");
-        check!(
-            flags & 1 << 16 != 0 && traps::last().0 == 0,
-            "#GP of CR4: flags {flags:#x}, code {:#x}",
-            traps::last().0
-        );
+        let write = || unsafe { provoke!(["mov cr4, {v}"] v = in(reg) value,) };
+        not_taken("CR4", value, write, || control!("cr4"));
+    }
+    for value in [1 << 60, cr3 | 1 << 52, cr3 | 1 << 51, cr3 | 1 << 62] {
+        // SAFETY: as above.
+        let write = || unsafe { provoke!(["mov cr3, {v}"] v = in(reg) value,) };
+        not_taken("CR3", value, write, || control!("cr3"));
     }
     // Banks of machine checks that the processor does not have.
     let banks = rdmsr(MCG_CAP) as u32 & 0xff;
