@@ -77,8 +77,10 @@ on_all_cpus() {
         place=$((place + 1))
     done
     for worker in $workers; do
-        wait "$worker" || result=1
+        wait "$worker" || result=$?
     done
+    # One that was killed has not said so. Where another has said what was wrong, that stands: it was first.
+    [ $result = 0 ] || say "FAIL a process of $function ended with status $result"
     return $result
 }
 
