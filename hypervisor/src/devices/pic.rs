@@ -14,6 +14,13 @@ use super::saved::{BadState, require};
 
 /// ISR bit and input of the master that the slave is wired to.
 const CASCADE: u8 = 2;
+/// The input of the timer.
+const TIMER: u8 = 0;
+
+/// Vector of the master's input 0, as firmware sets the chips up.
+pub const MASTER_VECTORS: u8 = 0x08;
+/// Vector of the slave's input 0, as firmware sets the chips up.
+pub const SLAVE_VECTORS: u8 = 0x70;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 enum Init {
@@ -274,6 +281,23 @@ impl PicPair {
     /// Both chips after power-on: everything masked until the guest initialises them.
     pub fn new() -> Self {
         Self { master: Pic::new(true), slave: Pic::new(false) }
+    }
+
+    /// Both chips as a PC's firmware hands them over: initialised for real mode's vectors, open for the timer alone. Firmware
+    /// opens the inputs of the devices that it drives, and these drive themselves.
+    pub fn handed_over() -> Self {
+        let mut pics = Self::new();
+        for (chip, base, wiring, mask) in [
+            (Chip::Master, MASTER_VECTORS, 1 << CASCADE, !(1 << TIMER | 1 << CASCADE)),
+            (Chip::Slave, SLAVE_VECTORS, CASCADE, !0),
+        ] {
+            // ICW1: edges, a cascade, ICW4 follows. ICW4: normal EOI.
+            pics.write(chip, Register::Command, 0x11);
+            for value in [base, wiring, 0x01, mask] {
+                pics.write(chip, Register::Data, value);
+            }
+        }
+        pics
     }
 
     /// Refuses what no pair of controllers was ever in.

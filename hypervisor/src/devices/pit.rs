@@ -320,6 +320,16 @@ impl Pit {
         Self { channels: [Channel::new(true), Channel::new(true), Channel::new(false)], speaker: false }
     }
 
+    /// The timer as a PC's firmware hands it over: channel 0 ticks at its slowest, 18.2 times a second (mode 2, 65536).
+    pub fn handed_over() -> Self {
+        let mut pit = Self::new();
+        pit.write_control(0, 0x34);
+        for byte in [0, 0] {
+            pit.write_channel(0, 0, byte);
+        }
+        pit
+    }
+
     /// Refuses what no timer was ever in.
     ///
     /// # Errors

@@ -136,11 +136,13 @@ pub struct Platform {
 }
 
 impl Platform {
-    /// The devices after power-on.
+    /// The devices after power-on; with a board, as firmware hands them over: kernels that go back to real mode lean on what
+    /// a PC's has left (see [`crate::guest::firmware`]).
     pub fn new(config: PlatformConfig) -> Self {
+        let by_firmware = config.board.is_some();
         Self {
-            pic: PicPair::new(),
-            pit: Pit::new(),
+            pic: if by_firmware { PicPair::handed_over() } else { PicPair::new() },
+            pit: if by_firmware { Pit::handed_over() } else { Pit::new() },
             cmos: Cmos::new(config.wall_clock_s),
             uart: Uart::new(config.console_output, config.console_input),
             pm: Pm::new(),

@@ -9,6 +9,7 @@ pub mod acpi;
 pub mod boot_params;
 pub mod bzimage;
 pub mod entry;
+pub mod firmware;
 pub mod layout;
 pub mod linux;
 pub mod multiboot;

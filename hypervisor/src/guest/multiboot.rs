@@ -5,7 +5,8 @@
 //! kernels read: memory sizes and map, command line, one module, the loader's name.
 //!
 //! In memory: the information structure and what it points to are below 640 KiB, where the image must not load;
-//! the ACPI tables are where firmware has them, just below 1 MiB; the module follows the image at the next page.
+//! the ACPI tables are where firmware has them, just below 1 MiB, and so are the handlers of its interrupts
+//! ([`super::firmware`]); the module follows the image at the next page.
 
 use alloc::string::ToString;
 use alloc::vec::Vec;
@@ -18,7 +19,7 @@ use elf::endian::LittleEndian;
 
 use super::entry::VcpuInit;
 use super::layout::{ACPI_ROOM, COMMAND_LINE_ROOM, HIGH_START, LOW_END, MemorySizeError, PAGE_BYTES, RamLayout};
-use super::{GuestMemory, GuestMemoryError, acpi};
+use super::{GuestMemory, GuestMemoryError, acpi, firmware};
 use crate::devices::ports::COM1;
 
 /// What a kernel finds in EAX.
@@ -225,6 +226,8 @@ pub fn load_multiboot(
     let image = Image::parse(image)?;
     let module_at = image.check(&ram, module.len() as u64)?;
 
+    // Before the image: one for real mode may have vectors of its own where these are.
+    firmware::write(memory)?;
     for piece in &image.pieces {
         memory.write(piece.address, piece.bytes)?;
     }
@@ -244,7 +247,8 @@ pub fn waking_vector(memory: &impl GuestMemory) -> Option<u32> {
     acpi::waking_vector(memory, FIRMWARE.start)
 }
 
-const _: () = assert!(ACPI_ROOM <= FIRMWARE.end - FIRMWARE.start && OURS.end <= LOW_END);
+const _: () = assert!(FIRMWARE.start + ACPI_ROOM <= firmware::HANDLERS.start);
+const _: () = assert!(firmware::HANDLERS.end <= FIRMWARE.end && OURS.end <= LOW_END);
 
 impl<'image> Image<'image> {
     fn parse(file: &'image [u8]) -> Result<Self, MultibootError> {

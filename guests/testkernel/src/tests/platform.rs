@@ -11,6 +11,7 @@ use crate::smp;
 /// What the loader and the ways to 64-bit mode leave.
 pub(super) fn handover() {
     multiboot();
+    firmware();
     modes();
 }
 
@@ -25,6 +26,17 @@ pub(super) fn run() {
     check!(inl(0xcfc) == !0, "PCI device {:#x}", inl(0xcfc));
     pci();
     latch();
+}
+
+/// What firmware leaves for real mode: vectors that can be taken, and a timer that ticks at the 8259s.
+fn firmware() {
+    for vector in 1..256 {
+        let target = word(4 * vector);
+        check!(target >> 16 == 0xf000, "vector {vector:#x} of real mode: {target:#x}");
+    }
+    // IRR: behind its mask too a request shows.
+    outb(0x20, 0x0a);
+    while inb(0x20) & 1 == 0 {}
 }
 
 fn multiboot() {

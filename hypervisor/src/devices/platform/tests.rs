@@ -70,6 +70,23 @@ fn timer_interrupts_at_its_deadline() {
 }
 
 #[test]
+fn on_a_machine_for_test_kernels_firmware_has_the_timer_tick() {
+    let mut platform = with_board();
+    let period = ticks_to_ns_ceil(0x1_0000, PIT_HZ);
+    assert_eq!(platform.next_deadline_ns(), Some(period));
+    for tick in 1..4 {
+        platform.poll(tick * period);
+        assert!(platform.interrupt_asserted());
+        assert_eq!(platform.interrupt_acknowledge(), 0x08);
+        platform.io_write(tick * period, 0x20, Width::Byte, 0x20);
+        assert!(!platform.interrupt_asserted());
+    }
+    assert_eq!(Platform::new(PlatformConfig::default()).next_deadline_ns(), None);
+    // All other inputs are masked: nothing comes of the serial port's, or of the slave's.
+    assert_eq!((platform.io_read(0, 0x21, Width::Byte), platform.io_read(0, 0xa1, Width::Byte)), (0xfa, 0xff));
+}
+
+#[test]
 fn masked_timer_wakes_nobody_but_is_not_forgotten() {
     let mut platform = platform();
     platform.io_write(0, 0x21, Width::Byte, 0x01);
@@ -205,6 +222,8 @@ fn lines_reach_both_kinds_of_controller() {
     platform.poll(due);
     assert_eq!(platform.take_message().map(|message| message.vector), Some(0x72), "the timer is at input 2");
     assert!(platform.memory_write(due, 0xfec0_0000, 4, 0x14) && platform.memory_write(due, 0xfec0_0010, 4, 0x1_0000));
+    assert!(platform.next_deadline_ns().is_some(), "the 8259's is open still");
+    platform.io_write(due, 0x21, Width::Byte, 0xff);
     assert_eq!(platform.next_deadline_ns(), None);
 }
 
