@@ -26,8 +26,13 @@ const DATA: u64 = 20;
 
 /// A machine whose guest maps address `n << 12` to frame n, for n below 64, writable for all.
 fn machine(pages: u32) -> (Arc<Mmu<ShadowMachine>>, Worker<ShadowMachine>) {
+    machine_of(pages, 2)
+}
+
+/// The same, with so many vCPUs.
+fn machine_of(pages: u32, vcpus: u16) -> (Arc<Mmu<ShadowMachine>>, Worker<ShadowMachine>) {
     let machine = ShadowMachine::new(1024, 0);
-    let config = Config { vcpus: 2, workers: 2, slots: 4, ..Config::default() };
+    let config = Config { vcpus, workers: 2, slots: 4, ..Config::default() };
     let put = |table: u64, entry: u32, value| machine.prepare(Gfn(table), entry * 8, Width::Eight, value);
     put(OTHER_ROOT, 0, TABLES[1] << 12 | ALL);
     for level in 0..3 {
@@ -162,6 +167,39 @@ fn a_table_that_is_written_and_not_used_is_taken_for_data() {
     }
     assert_eq!(mmu.counters().shadow_flooded, 1);
     end(mmu, worker, vec![one]);
+}
+
+/// A frame has room for 128 roots of PAE. More of them are in use here than may be out of step at once, as by a guest of many
+/// CPUs whose processes' roots lie side by side; it can be written all the same.
+#[test]
+fn a_frame_of_more_roots_in_use_than_may_be_out_of_step_can_be_written() {
+    const CPUS: u16 = 32;
+    const ROOTS: u32 = 128;
+    let (mmu, worker) = machine_of(1024, CPUS);
+    let pae = Controls { efer: 1 << 11, ..LONG };
+    let pointer = TABLES[2] << 12 | 1;
+    (0..ROOTS).for_each(|root| mmu.host().prepare(Gfn(TABLES[0]), root * 32, Width::Eight, pointer));
+    let mut cpus: Vec<_> = (0..CPUS).map(|id| cpu(&mmu, id, pae)).collect();
+    // Each keeps the last four that it was on.
+    for root in 0..ROOTS as usize {
+        let cpu = &mut cpus[root / 4];
+        cpu.load_cr3(TABLES[0] << 12 | root as u64 * 32);
+        assert_eq!(cpu.access(ask(DATA, Access::Read, KERNEL), None), Done::Memory);
+    }
+    // The second gibibyte of the first root is where the first is.
+    let request = Request { linear: TABLES[0] << 12, access: Access::Write, privilege: KERNEL, pkru: 0 };
+    let written = (0..100).any(|_| {
+        drop(cpus[0].vcpu.enter().expect("it goes on"));
+        cpus[0].vcpu.fault(&request) == Ok(ShadowOutcome::Fixed)
+    });
+    assert!(written, "after a hundred faults it is not: {:?}", mmu.counters());
+    write_entry(&mut cpus[0], TABLES[0], 124 * 4 + 1, pointer);
+    for (number, cpu) in cpus.iter_mut().enumerate() {
+        cpu.load_cr3(TABLES[0] << 12 | 124 * 32);
+        let question = Question { linear: 1 << 30 | DATA << 12, access: Access::Write, privilege: KERNEL };
+        assert_eq!(cpu.access(question, None), Done::Memory, "CPU {number}");
+    }
+    end(mmu, worker, cpus);
 }
 
 #[test]

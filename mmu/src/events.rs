@@ -83,7 +83,7 @@ counters! {
     shadow_prefetched = Prefetched,
     /// Times that a guest's page table became writable, its shadow page out of step.
     shadow_unsynced = Unsynced,
-    /// Shadow pages zapped because the guest writes to them as if they were no tables.
+    /// Shadow pages zapped because the guest writes to them as if they were no tables, or because their frame has too many.
     shadow_flooded = Flooded,
     /// Shadow pages zapped to make room for others.
     shadow_recycled = Recycled,

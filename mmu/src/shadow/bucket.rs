@@ -169,6 +169,19 @@ impl Bucket {
         self.pages(gfn).find(in_step).map_or(Written::Free, Written::InStep)
     }
 
+    /// Of the pages that are made of the table `gfn`, one that is in the way if there are more than `most`: one that no
+    /// vCPU keeps as a root, if there is such.
+    pub(super) fn surplus<H: Host>(&self, inside: Inside<'_, H>, gfn: Gfn, most: usize) -> Option<u32> {
+        // One that is dying goes by itself.
+        let counts = |index: &u32| {
+            let page = inside.page(*index);
+            page.role().source() != Source::Identity && page.life() & 1 == 1
+        };
+        let pages = || self.pages(gfn).filter(counts);
+        pages().nth(most)?;
+        pages().find(|index| inside.page(*index).loads() == 0).or_else(|| pages().next())
+    }
+
     /// Enters a leaf that is about to be made at `place`.
     #[inline]
     pub(super) fn mapped(&mut self, gfn: Gfn, place: Place) -> Result<(), NoRoom> {

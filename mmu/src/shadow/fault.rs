@@ -28,7 +28,7 @@ use super::order::{Order, PageGuard};
 use super::page::{Blank, Handle, Page, Place, STALE, UNSYNC};
 use super::rmap::NoRoom;
 use super::role::{Identity, Meaning, Role, Source};
-use super::sync::{all_in_step, compare_all, in_step, judge, open, unlink, unmap};
+use super::sync::{TOGETHER, all_in_step, compare_all, in_step, judge, open, unlink, unmap};
 use super::table::Inside;
 use crate::addr::{ENTRIES, Gfn, INDEX_BITS, Level, PAGE_SHIFT};
 
@@ -83,7 +83,7 @@ pub(super) enum Step {
     Bucket(Gfn),
     /// The page's list of parents has no room.
     Parents(u32),
-    /// The page is in step and is written like a page that is no table.
+    /// The page is in step and is written like a page that is no table, or is one of too many of its frame.
     Flooded(Handle),
     /// Too many pages are out of step.
     ListFull,
@@ -376,6 +376,8 @@ fn fill<H: Host>(
             bits &= !WRITE;
         } else if table.writes() >= FLOOD && table.loads() == 0 {
             return Step::Flooded(Handle { index, life: table.life() });
+        } else if let Some(index) = bucket.surplus(inside, gfn, TOGETHER) {
+            return Step::Flooded(Handle { index, life: inside.page(index).life() });
         } else if !late && !open(inside, &bucket, gfn) {
             return Step::ListFull;
         }
