@@ -3,8 +3,8 @@
 //!
 //! The library calls up through these traits and through nothing else. When it calls what is said at each method;
 //! in short: [`TableFrames::alloc_table`] and [`Backing::resolve`] are called *outside* the MMU lock and may take the
-//! embedder's own locks; [`Vcpus::kick`], [`Time::relax`] and the fences may be called under it and must not call
-//! back into the library.
+//! embedder's own locks; [`Backing::page`], [`Vcpus::kick`], [`Time::relax`] and the fences may be called under it and must
+//! not call back into the library.
 
 use core::fmt;
 use core::ptr::NonNull;
@@ -133,11 +133,14 @@ pub trait Backing {
     /// was overtaken by an invalidation.
     fn resolve(&self, slot: &Slot, gfn: Gfn, access: Access) -> Result<Extent, BackingError>;
 
-    /// What [`Backing::resolve`] would say of `gfn` alone, where that can be told at once. Called as that is.
+    /// What [`Backing::resolve`] would say of `gfn` alone, where that can be told at once: without memory that would have
+    /// to be got first, and without waiting for anybody. `None` is always right.
     ///
     /// The usual fault, of a page whose table is there already, asks this first and needs no more: an embedder that finds
-    /// a frame faster than the run that it is in says so here. The others go on to `resolve`, as with `None`, which is
-    /// always right.
+    /// a frame faster than the run that it is in says so here. The others go on to `resolve`.
+    ///
+    /// A fault in shadow tables asks for neighbours of its page *inside* the MMU lock, where no invalidation is in progress
+    /// and none can begin. The answer must be true then, and not one that was overtaken: it is used without another look.
     #[inline]
     fn page(&self, _slot: &Slot, _gfn: Gfn, _access: Access) -> Option<Page> {
         None

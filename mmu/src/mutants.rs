@@ -101,6 +101,8 @@ pub enum Mutant {
     ShadowLeafOverwritten,
     /// What entries above do not allow is not taken from a page's role (CVE-2021-38198).
     ShadowAccessNotInherited,
+    /// Neighbours are mapped while memory is being taken away.
+    ShadowNeighboursNotFresh,
 }
 
 #[cfg(any(feature = "loom", feature = "shuttle"))]

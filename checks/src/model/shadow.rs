@@ -154,6 +154,7 @@ pub const SHADOW_SCENARIOS: &[ShadowScenario] = &[
     scenario("zap of a directory beside link", &[Read(4), Read(2)], &[&[Read(0)], &[Move(DIRECTORY)]]),
     scenario("zap of the root beside fault", &[Read(0)], &[&[Read(4)], &[Move(ROOT)]]),
     scenario("shadow fault beside invalidation", &[Read(4)], &[&[Read(0)], &[Move(0)]]),
+    scenario("neighbours beside invalidation", &[Read(4)], &[&[Read(0), Read(1)], &[Move(1)]]),
     scenario("shadow guest beside invalidation", &[Read(0)], &[&[Read(0), Read(0)], &[Move(0)]]),
     scenario("sync beside invalidation of a table", &[Read(0), MAP_BACK], &[&[REMAP, Reload, Read(0)], &[Move(TABLE)]]),
     scenario("shadow fault beside slot delete", &[Read(4)], &[&[Read(0)], &[Delete]]),

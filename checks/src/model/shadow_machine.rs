@@ -13,7 +13,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use super::checker::library::addr::ENTRIES;
 use super::checker::library::format::{MemoryType, Npt};
 use super::checker::library::guest::{CpuFeatures, Width};
-use super::checker::library::host::{Backing, BackingError, Extent, GuestMemory, TableFrames, Time, Vcpus};
+use super::checker::library::host::{Backing, BackingError, Extent, GuestMemory, Page, TableFrames, Time, Vcpus};
 use super::checker::library::shadow::ShadowConfig;
 use super::checker::library::sync::{AtomicBool, AtomicU64 as Entry};
 use super::checker::library::{
@@ -167,6 +167,10 @@ impl Backing for ShadowMachine {
         let place = self.ghost().place[gfn.0 as usize];
         let hfn = place.map(Hfn).ok_or(BackingError::NotBacked)?;
         Ok(Extent { gfns: GfnRange::new(gfn, 1).unwrap(), hfn, writable: true, memory: MemoryType::WriteBack })
+    }
+
+    fn page(&self, slot: &Slot, gfn: Gfn, access: Access) -> Option<Page> {
+        self.resolve(slot, gfn, access).ok()?.page(gfn)
     }
 }
 

@@ -13,7 +13,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use nestling::format::{MemoryType, Npt};
 use nestling::guest::Width;
-use nestling::host::{Backing, BackingError, Extent, GuestMemory, TableFrames, Time, Vcpus};
+use nestling::host::{Backing, BackingError, Extent, GuestMemory, Page, TableFrames, Time, Vcpus};
 use nestling::sync::AtomicU64;
 use nestling::{Access, Gfn, GfnRange, Hfn, Host, Slot, VcpuId};
 
@@ -25,6 +25,8 @@ pub const HOME: u64 = 0x1000;
 pub const FRAMES: u64 = 96;
 /// The second slot begins here; it comes and goes.
 pub const SECOND: u64 = 64;
+/// Guest frames whose neighbours are told of in one answer, beside as many that are told of one by one.
+const TOGETHER: u64 = 2;
 /// Host frames: those of all guest frames, and as many moves.
 const HOST_FRAMES: u64 = FRAMES + 2048;
 /// What a frame that was taken away holds: present in every format, with all rights, to a frame that nobody owns.
@@ -207,9 +209,11 @@ impl Backing for ShadowMachine {
     fn resolve(&self, slot: &Slot, gfn: Gfn, _access: Access) -> Result<Extent, BackingError> {
         let record = self.record();
         let hfn = record.place[gfn.0 as usize];
-        let same = |other: &u64| record.place[*other as usize].wrapping_sub(*other) == hfn.wrapping_sub(gfn.0);
+        let alone = !(gfn.0 / TOGETHER).is_multiple_of(2);
+        let same =
+            |other: &u64| !alone && record.place[*other as usize].wrapping_sub(*other) == hfn.wrapping_sub(gfn.0);
         let start = (slot.range().start.0..gfn.0).rev().take_while(same).last().unwrap_or(gfn.0);
-        let end = (gfn.0..slot.range().end.0).take_while(same).last().unwrap_or(gfn.0) + 1;
+        let end = (gfn.0 + 1..slot.range().end.0).take_while(same).last().unwrap_or(gfn.0) + 1;
         drop(record);
         self.stumble();
         let hfn = Hfn(hfn - (gfn.0 - start));
@@ -219,6 +223,12 @@ impl Backing for ShadowMachine {
             writable: true,
             memory: MemoryType::WriteBack,
         })
+    }
+
+    fn page(&self, _slot: &Slot, gfn: Gfn, _access: Access) -> Option<Page> {
+        self.stumble();
+        let hfn = Hfn(self.record().place[gfn.0 as usize]);
+        Some(Page { hfn, writable: true, memory: MemoryType::WriteBack })
     }
 }
 

@@ -23,7 +23,7 @@ use super::GFN_LIMIT;
 use super::bucket::Written;
 use super::hold::Fresh;
 use super::leaves::{Leaf, Leaves};
-use super::memory::{Backed, note_write};
+use super::memory::{Backed, SeenSlot, note_write};
 use super::order::{Order, PageGuard};
 use super::page::{Blank, Handle, Page, Place, STALE, UNSYNC};
 use super::rmap::NoRoom;
@@ -50,7 +50,7 @@ pub(super) const TOLD: usize = 6;
 
 /// What a fault wants mapped.
 #[derive(Debug)]
-pub(super) struct Want {
+pub(super) struct Want<'v> {
     pub(super) linear: u64,
     pub(super) access: Access,
     /// The guest's entries on the way, by level − 1.
@@ -60,10 +60,12 @@ pub(super) struct Want {
     pub(super) mode: Mode,
     /// The frame that the guest's tables lead to.
     pub(super) target: Backed,
+    /// Its slot, for its neighbours.
+    pub(super) target_slot: &'v Option<SeenSlot>,
     /// A write by the supervisor where the tables let nobody write, without CR0.WP.
     pub(super) over_protection: bool,
     /// What stands behind the tables on the way.
-    pub(super) tables: [Option<Backed>; TOLD],
+    pub(super) tables: [Option<&'v Backed>; TOLD],
 }
 
 /// How a walk ended.
@@ -96,7 +98,7 @@ pub(super) enum Step {
 /// Pages at hand.
 pub(super) type Blanks = alloc::vec::Vec<Blank>;
 
-impl Want {
+impl Want<'_> {
     fn judged(&self, role: Role) -> Judged {
         match role.source() {
             Source::Identity => Judged::Nothing,
@@ -105,7 +107,7 @@ impl Want {
     }
 
     fn table(&self, gfn: Gfn) -> Option<Backed> {
-        self.tables.iter().flatten().find(|table| table.gfn == gfn).copied()
+        self.tables.iter().copied().flatten().find(|table| table.gfn == gfn).copied()
     }
 }
 
@@ -130,7 +132,7 @@ impl Way {
     }
 
     /// Forgets what it knows unless that is of the same way.
-    fn turn(&mut self, want: &Want) {
+    fn turn(&mut self, want: &Want<'_>) {
         let (table, entries) = (want.linear >> (PAGE_SHIFT + INDEX_BITS), &want.entries[1..]);
         if self.root != Some(want.root) || self.table != table || self.entries != entries {
             *self = Self { root: Some(want.root), table, children: [None; 4], ..Self::new() };
@@ -139,7 +141,7 @@ impl Way {
     }
 
     /// The page that is wanted below `entry` of a page of this identity.
-    fn child(&mut self, page: Identity, entry: usize, want: &Want) -> Option<Identity> {
+    fn child(&mut self, page: Identity, entry: usize, want: &Want<'_>) -> Option<Identity> {
         let known = &mut self.children[usize::from(page.role.level()) - 2];
         if known.is_none()
             && let Meaning::Child(child) = page.role.meaning(page.gfn, entry, want.judged(page.role))
@@ -156,7 +158,7 @@ pub(super) fn map<H: Host + GuestMemory>(
     order: &mut Order<'_>,
     fresh: Fresh<'_>,
     root: Handle,
-    want: &Want,
+    want: &Want<'_>,
     way: &mut Way,
     blanks: &mut Blanks,
 ) -> Step {
@@ -256,7 +258,7 @@ fn link<H: Host + GuestMemory>(
     at: Handle,
     entry: usize,
     child: Identity,
-    want: &Want,
+    want: &Want<'_>,
     blanks: &mut Blanks,
 ) -> Result<Handle, Step> {
     let (below, origin) = find_or_make(inside, order, fresh, child, want.table(child.gfn), blanks)?;
@@ -307,7 +309,7 @@ fn leaf<H: Host + GuestMemory>(
     order: &mut Order<'_>,
     fresh: Fresh<'_>,
     at: Handle,
-    want: &Want,
+    want: &Want<'_>,
 ) -> Step {
     let Some(mut guard) = order.alive(inside, at) else { return Step::Retry };
     let (page, role) = (guard.page, guard.page.role());
@@ -357,7 +359,7 @@ fn fill<H: Host>(
     inside: Inside<'_, H>,
     guard: &mut PageGuard<'_, '_>,
     entry: usize,
-    want: &Want,
+    want: &Want<'_>,
     Leaf { gfn, mut bits }: Leaf,
 ) -> Step {
     let (page, place) = (guard.page, Place::new(guard.index, entry));
@@ -421,45 +423,44 @@ fn fill<H: Host>(
     Step::Fixed
 }
 
-/// Makes leaves for neighbours that the guest has used before and that stand in the same piece of memory. Best effort:
-/// whatever is in the way stays, and nothing is opened for writing for their sake.
+/// Makes leaves for neighbours that the guest has used before and whose memory is at hand. Best effort: whatever is in the
+/// way stays, and nothing is opened for writing for their sake.
 fn prefetch<H: Host + GuestMemory>(
     inside: Inside<'_, H>,
     guard: &mut PageGuard<'_, '_>,
     _fresh: Fresh<'_>,
     entry: usize,
-    want: &Want,
+    want: &Want<'_>,
     leaves: &Leaves,
 ) {
     let (page, index) = (guard.page, guard.index);
     let Some(entries) = inside.entries(page) else { return };
-    let Some(neighbours) = want.target.neighbours(inside.mmu) else { return };
+    let Some(neighbours) = want.target.neighbours(inside, want.target_slot) else { return };
     let end = (entry & !(PREFETCH - 1)) + PREFETCH;
     let next = |from: usize| {
         (from..end.min(ENTRIES)).filter(|other| load_for_update(&entries[*other]) == ABSENT).find_map(|other| {
             let leaf = leaves.leaf(inside, page, other)?;
-            Some((other, leaf, neighbours.hfn(leaf.gfn)?))
+            Some((other, leaf, neighbours.page(leaf.gfn)?))
         })
     };
     // A page whose writes are logged is given for writing when it is written, and not before; which of a slot's pages are
     // tracked is asked then as well.
-    let at_once = want.target.writable && !want.target.logged && !want.target.tracked;
-    let kept = if at_once { u64::MAX } else { !WRITE };
+    let at_once = !want.target.logged && !want.target.tracked;
     let mut found = next(entry & !(PREFETCH - 1));
     let mut made = 0;
     while let Some((_, Leaf { gfn: first, .. }, _)) = found {
         let number = inside.shadow.buckets.number(first);
         let mut bucket = guard.numbered(inside, number);
         // Most neighbours lead to neighbours, whose bucket is the same.
-        while let Some((other, Leaf { gfn, mut bits }, hfn)) = found
+        while let Some((other, Leaf { gfn, mut bits }, backing)) = found
             && inside.shadow.buckets.number(gfn) == number
         {
             if bucket.mapped(gfn, Place::new(index, other)).is_ok() {
-                bits &= kept;
-                if bits & WRITE != 0 && bucket.may_write(inside, gfn) != Written::Free {
+                let writable = at_once && backing.writable;
+                if bits & WRITE != 0 && !(writable && bucket.may_write(inside, gfn) == Written::Free) {
                     bits &= !WRITE;
                 }
-                let new = long_mode::leaf(bits, hfn, want.target.writable, want.target.memory);
+                let new = long_mode::leaf(bits, backing.hfn, backing.writable, backing.memory);
                 page.aim(other, gfn.0 as u32);
                 // Nobody makes leaves here but under the page's lock, which this holds.
                 entries[other].store(long_mode::aged(new), Ordering::Release);

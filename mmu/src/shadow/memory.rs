@@ -3,6 +3,11 @@
 //! The slot and the backing are asked outside the MMU lock, which may wait; what they say is [`Backed`]. Memory is
 //! touched, and entries are made, inside the lock, and only if [`Backed::still_holds`]: no slot has changed and no
 //! invalidation has begun or ended since the answer, and none can begin before the lock is left.
+//!
+//! # Neighbours
+//! What else a fault maps is found inside the lock: in the same piece of memory, or by [`crate::host::Backing::page`], which
+//! does not wait. Either counts only while nothing at all is being invalidated, nor was since the fault's own answer
+//! ([`Backed::neighbours`]); none begins before the lock is left, so what the backing says there stays true as long.
 
 use super::table::Inside;
 use super::{GFN_LIMIT, Shadow};
@@ -10,10 +15,11 @@ use crate::Mmu;
 use crate::addr::{Gfn, GfnRange, Gpa, Hfn, PAGE_SHIFT};
 use crate::format::MemoryType;
 use crate::guest::{Marked, Tables, Width};
-use crate::host::{Access, GuestMemory, Host};
+use crate::host::{Access, GuestMemory, Host, Page};
 use crate::lock::{Shared, Ticket};
+use crate::mutants::{self, Mutant};
 use crate::notify::Snapshot;
-use crate::slots::{AddressSpace, SlotFlags, SlotState};
+use crate::slots::{AddressSpace, Slot, SlotFlags, SlotState};
 use crate::vcpu::FaultError;
 
 /// Guest tables whose frames a vCPU remembers: those of one walk, and the last level of some more.
@@ -58,11 +64,18 @@ impl Backed {
         slot.is_some_and(|slot| slot.tracked().is_some_and(|tracked| tracked.touches(slot.range().start, block)))
     }
 
-    /// The frames of the same piece, unless anything at all is being invalidated or was. As [`Backed::still_holds`], for
-    /// other frames than the one that was asked for.
+    /// What stands behind other frames of the slot, unless anything at all is being invalidated or was. As
+    /// [`Backed::still_holds`], which the caller has asked, for other frames than the one that was asked for.
     #[inline]
-    pub(super) fn neighbours<H: Host>(&self, mmu: &Mmu<H>) -> Option<Neighbours> {
-        (!mmu.notify.is_overtaken(self.snapshot)).then_some(Neighbours { run: self.run, first: self.first })
+    pub(super) fn neighbours<'n, H: Host>(
+        &'n self,
+        inside: Inside<'n, H>,
+        seen: &'n Option<SeenSlot>,
+    ) -> Option<Neighbours<'n, H>> {
+        let mmu = inside.mmu;
+        let slot = seen.as_ref().filter(|seen| seen.generation == self.generation).map(|seen| &seen.slot);
+        let overtaken = mmu.notify.is_overtaken(self.snapshot) && !mutants::is(Mutant::ShadowNeighboursNotFresh);
+        (!overtaken).then_some(Neighbours { host: &mmu.host, backed: self, slot })
     }
 
     pub(super) fn hfn(&self) -> Hfn {
@@ -74,18 +87,52 @@ impl Backed {
     }
 }
 
-/// Frames that are backed in one piece. Good for as long as the hold in which it was asked for.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Neighbours {
-    run: GfnRange,
-    first: Hfn,
+/// Frames near one that a fault is about. Good for as long as the hold in which it was asked for.
+#[derive(Debug)]
+pub(super) struct Neighbours<'n, H> {
+    host: &'n H,
+    backed: &'n Backed,
+    slot: Option<&'n Slot>,
 }
 
-impl Neighbours {
-    /// The host frame of `gfn`, if it is one of them.
+impl<H: Host> Neighbours<'_, H> {
+    /// What stands behind `gfn`, if that is known or can be told at once.
     #[inline]
-    pub(super) fn hfn(&self, gfn: Gfn) -> Option<Hfn> {
-        self.run.contains(gfn).then(|| Hfn(self.first.0 + (gfn.0 - self.run.start.0)))
+    pub(super) fn page(&self, gfn: Gfn) -> Option<Page> {
+        let Backed { run, writable, memory, .. } = *self.backed;
+        if run.contains(gfn) {
+            return Some(Page { hfn: self.backed.at(gfn), writable, memory });
+        }
+        let slot = self.slot.filter(|slot| slot.range().contains(gfn))?;
+        let page = self.host.page(slot, gfn, Access::Read)?;
+        Some(Page { writable: page.writable && !slot.flags().contains(SlotFlags::READ_ONLY), ..page })
+    }
+}
+
+/// A slot as the sets of a generation have it.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct SeenSlot {
+    slot: Slot,
+    tracked: bool,
+    generation: u64,
+}
+
+impl SeenSlot {
+    /// The slot of `gfn`; looked up only if `last` is of another, or of earlier sets.
+    #[inline]
+    fn find<H: Host>(mmu: &Mmu<H>, ticket: &mut Ticket, gfn: Gfn, last: &mut Option<Self>) -> Option<Self> {
+        match last {
+            Some(seen) if seen.slot.range().contains(gfn) && seen.generation == mmu.slots.generation() => {}
+            _ => *last = Self::look_up(mmu, ticket, gfn),
+        }
+        *last
+    }
+
+    fn look_up<H: Host>(mmu: &Mmu<H>, ticket: &mut Ticket, gfn: Gfn) -> Option<Self> {
+        let inside = Shared::enter(mmu, ticket);
+        let set = mmu.slots.read(&inside);
+        let found = set.find(AddressSpace::Main, gfn)?;
+        Some(Self { slot: found.slot(), tracked: found.tracked().is_some(), generation: set.generation() })
     }
 }
 
@@ -100,17 +147,20 @@ pub(super) enum Unbacked {
     Error(FaultError),
 }
 
-/// Asks what stands behind `gfn`. Outside the lock.
-pub(super) fn back<H: Host>(mmu: &Mmu<H>, ticket: &mut Ticket, gfn: Gfn, access: Access) -> Result<Backed, Unbacked> {
+/// Asks what stands behind `gfn`. Outside the lock. `seen` is the slot that was asked about last.
+pub(super) fn back<H: Host>(
+    mmu: &Mmu<H>,
+    ticket: &mut Ticket,
+    gfn: Gfn,
+    access: Access,
+    seen: &mut Option<SeenSlot>,
+) -> Result<Backed, Unbacked> {
     let Some(snapshot) = mmu.notify.snapshot(gfn) else { return Err(Unbacked::Changing) };
-    let (slot, generation) = {
-        let inside = Shared::enter(mmu, ticket);
-        let set = mmu.slots.read(&inside);
-        let slot = set.find(AddressSpace::Main, gfn).filter(|_| gfn < GFN_LIMIT);
-        let slot = slot.map(|slot| (slot.slot(), slot.tracked().is_some()));
-        (slot, set.generation())
-    };
-    let (slot, tracked) = slot.ok_or(Unbacked::NoMemory)?;
+    if gfn >= GFN_LIMIT {
+        return Err(Unbacked::NoMemory);
+    }
+    let found = SeenSlot::find(mmu, ticket, gfn, seen).ok_or(Unbacked::NoMemory)?;
+    let SeenSlot { slot, tracked, generation } = found;
     if slot.state() == SlotState::Changing {
         return Err(Unbacked::Changing);
     }
@@ -148,11 +198,26 @@ pub(super) struct Remembered {
     frames: [Option<Backed>; REMEMBERED],
     next: usize,
     target: Option<Backed>,
+    /// The slots of the last table and of the last target that were asked about.
+    table_slot: Option<SeenSlot>,
+    pub(super) target_slot: Option<SeenSlot>,
 }
 
 impl Remembered {
     pub(super) const fn new() -> Self {
-        Self { gfns: [NO_FRAME; REMEMBERED], frames: [None; REMEMBERED], next: 0, target: None }
+        Self {
+            gfns: [NO_FRAME; REMEMBERED],
+            frames: [None; REMEMBERED],
+            next: 0,
+            target: None,
+            table_slot: None,
+            target_slot: None,
+        }
+    }
+
+    /// Asks what stands behind a guest's table. Outside the lock.
+    pub(super) fn table<H: Host>(&mut self, mmu: &Mmu<H>, ticket: &mut Ticket, gfn: Gfn) -> Result<Backed, Unbacked> {
+        back(mmu, ticket, gfn, Access::Read, &mut self.table_slot)
     }
 
     #[inline]
@@ -193,7 +258,7 @@ impl Remembered {
         {
             return Ok(Backed { gfn, ..last });
         }
-        let backed = back(mmu, ticket, gfn, access)?;
+        let backed = back(mmu, ticket, gfn, access, &mut self.target_slot)?;
         self.target = Some(backed);
         Ok(backed)
     }
@@ -242,7 +307,7 @@ impl<H: Host + GuestMemory> GuestTables<'_, H> {
         for _ in 0..2 {
             let backed = match self.remembered.find(gfn) {
                 Some(backed) => *backed,
-                None => match back(self.mmu, self.ticket, gfn, Access::Read) {
+                None => match self.remembered.table(self.mmu, self.ticket, gfn) {
                     Ok(backed) => {
                         self.remembered.keep(backed);
                         backed

@@ -24,7 +24,7 @@ use super::Shadow;
 use super::fault::{self, Blanks, Step, TOLD, Want, Way};
 use super::hold::{Debts, Fresh, hold};
 use super::invlpg::invlpg;
-use super::memory::{GuestTables, Known, Remembered, Unbacked, back};
+use super::memory::{GuestTables, Known, Remembered, Unbacked};
 use super::page::Handle;
 use super::quota;
 use super::role::{Identity, Source};
@@ -357,7 +357,7 @@ impl<H: Host + GuestMemory> ShadowVcpu<H> {
     fn load_root(&mut self) -> Result<(), FaultError> {
         let mut wanted = self.identity;
         loop {
-            let Self { mmu, ticket, debts, blanks, .. } = self;
+            let Self { mmu, ticket, debts, blanks, remembered, .. } = self;
             let shadow = mmu.shadow.get().ok_or(FaultError::NoRoot)?;
             quota::top_up(mmu, shadow, ticket, debts, blanks)?;
             if wanted.role.top() == Top::Pointers {
@@ -365,7 +365,7 @@ impl<H: Host + GuestMemory> ShadowVcpu<H> {
             }
             let table = match wanted.role.source() {
                 Source::Identity => None,
-                Source::Guest(_) => match back(mmu, ticket, wanted.gfn, Access::Read) {
+                Source::Guest(_) => match remembered.table(mmu, ticket, wanted.gfn) {
                     Ok(table) => Some(table),
                     Err(Unbacked::Error(error)) => return Err(error),
                     // CR3 names no memory (KVM: the dummy root): each access faults, and the guest's walk says why.
@@ -486,17 +486,18 @@ impl<H: Host + GuestMemory> ShadowVcpu<H> {
             root: current.identity,
             mode: *mode,
             target,
+            target_slot: &remembered.target_slot,
             over_protection,
             tables: [None; TOLD],
         };
         for (place, (level, step)) in want.tables.iter_mut().zip(found.steps()) {
-            *place = remembered.find(step.at.gfn()).copied();
+            *place = remembered.find(step.at.gfn());
             want.entries[usize::from(level) - 1] = step.entry;
         }
         for _ in 0..ATTEMPTS {
             quota::top_up(mmu, shadow, ticket, debts, blanks)?;
             let step = hold(mmu, shadow, ticket, debts, |inside, order, debts| {
-                let told = want.tables.iter().flatten().chain([&want.target]);
+                let told = want.tables.iter().copied().flatten().chain([&want.target]);
                 match Fresh::check(debts, inside, Some(current.handle), told) {
                     Some(fresh) => fault::map(inside, order, fresh, current.handle, &want, way, blanks),
                     None => Step::Retry,
