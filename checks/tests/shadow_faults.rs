@@ -126,6 +126,45 @@ fn where_no_entry_can_say_what_the_supervisor_may_the_embedder_executes() {
 }
 
 #[test]
+fn a_load_of_cr3_leaves_the_tables_of_other_address_spaces_as_they_are() {
+    // Tables of level 4 to 1 of a root that shares none with the first.
+    const APART: [u64; 4] = [6, 7, 8, 9];
+    let (mmu, worker) = machine(64);
+    let put = |table: u64, page: u32, value| mmu.host().prepare(Gfn(table), page * 8, Width::Eight, value);
+    (0..3).for_each(|level| put(APART[level], 0, APART[level + 1] << 12 | ALL));
+    (0..64).for_each(|page| put(APART[3], page, u64::from(page) << 12 | ALL));
+    let mut cpu = cpu(&mmu, 0, LONG);
+    let load = |cpu: &mut ShadowCpu, root: u64| {
+        cpu.load_cr3(root << 12);
+        drop(cpu.vcpu.enter().expect("there is memory for a root"));
+    };
+    load(&mut cpu, APART[0]);
+    assert_eq!(cpu.access(ask(DATA, Access::Write, KERNEL), None), Done::Memory);
+    load(&mut cpu, TABLES[0]);
+    let faults = || mmu.counters().faults_fixed;
+    // Writing the other address space's table opens it once, however often this one is loaded.
+    write_entry(&mut cpu, APART[3], DATA, (DATA + 1) << 12 | ALL);
+    let opened = faults();
+    for root in [TABLES[0], OTHER_ROOT, TABLES[0]] {
+        load(&mut cpu, root);
+        assert_eq!(cpu.access(ask(DATA, Access::Read, KERNEL), None), Done::Memory);
+    }
+    let before = faults();
+    write_entry(&mut cpu, APART[3], DATA, (DATA + 2) << 12 | ALL);
+    assert_eq!((faults(), opened > 0), (before, true), "it was brought in step for a root that does not reach it");
+    // Its own root's load compares it, and so does each after it was opened again.
+    load(&mut cpu, APART[0]);
+    for frame in [DATA + 2, DATA + 3] {
+        let before = mmu.counters().leaves_zapped;
+        assert_eq!(cpu.access(ask(DATA, Access::Write, KERNEL), None), Done::Memory);
+        write_entry(&mut cpu, APART[3], DATA, (frame + 1) << 12 | ALL);
+        load(&mut cpu, APART[0]);
+        assert!(mmu.counters().leaves_zapped > before, "the old leaf is there still");
+    }
+    end(mmu, worker, vec![cpu]);
+}
+
+#[test]
 fn going_back_and_forth_between_roots_makes_none() {
     let (mmu, worker) = machine(64);
     let mut cpu = cpu(&mmu, 0, LONG);
@@ -145,24 +184,30 @@ fn going_back_and_forth_between_roots_makes_none() {
 
 #[test]
 fn a_table_that_is_written_and_not_used_is_taken_for_data() {
+    const TABLE: u64 = 9;
     let (mmu, worker) = machine(64);
+    let put = |table: u64, entry: u64, frame| {
+        mmu.host().prepare(Gfn(table), entry as u32 * 8, Width::Eight, frame << 12 | ALL);
+    };
+    put(TABLES[2], 1, TABLE);
+    put(TABLE, DATA, DATA);
     let (mut one, mut other) = (cpu(&mmu, 0, LONG), cpu(&mmu, 1, LONG));
-    // The other CPU's root has a table that no fault goes through any more.
-    other.load_cr3(OTHER_ROOT << 12);
-    assert_eq!(other.access(ask(DATA, Access::Read, KERNEL), None), Done::Memory);
-    other.load_cr3(TABLES[0] << 12);
     for round in 0..8 {
         write_entry(&mut one, OTHER_ROOT, 9, round << 12);
-        // Brings it in step again.
-        one.load_cr3(TABLES[0] << 12);
+        // Brings it in step again, and uses it for nothing.
+        for root in [OTHER_ROOT, TABLES[0]] {
+            other.load_cr3(root << 12);
+            drop(other.vcpu.enter().expect("there is memory for a root"));
+        }
     }
     let counters = mmu.counters();
     assert!(counters.shadow_unsynced >= 3, "{counters:?}");
     // A page that a vCPU keeps as a root is never taken for data.
     assert_eq!(counters.shadow_flooded, 0, "{counters:?}");
     drop(other);
+    assert_eq!(one.access(ask(512 + DATA, Access::Read, KERNEL), None), Done::Memory);
     for round in 0..8 {
-        write_entry(&mut one, OTHER_ROOT, 9, round << 12);
+        write_entry(&mut one, TABLE, 9, round << 12);
         one.load_cr3(TABLES[0] << 12);
     }
     assert_eq!(mmu.counters().shadow_flooded, 1);

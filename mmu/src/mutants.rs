@@ -101,6 +101,10 @@ pub enum Mutant {
     ShadowLeafOverwritten,
     /// What entries above do not allow is not taken from a page's role (CVE-2021-38198).
     ShadowAccessNotInherited,
+    /// A link is made without a look at whether anything below is out of step again.
+    ShadowLinkWithoutLook,
+    /// A page of leaves that is out of step is linked under a root that takes it for one that is not reached.
+    ShadowLinkUnnoticed,
     /// Neighbours are mapped while memory is being taken away.
     ShadowNeighboursNotFresh,
 }

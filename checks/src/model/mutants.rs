@@ -153,6 +153,8 @@ pub const CASES: &[Case] = &[
     shadow("shadow-page-without-flush", Mutant::ShadowPageWithoutFlush, "sync beside writes that go on", 2),
     shadow_far("shadow-slot-not-zapped", Far::ShadowSlotNotZapped, "shadow fault beside slot delete"),
     shadow("shadow-unmapped-by-guest-entry", Mutant::ShadowUnmappedByGuestEntry, "unsync beside sync", 1),
+    shadow("shadow-link-without-look", Mutant::ShadowLinkWithoutLook, "load of a root beside link below it", 2),
+    shadow("shadow-link-unnoticed", Mutant::ShadowLinkUnnoticed, "link of a table that is out of step", 1),
     shadow_far("shadow-neighbours-not-fresh", Far::ShadowNeighboursNotFresh, "neighbours beside invalidation"),
     shadow_far("shadow-leaf-overwritten", Far::ShadowLeafOverwritten, "a leaf of another frame"),
     // Some of them again, to show that the long scenarios can see.

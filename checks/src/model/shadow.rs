@@ -8,6 +8,8 @@
 //! | 2, 3 | the same by the same table, below an entry of the directory that does not let it write |
 //! | 4, 5 | the table, and the directory, as the guest writes them |
 //!
+//! A second root leads to the same tables.
+//!
 //! Each is small enough for loom, and is repeated under shuttle. What must hold is the same in all: no access reaches
 //! what its CPU may not know of any more, nor memory that was taken away, and in the end everything agrees.
 
@@ -29,13 +31,17 @@ pub const DIRECTORY: u64 = 3;
 pub const TABLE: u64 = 4;
 /// The directory and the table of pages 4 and 5.
 pub const WINDOW: [u64; 2] = [5, 6];
+/// The other root.
+pub const OTHER: u64 = 7;
 /// Frames of the one slot.
 pub const FRAMES: u64 = 8;
 
 /// The guest's tables at first, as (frame, entry, value).
-pub const TABLES: [(u64, u64, u64); 9] = [
+pub const TABLES: [(u64, u64, u64); 11] = [
     (ROOT, 0, DIRECTORY << 12 | 1),
     (ROOT, 1, WINDOW[0] << 12 | 1),
+    (OTHER, 0, DIRECTORY << 12 | 1),
+    (OTHER, 1, WINDOW[0] << 12 | 1),
     (DIRECTORY, 0, entry(TABLE)),
     (DIRECTORY, 1, read_only(TABLE)),
     (TABLE, 0, entry(0)),
@@ -65,8 +71,10 @@ pub enum Do {
     Write(u64),
     /// The guest writes an entry.
     Set(Written),
-    /// The guest loads CR3.
+    /// The guest loads CR3 with the value that it has; the first root at first.
     Reload,
+    /// The guest loads CR3 with this root.
+    Load(u64),
     /// The guest forgets one page.
     Invlpg(u64),
     /// The host zaps the data.
@@ -89,7 +97,7 @@ impl ShadowScenario {
 impl Do {
     /// Whether a vCPU does it.
     pub const fn is_guest(self) -> bool {
-        matches!(self, Self::Read(_) | Self::Write(_) | Self::Set(_) | Self::Reload | Self::Invlpg(_))
+        matches!(self, Self::Read(_) | Self::Write(_) | Self::Set(_) | Self::Reload | Self::Load(_) | Self::Invlpg(_))
     }
 }
 
@@ -106,7 +114,7 @@ pub struct ShadowScenario {
     pub threads: &'static [&'static [Do]],
 }
 
-use Do::{Delete, Invlpg, Move, Read, Reload, Set, Write, Zap, ZapAll};
+use Do::{Delete, Invlpg, Load, Move, Read, Reload, Set, Write, Zap, ZapAll};
 
 /// Page 0 leads to the other frame.
 const REMAP: Do = Set(Written { page: 4, entry: 0, value: entry(1) });
@@ -114,6 +122,10 @@ const REMAP: Do = Set(Written { page: 4, entry: 0, value: entry(1) });
 const MAP_BACK: Do = Set(Written { page: 4, entry: 0, value: entry(0) });
 /// Page 0 can not be written.
 const PROTECT: Do = Set(Written { page: 4, entry: 0, value: read_only(0) });
+/// Pages 0 and 1 are gone.
+const UNLINK_FIRST: Do = Set(Written { page: 5, entry: 0, value: 0 });
+/// They are there.
+const LINK_FIRST: Do = Set(Written { page: 5, entry: 0, value: entry(TABLE) });
 /// Pages 2 and 3 are gone.
 const UNLINK: Do = Set(Written { page: 5, entry: 1, value: 0 });
 /// They are there, and not to be written.
@@ -150,6 +162,31 @@ pub const SHADOW_SCENARIOS: &[ShadowScenario] = &[
         &[&[REMAP, LINK_WRITABLE, Read(3), Read(2)], &[Reload, Read(2)]],
     ),
     scenario("link beside sync of what is below", &[Read(0), UNLINK, REMAP], &[&[LINK, Read(2)], &[Reload, Read(0)]]),
+    scenario(
+        "load of a root beside link below it",
+        &[Load(OTHER), Read(0), Read(4)],
+        &[&[Load(OTHER), REMAP, Load(ROOT), Read(0)], &[Read(0)]],
+    ),
+    scenario(
+        "link of a table that is out of step",
+        &[Read(0), UNLINK_FIRST, Reload, MAP_BACK, Reload],
+        &[&[LINK_FIRST, Read(0)], &[REMAP, Reload, Read(0)]],
+    ),
+    scenario(
+        "links that make a way together",
+        &[Load(OTHER), Read(0), UNLINK_FIRST, Reload, LINK_FIRST, Reload],
+        &[&[Load(OTHER), REMAP, Load(ROOT), Read(0)], &[Load(OTHER), Read(0)], &[Read(0)]],
+    ),
+    scenario(
+        "INVLPG beside link",
+        &[Load(OTHER), Read(0), Read(4)],
+        &[&[Read(4), REMAP, Invlpg(0), Read(0)], &[Read(0)]],
+    ),
+    scenario(
+        "loads of two roots beside writes",
+        &[Read(0), MAP_BACK, Load(OTHER), Read(0)],
+        &[&[REMAP, Load(OTHER), Read(0), Load(ROOT), Read(0)], &[Load(OTHER), Read(0), MAP_BACK, Load(ROOT), Read(0)]],
+    ),
     scenario("zap beside link", &[Read(4)], &[&[Read(0)], &[Move(TABLE)]]),
     scenario("zap of a directory beside link", &[Read(4), Read(2)], &[&[Read(0)], &[Move(DIRECTORY)]]),
     scenario("zap of the root beside fault", &[Read(0)], &[&[Read(4)], &[Move(ROOT)]]),

@@ -34,6 +34,8 @@ enum Done {
 
 struct Guest {
     vcpu: ShadowVcpu<ShadowMachine>,
+    /// The frame of its root.
+    root: u64,
     /// Page, frame, whether it can be written.
     tlb: Vec<(u64, Hfn, bool)>,
     /// When the guest last asked to forget everything, and each page.
@@ -47,7 +49,7 @@ impl Guest {
         vcpu.load_cr3(ROOT << 12, false);
         vcpu.set_controls(CONTROLS);
         let flushed = mmu.host().ghost().tick();
-        Self { vcpu, tlb: Vec::new(), flushed, pages: [0; PAGES as usize] }
+        Self { vcpu, root: ROOT, tlb: Vec::new(), flushed, pages: [0; PAGES as usize] }
     }
 
     fn step(&mut self, what: Do) {
@@ -61,16 +63,20 @@ impl Guest {
             Do::Set(Written { page, entry, value }) => {
                 self.access(page, Access::Write, Some((entry as u32 * 8, value)));
             }
-            Do::Reload => {
-                self.flushed = self.vcpu.mmu().host().ghost().tick();
-                self.vcpu.load_cr3(ROOT << 12, false);
-            }
+            Do::Reload => self.load(self.root),
+            Do::Load(root) => self.load(root),
             Do::Invlpg(page) => {
                 self.pages[page as usize] = self.vcpu.mmu().host().ghost().tick();
                 self.vcpu.invlpg(page << 12);
             }
             Do::Zap | Do::ZapAll | Do::Move(_) | Do::Delete => {}
         }
+    }
+
+    fn load(&mut self, root: u64) {
+        self.flushed = self.vcpu.mmu().host().ghost().tick();
+        self.root = root;
+        self.vcpu.load_cr3(root << 12, false);
     }
 
     fn access(&mut self, page: u64, access: Access, store: Option<(u32, u64)>) -> Done {
@@ -100,7 +106,7 @@ impl Guest {
 
     /// One turn in guest mode; whether the access was made.
     fn turn(&mut self, page: u64, access: Access, store: Option<(u32, u64)>) -> Result<bool, FaultError> {
-        let Self { vcpu, tlb, flushed, pages } = self;
+        let Self { vcpu, root, tlb, flushed, pages } = self;
         let (mmu, id) = (Arc::clone(vcpu.mmu()), usize::from(vcpu.id().0));
         let machine = mmu.host();
         let mut inside = vcpu.enter()?;
@@ -120,7 +126,7 @@ impl Guest {
             tlb.push((page, hfn, writable));
         }
         let from = pages[page as usize].max(*flushed);
-        let may = machine.ghost().may(from, page, access, hfn);
+        let may = machine.ghost().may(*root, from, page, access, hfn);
         assert!(may, "the guest reaches {hfn:?} by page {page} for {access:?}, which it was told to forget");
         if let Some((offset, value)) = store {
             machine.store(hfn, offset, value);

@@ -59,10 +59,10 @@ impl Ghost {
         self.values[owner as usize][offset as usize / 8].push((tick, value));
     }
 
-    /// Whether a CPU that forgot everything of `page` at `from` may reach `hfn` by it: some walk from the top down, each
-    /// entry read after `from` and not before the one above, leads there.
-    pub(super) fn may(&self, from: u64, page: u64, access: Access, hfn: Hfn) -> bool {
-        self.owner(hfn).is_some_and(|wanted| self.leads(3, ROOT, from, page, access, &|gfn| gfn == wanted))
+    /// Whether a CPU that forgot everything of `page` at `from` may reach `hfn` by it under `root`: some walk from the top
+    /// down, each entry read after `from` and not before the one above, leads there.
+    pub(super) fn may(&self, root: u64, from: u64, page: u64, access: Access, hfn: Hfn) -> bool {
+        self.owner(hfn).is_some_and(|wanted| self.leads(3, root, from, page, access, &|gfn| gfn == wanted))
     }
 
     /// Whether the guest's tables allow the access as they are.

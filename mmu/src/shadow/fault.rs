@@ -7,9 +7,9 @@
 //! - A link is followed without a lock if what is behind it is the page that is wanted, by `(gfn, role)`.
 //! - A link is made under the locks of both pages, when the guest's entry, read again there, still wants that page. All
 //!   that is below must have been in step at some time *after* the guest's entry was first read: a CPU reads upper entries
-//!   before lower ones, and never has an old lower entry under an upper one that is newer (KVM, 65855ed8b034). For a page
-//!   of leaves that is seen to under the locks. A page found with others below it is linked after everything was brought
-//!   in step; what is written from then on is newer than the entry above.
+//!   before lower ones, and never has an old lower entry under an upper one that is newer (KVM, 65855ed8b034). And it must
+//!   have been in step since any load of CR3 that did not find the link. Both are seen to under the locks ([`may_link`]);
+//!   what a page found there reaches is brought in step before, so that there is rarely anything to be seen to.
 //! - A leaf is made under the page's lock of the guest's entry read again there, and under the bucket lock of its frame,
 //!   where it is decided whether it may be writable (module head of `shadow`).
 //!
@@ -28,7 +28,7 @@ use super::order::{Order, PageGuard};
 use super::page::{Blank, Handle, Page, Place, STALE, UNSYNC};
 use super::rmap::NoRoom;
 use super::role::{Identity, Meaning, Role, Source};
-use super::sync::{TOGETHER, all_in_step, compare_all, in_step, judge, open, unlink, unmap};
+use super::sync::{TOGETHER, below_in_step, in_step, judge, may_link, open, unlink, unmap};
 use super::table::Inside;
 use crate::addr::{ENTRIES, Gfn, INDEX_BITS, Level, PAGE_SHIFT};
 
@@ -201,16 +201,7 @@ fn is_wanted(page: &Page, wanted: Identity) -> bool {
     page.identity() == wanted || mutants::is(Mutant::ShadowRoleNotCompared) && page.gfn() == wanted.gfn
 }
 
-/// Whether a page was found or made.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) enum Origin {
-    /// It may have pages below.
-    Found,
-    /// Nothing is in it yet.
-    Made,
-}
-
-/// The page of this identity.
+/// The page of this identity, found or made.
 pub(super) fn find_or_make<H: Host>(
     inside: Inside<'_, H>,
     order: &mut Order<'_>,
@@ -218,13 +209,13 @@ pub(super) fn find_or_make<H: Host>(
     wanted: Identity,
     table: Option<Backed>,
     blanks: &mut Blanks,
-) -> Result<(Handle, Origin), Step> {
+) -> Result<Handle, Step> {
     if wanted.gfn >= GFN_LIMIT {
         return Err(Step::Retry);
     }
     let mut bucket = order.bucket(inside, wanted.gfn);
     if let Some(index) = bucket.find(inside, wanted) {
-        return Ok((Handle { index, life: inside.page(index).life() }, Origin::Found));
+        return Ok(Handle { index, life: inside.page(index).life() });
     }
     if !bucket.has_room_for_page() {
         return Err(Step::Bucket(wanted.gfn));
@@ -236,9 +227,11 @@ pub(super) fn find_or_make<H: Host>(
         (Source::Guest(_), None) => return Err(Step::Retry),
     };
     let Blank { index, frame } = blanks.pop().ok_or(Step::Blanks)?;
-    let life = inside.page(index).begin(wanted, inside.shadow.epoch(), guest, frame);
+    let page = inside.page(index);
+    page.note_in_step_to(inside.shadow.out_of_step.latest());
+    let life = page.begin(wanted, inside.shadow.epoch(), guest, frame);
     bucket.add_page(wanted.gfn, index);
-    Ok((Handle { index, life }, Origin::Made))
+    Ok(Handle { index, life })
 }
 
 /// Brings a page that nothing leads to yet in step: it is to be linked, or loaded as a root.
@@ -261,12 +254,11 @@ fn link<H: Host + GuestMemory>(
     want: &Want<'_>,
     blanks: &mut Blanks,
 ) -> Result<Handle, Step> {
-    let (below, origin) = find_or_make(inside, order, fresh, child, want.table(child.gfn), blanks)?;
+    let below = find_or_make(inside, order, fresh, child, want.table(child.gfn), blanks)?;
     settle(inside, order, below);
     let late = mutants::is(Mutant::ShadowLinkedOutOfStep);
-    if origin == Origin::Found && child.role.level() > 1 && !late {
-        // Pages further down may be out of step, and which they are is not known here.
-        all_in_step(inside, order);
+    if child.role.level() > 1 && !late {
+        below_in_step(inside, order, below);
     }
     let mut guard = order.alive(inside, at).ok_or(Step::Retry)?;
     let (page, place) = (guard.page, Place::new(at.index, entry));
@@ -282,14 +274,6 @@ fn link<H: Host + GuestMemory>(
     if !is_wanted(under.page, child) {
         return Err(Step::Retry);
     }
-    if child.role.level() == 1 && under.page.has(STALE) && !late {
-        // It may be written at any time, and is on the list: what counts is that its entries are not older than the
-        // one above. If it is being protected by somebody who has not finished, that is not for sure yet.
-        if !under.page.has(UNSYNC) {
-            return Err(Step::Retry);
-        }
-        compare_all(inside, &mut under);
-    }
     if under.links.parents.len() == under.links.parents.capacity() {
         return Err(Step::Parents(below.index));
     }
@@ -297,6 +281,10 @@ fn link<H: Host + GuestMemory>(
         return Err(Step::Retry);
     };
     under.links.parents.push(place);
+    if !late && !may_link(inside, &mut under) {
+        under.links.parents.pop();
+        return Err(Step::Retry);
+    }
     page.aim(entry, below.index);
     // Absent, and nobody makes links but under the page's lock.
     entries[entry].store(long_mode::table(frame, page.role().top()), Ordering::Release);

@@ -2,7 +2,8 @@
 //!
 //! [`Order`] is the right to lock, made once a hold. Locking borrows it mutably, so whoever holds a page's lock can lock
 //! no unrelated page: only what the guard offers, a child of that page, and then one bucket. A bucket's guard offers
-//! nothing. What a borrow can not say, that a child's level is lower, is asserted.
+//! nothing. What a borrow can not say, that a child's level is lower, is asserted. Any page may be locked out of order if that
+//! needs no waiting ([`Looks`]).
 
 use core::marker::PhantomData;
 use core::ops::{Deref, DerefMut};
@@ -14,9 +15,18 @@ use crate::addr::Gfn;
 use crate::host::Host;
 use crate::leaf_lock::LeafGuard;
 
+/// Times that a lock is tried that may not be waited for: its holder works on one entry, or on a few.
+const LOOKS: usize = if cfg!(any(feature = "loom", feature = "shuttle")) { 1 } else { 256 };
+
 /// The right to lock from the top. See the module head.
 #[derive(Debug)]
 pub(crate) struct Order<'h>(PhantomData<&'h mut ()>);
+
+/// Who may look at who leads to a page, of any level: waiting for its lock, or only if that is free.
+pub(super) trait Looks {
+    /// Locks the page at a place, whatever it is now; `None` if it is locked, and may not be waited for.
+    fn look<'g, 's, H: Host>(&'s mut self, inside: Inside<'g, H>, index: u32) -> Option<PageGuard<'g, 's>>;
+}
 
 /// Holds a page's lock.
 pub(crate) struct PageGuard<'g, 'o> {
@@ -65,6 +75,27 @@ impl Order<'_> {
     /// Locks the bucket of that number.
     pub(super) fn numbered<'g, H: Host>(&mut self, inside: Inside<'g, H>, number: usize) -> BucketGuard<'g, '_> {
         bucket(inside, number)
+    }
+}
+
+impl Looks for Order<'_> {
+    fn look<'g, 's, H: Host>(&'s mut self, inside: Inside<'g, H>, index: u32) -> Option<PageGuard<'g, 's>> {
+        Some(page(inside, index))
+    }
+}
+
+/// Who holds a page waits for none that may be above it.
+impl Looks for PageGuard<'_, '_> {
+    fn look<'g, 's, H: Host>(&'s mut self, inside: Inside<'g, H>, index: u32) -> Option<PageGuard<'g, 's>> {
+        let page = inside.page(index);
+        let links = (0..LOOKS).find_map(|_| {
+            let links = page.links().try_lock();
+            if links.is_none() {
+                inside.mmu.host.relax();
+            }
+            links
+        })?;
+        Some(PageGuard { page, index, links, order: PhantomData })
     }
 }
 

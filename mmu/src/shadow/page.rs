@@ -89,6 +89,8 @@ pub(super) struct Page {
     writes: AtomicU32,
     /// vCPUs that keep it as a root.
     loads: AtomicU32,
+    /// Of the pages out of step, those with numbers up to this are not below ([`super::sync`]).
+    in_step_to: AtomicU64,
     /// 0: none.
     frame: AtomicU64,
     /// The host frame of the guest's table.
@@ -109,6 +111,7 @@ impl Page {
             marks: zero(),
             writes: zero(),
             loads: zero(),
+            in_step_to: AtomicU64::new(0),
             frame: AtomicU64::new(0),
             guest: AtomicU64::new(0),
             targets: OnceBox::new(),
@@ -210,6 +213,17 @@ impl Page {
 
     pub(super) fn count_unload(&self) {
         self.loads.fetch_sub(1, Ordering::AcqRel);
+    }
+
+    /// Of the pages out of step, those with numbers up to this are not below.
+    #[inline]
+    pub(super) fn in_step_to(&self) -> u64 {
+        self.in_step_to.load(Ordering::Acquire)
+    }
+
+    /// Says so. Under the page's lock, or before its life begins.
+    pub(super) fn note_in_step_to(&self, number: u64) {
+        self.in_step_to.fetch_max(number, Ordering::AcqRel);
     }
 
     /// What entry `entry` leads to, if it leads anywhere.

@@ -2,9 +2,32 @@
 //!
 //! # The list
 //! A page whose table the guest may write is on the list of pages out of step, from before the table's first writable
-//! leaf until all its entries have been compared again. [`in_step`] goes through the list; it is called where a CPU would
-//! forget translations: CR3 loads, flushes. That is more than the architecture asks (pages of other address spaces are
-//! on the list too), and never wrong: a CPU may forget at any time.
+//! leaf until all its entries have been compared again. Where a CPU would forget translations (CR3 loads, flushes), the
+//! pages of the list that the root *reaches* are brought in step ([`below_in_step`]): those to which a way of links leads
+//! from it. Those of other address spaces stay as they are, for the next load of a root that reaches them; their guest may
+//! be writing them at the moment, on another vCPU.
+//!
+//! Each time that a page gets on the list, or its table is opened again, it has a new *number* there, higher than all
+//! before. Every page T remembers a number up to which it has looked: **no page that is on the list with a number that T
+//! has seen is reached from T.** So a load of CR3 looks at what is new since the last load of this root and at nothing
+//! else, and mostly there is nothing.
+//!
+//! # Who keeps that true
+//! - *A look from T* copies what is new on the list, goes up from each of these pages through the lists of parents, one
+//!   lock at a time, and finds T or does not. What it finds is brought in step, which takes it off the list or, should it
+//!   be opened meanwhile, gives it a higher number. Then T has seen the numbers up to that of the copy.
+//! - *A link* to a page C enters itself into C's list of parents *first*, under C's lock, and looks from C *second*, under
+//!   the same lock. If it finds a page out of step, it takes the link back. A look from some T that went past C's list
+//!   before the link was entered had copied the list before that; what it had copied is on the list still when the link
+//!   looks, or has been in step since. Of several links that are made at the same time and only together make a way, the
+//!   last one that is entered finds the others entered.
+//! - *A link to a page of leaves* that is out of step is made nevertheless, as its table may be written all the time: it is
+//!   entered, the page gets a new number, and then all its entries are compared. Whoever looked at the list before that
+//!   loaded CR3 before the comparison; whoever looks later finds the new number, and the link.
+//! - *A page whose life begins* has no link, and has seen what there is.
+//!
+//! A look may find a way that is not there (any more, or where there are too many to tell): then a page is brought in step
+//! that need not be. That is never wrong: a CPU may forget at any time.
 //!
 //! # One page
 //! 1. Under the bucket lock of the table: it counts as protected again, and all leaves of the table lose their right to
@@ -26,7 +49,7 @@ use alloc::vec::Vec;
 
 use super::bucket::Bucket;
 use super::leaves::{Leaves, Reading};
-use super::order::{Order, PageGuard};
+use super::order::{Looks, Order, PageGuard};
 use super::page::{Handle, Page, Place, STALE, UNSYNC};
 use super::role::{Meaning, Source};
 use super::table::Inside;
@@ -37,7 +60,7 @@ use crate::guest::{Judged, Mode, Width};
 use crate::host::{GuestMemory, Host};
 use crate::leaf_lock::LeafLock;
 use crate::mutants::{self, Mutant};
-use crate::sync::{AtomicU32, Ordering, load_for_update};
+use crate::sync::{AtomicU32, AtomicU64, Ordering, load_for_update};
 use crate::tlb::Moment;
 
 /// Pages out of step at most. More, and the fault that would add one brings the others in step first.
@@ -46,39 +69,80 @@ const LIST: usize = 64;
 /// places, all of them roots in use (PAE has 128 in a frame): bringing others in step would never make room for them.
 pub(super) const TOGETHER: usize = LIST / 2;
 
+/// Ways up that a look follows at a time. With more, it takes the page for one that is reached.
+const WAYS: usize = 16;
+
+/// A page on the list, with its number there.
+#[derive(Clone, Copy, Debug)]
+struct Listed {
+    page: Handle,
+    number: u64,
+}
+
+/// Some pages of the list, and up to which number they were chosen.
+struct Chosen {
+    pages: [Handle; LIST],
+    count: usize,
+    up_to: u64,
+}
+
+impl Chosen {
+    fn pages(&self) -> &[Handle] {
+        &self.pages[..self.count]
+    }
+}
+
 /// The list of pages out of step.
 #[derive(Debug)]
 pub(super) struct OutOfStep {
-    pages: LeafLock<Vec<Handle>>,
+    pages: LeafLock<Vec<Listed>>,
     /// How many are on it; written under its lock. Who finds none has nothing to bring in step: what the guest wrote
     /// before it asked to forget was writable before, and on the list before that.
     count: AtomicU32,
+    /// The highest number that was given; written under the lock.
+    latest: AtomicU64,
 }
 
 impl OutOfStep {
     pub(super) fn new() -> Self {
-        Self { pages: LeafLock::new(Vec::with_capacity(LIST)), count: AtomicU32::new(0) }
+        let pages = LeafLock::new(Vec::with_capacity(LIST));
+        Self { pages, count: AtomicU32::new(0), latest: AtomicU64::new(0) }
     }
 
-    /// Puts a page on the list; whether there was room. Under its bucket lock.
+    /// Puts a page on the list, with a new number if it was there; whether there was room. Under its bucket lock.
     fn add<H: Host>(&self, inside: Inside<'_, H>, handle: Handle) -> bool {
         let mut pages = self.pages.lock(inside.relax());
-        if pages.contains(&handle) {
+        if let Some(listed) = pages.iter_mut().find(|listed| listed.page == handle) {
+            listed.number = self.next_number();
             return true;
         }
         // Pages that died on the list are of no concern to anybody.
-        pages.retain(|other| inside.page(other.index).is(*other));
+        pages.retain(|other| inside.page(other.page.index).is(other.page));
         let room = pages.len() < LIST;
         if room {
-            pages.push(handle);
+            pages.push(Listed { page: handle, number: self.next_number() });
         }
         self.count.store(pages.len() as u32, Ordering::Release);
         room
     }
 
+    /// Gives a page that is on the list a new number. Under the page's lock.
+    fn renew<H: Host>(&self, inside: Inside<'_, H>, handle: Handle) {
+        let mut pages = self.pages.lock(inside.relax());
+        if let Some(listed) = pages.iter_mut().find(|listed| listed.page == handle) {
+            listed.number = self.next_number();
+        }
+    }
+
+    /// Under the lock. A read-modify-write, as is the look in [`OutOfStep::has_news`]: of two, one sees the other, and what
+    /// was done before it.
+    fn next_number(&self) -> u64 {
+        self.latest.fetch_add(1, Ordering::AcqRel) + 1
+    }
+
     fn remove<H: Host>(&self, inside: Inside<'_, H>, handle: Handle) {
         let mut pages = self.pages.lock(inside.relax());
-        pages.retain(|other| *other != handle);
+        pages.retain(|other| other.page != handle);
         self.count.store(pages.len() as u32, Ordering::Release);
     }
 
@@ -88,12 +152,122 @@ impl OutOfStep {
         self.count.load(Ordering::Acquire) == 0
     }
 
-    fn copy<H: Host>(&self, inside: Inside<'_, H>) -> ([Handle; LIST], usize) {
-        let pages = self.pages.lock(inside.relax());
-        let mut copy = [Handle { index: 0, life: 0 }; LIST];
-        copy[..pages.len()].copy_from_slice(&pages);
-        (copy, pages.len())
+    /// The highest number that was given.
+    pub(super) fn latest(&self) -> u64 {
+        self.latest.load(Ordering::Acquire)
     }
+
+    /// Whether there may be something on the list that was not looked at from `page`.
+    #[inline]
+    pub(super) fn has_news(&self, page: &Page) -> bool {
+        !self.is_empty() && self.latest.fetch_add(0, Ordering::AcqRel) > page.in_step_to()
+    }
+
+    /// Pages on the list with higher numbers than `seen`.
+    fn since<H: Host>(&self, inside: Inside<'_, H>, seen: u64) -> Chosen {
+        let pages = self.pages.lock(inside.relax());
+        let mut chosen = Chosen { pages: [Handle { index: 0, life: 0 }; LIST], count: 0, up_to: self.latest() };
+        for listed in pages.iter().filter(|listed| listed.number > seen) {
+            chosen.pages[chosen.count] = listed.page;
+            chosen.count += 1;
+        }
+        chosen
+    }
+}
+
+/// Whether a way of links leads from the page at `top` to `page`, or to too many pages to tell.
+///
+/// Level by level upwards: what leads to a page is of the next level. Dead pages lead nowhere, for they have no entries.
+fn is_reached<H: Host>(inside: Inside<'_, H>, looks: &mut impl Looks, top: u32, page: Handle) -> bool {
+    if page.index == top {
+        return true;
+    }
+    let top_level = inside.page(top).role().level();
+    let (mut here, mut count) = ([page; WAYS], 1);
+    while count > 0 {
+        let (mut above, mut found) = ([page; WAYS], 0);
+        for handle in &here[..count] {
+            let page = inside.page(handle.index);
+            if !page.is(*handle) || page.role().level() >= top_level {
+                continue;
+            }
+            let Some(guard) = looks.look(inside, handle.index) else { return true };
+            if !page.is(*handle) {
+                continue;
+            }
+            let parents = &guard.links.parents;
+            if page.role().level() + 1 == top_level {
+                if parents.iter().any(|parent| parent.page() == top) {
+                    return true;
+                }
+                continue;
+            }
+            for index in parents.iter().map(|parent| parent.page()) {
+                let handle = Handle { index, life: inside.page(index).life() };
+                if !above[..found].contains(&handle) {
+                    if found == WAYS {
+                        return true;
+                    }
+                    above[found] = handle;
+                    found += 1;
+                }
+            }
+        }
+        (here, count) = (above, found);
+    }
+    false
+}
+
+/// Brings everything in step that the root `top`, or another page, reaches.
+pub(super) fn below_in_step<H: Host + GuestMemory>(inside: Inside<'_, H>, order: &mut Order<'_>, top: Handle) {
+    let page = inside.page(top.index);
+    if !inside.shadow.out_of_step.has_news(page) {
+        return;
+    }
+    let mut news = inside.shadow.out_of_step.since(inside, page.in_step_to());
+    let mut reached = 0;
+    for place in 0..news.count {
+        let handle = news.pages[place];
+        if is_reached(inside, order, top.index, handle) {
+            news.pages[reached] = handle;
+            reached += 1;
+        }
+    }
+    in_step(inside, order, &news.pages[..reached]);
+    if let Some(guard) = order.alive(inside, top) {
+        // It was alive all the time: what was found is of this life.
+        guard.page.note_in_step_to(news.up_to);
+    }
+}
+
+/// Whether a link to the page of `guard`, which has been entered into its list of parents, may be made; if not, something
+/// below has to be brought in step first.
+pub(super) fn may_link<H: Host + GuestMemory>(inside: Inside<'_, H>, guard: &mut PageGuard<'_, '_>) -> bool {
+    let (page, top) = (guard.page, guard.index);
+    let out_of_step = &inside.shadow.out_of_step;
+    if page.role().level() == 1 {
+        if page.has(STALE) {
+            // It may be written at any time, and is on the list: what counts is that its entries are not older than the
+            // one above. If it is being protected by somebody who has not finished, that is not for sure yet.
+            if !page.has(UNSYNC) {
+                return false;
+            }
+            if !mutants::is(Mutant::ShadowLinkUnnoticed) {
+                out_of_step.renew(inside, Handle { index: top, life: page.life() });
+            }
+            compare_all(inside, guard);
+        }
+        return true;
+    }
+    if out_of_step.is_empty() || mutants::is(Mutant::ShadowLinkWithoutLook) {
+        return true;
+    }
+    let news = out_of_step.since(inside, page.in_step_to());
+    let reaches_none = !news.pages().iter().any(|handle| is_reached(inside, guard, top, *handle));
+    if reaches_none {
+        page.note_in_step_to(news.up_to);
+    }
+    reaches_none
 }
 
 /// Marks all pages of `gfn` that are in step as out of it, so that a leaf of it may become writable; `false` if the list
@@ -118,15 +292,17 @@ pub(super) fn open<H: Host>(inside: Inside<'_, H>, bucket: &Bucket, gfn: Gfn) ->
 
 /// Brings all pages on the list in step.
 pub(super) fn all_in_step<H: Host + GuestMemory>(inside: Inside<'_, H>, order: &mut Order<'_>) {
-    if inside.shadow.out_of_step.is_empty() {
-        return;
+    if !inside.shadow.out_of_step.is_empty() {
+        let all = inside.shadow.out_of_step.since(inside, 0);
+        in_step(inside, order, all.pages());
     }
-    let (pages, count) = inside.shadow.out_of_step.copy(inside);
-    in_step(inside, order, &pages[..count]);
 }
 
 /// Brings these pages in step.
 pub(super) fn in_step<H: Host + GuestMemory>(inside: Inside<'_, H>, order: &mut Order<'_>, pages: &[Handle]) {
+    if pages.is_empty() {
+        return;
+    }
     let mut latest = Moment::NEVER;
     for handle in pages {
         let page = inside.page(handle.index);

@@ -28,7 +28,7 @@ use super::memory::{GuestTables, Known, Remembered, Unbacked};
 use super::page::Handle;
 use super::quota;
 use super::role::{Identity, Source};
-use super::sync::all_in_step;
+use super::sync::{all_in_step, below_in_step};
 use super::table::Inside;
 use super::zap::zap_page;
 use crate::addr::{Gpa, Hfn, Hpa};
@@ -299,11 +299,12 @@ impl<H: Host + GuestMemory> ShadowVcpu<H> {
             if self.root.is_none() {
                 self.load_root()?;
             }
-            if core::mem::take(&mut self.sync_owed) {
-                let Self { mmu, ticket, debts, .. } = self;
+            if core::mem::take(&mut self.sync_owed)
+                && let Self { mmu, ticket, debts, root: Some(root), .. } = self
+            {
                 let shadow = mmu.shadow.get().ok_or(FaultError::NoRoot)?;
-                if !shadow.out_of_step.is_empty() {
-                    hold(mmu, shadow, ticket, debts, |inside, order, _| all_in_step(inside, order));
+                if shadow.out_of_step.has_news(shadow.arena.page(root.handle.index)) {
+                    hold(mmu, shadow, ticket, debts, |inside, order, _| below_in_step(inside, order, root.handle));
                 }
             }
             let Entered { must_flush, has_requests } = self.mmu.tlb.enter(self.id, &mut self.flushed);
@@ -381,7 +382,7 @@ impl<H: Host + GuestMemory> ShadowVcpu<H> {
             };
             let step = hold(mmu, shadow, ticket, debts, |inside, order, debts| {
                 let fresh = Fresh::check(debts, inside, None, &table).ok_or(Step::Retry)?;
-                let (handle, _) = fault::find_or_make(inside, order, fresh, wanted, table, blanks)?;
+                let handle = fault::find_or_make(inside, order, fresh, wanted, table, blanks)?;
                 fault::settle(inside, order, handle);
                 let guard = order.alive(inside, handle).ok_or(Step::Retry)?;
                 let frame = guard.page.frame(inside.shared).ok_or(Step::Retry)?;

@@ -1,8 +1,9 @@
 //! Taking shadow pages and mappings away.
 //!
 //! # A page
-//! Its life ends under its lock: from here on nobody links to it, maps by it, or finds it. Still under the lock its
-//! entries go, each link under the lock of the page below, each leaf under the bucket lock of its frame. The list of its
+//! Under its lock its entries go, each link under the lock of the page below, each leaf under the bucket lock of its frame;
+//! then its life ends. Nobody makes entries without that lock, so a page whose life has ended has none, which whoever meets
+//! its handle may conclude without the lock: from here on nobody links to it, maps by it, or finds it. The list of its
 //! parents is taken, the lock let go (parents are locked before their children, never after), and each parent that still
 //! leads to it is made to forget it. Then it leaves its bucket: only then the guest's table may be written freely, for
 //! no entry is left that was made of it. Its frame is owed a flush and a grace period, its place is free at once.
@@ -54,7 +55,6 @@ pub(crate) fn zap_page<H: Host>(
 ) -> bool {
     let Some(mut guard) = order.alive(inside, handle) else { return false };
     let (page, role) = (guard.page, guard.page.role());
-    page.end();
     for entry in 0..role.entries() {
         let empty = inside.entries(page).is_none_or(|entries| load_for_update(&entries[entry]) == ABSENT);
         match role.level() {
@@ -63,6 +63,7 @@ pub(crate) fn zap_page<H: Host>(
             _ => unlink(inside, &mut guard, entry),
         }
     }
+    page.end();
     let parents = core::mem::take(&mut guard.links.parents);
     drop(guard);
     for parent in &parents {
