@@ -191,6 +191,11 @@ impl Mode {
         }
     }
 
+    /// Whether the rights of all levels together, and the page's key, allow the access.
+    pub(crate) fn lets(&self, rights: Rights, key: u8, request: &Request) -> bool {
+        self.allows(rights, request) && !self.key_forbids(key, rights, request)
+    }
+
     /// Whether the page's key forbids writing to whoever heeds write protection.
     pub(crate) const fn key_protects(&self, key: u8, rights: Rights, pkru: u32) -> bool {
         self.keys && rights.user && pkru >> (2 * (key & 15) as u32) & 2 != 0

@@ -23,7 +23,8 @@ use super::GFN_LIMIT;
 use super::bucket::Written;
 use super::hold::Fresh;
 use super::leaves::{Leaf, Leaves};
-use super::memory::{Backed, SeenSlot, note_write};
+use super::memory::{Backed, Neighbours, SeenSlot, TargetPage, note_write};
+use super::near::Near;
 use super::order::{Order, PageGuard};
 use super::page::{Blank, Handle, Page, Place, STALE, UNSYNC};
 use super::rmap::NoRoom;
@@ -35,7 +36,7 @@ use crate::addr::{ENTRIES, Gfn, INDEX_BITS, Level, PAGE_SHIFT};
 use crate::events::Counter;
 use crate::format::long_mode::{self, ABSENT, NO_EXECUTE, USER, WRITE};
 use crate::guest::{Judged, Mode};
-use crate::host::{Access, GuestMemory, Host};
+use crate::host::{Access, GuestMemory, Host, Page as BackingPage};
 use crate::mutants::{self, Mutant};
 use crate::sync::{Ordering, load_for_update};
 use crate::vcpu::FaultError;
@@ -57,6 +58,7 @@ pub(super) struct Want<'v> {
     pub(super) entries: [u64; 5],
     /// The root, and what its role makes of the guest's tables.
     pub(super) root: Identity,
+    pub(super) handle: Handle,
     pub(super) mode: Mode,
     /// The frame that the guest's tables lead to.
     pub(super) target: Backed,
@@ -124,11 +126,13 @@ pub(super) struct Way {
     entries: [u64; 4],
     /// By the level of the entry that they are below, from 2 on.
     children: [Option<Identity>; 4],
+    /// Where the last fault ended.
+    pub(super) near: Option<Near>,
 }
 
 impl Way {
     pub(super) const fn new() -> Self {
-        Self { root: None, table: 0, entries: [0; 4], children: [None; 4] }
+        Self { root: None, table: 0, entries: [0; 4], children: [None; 4], near: None }
     }
 
     /// Forgets what it knows unless that is of the same way.
@@ -152,24 +156,23 @@ impl Way {
     }
 }
 
-/// Maps what is wanted under `root`.
+/// Maps what is wanted.
 pub(super) fn map<H: Host + GuestMemory>(
     inside: Inside<'_, H>,
     order: &mut Order<'_>,
     fresh: Fresh<'_>,
-    root: Handle,
     want: &Want<'_>,
     way: &mut Way,
     blanks: &mut Blanks,
 ) -> Step {
     way.turn(want);
-    let (mut at, mut identity) = (root, want.root);
+    let (mut at, mut identity) = (want.handle, want.root);
     loop {
         // Nothing here is locked: should the page have died and be another by now, what is wanted below stays what it is.
         let page = inside.page(at.index);
         page.touch();
         if identity.role.level() == 1 {
-            return leaf(inside, order, fresh, at, want);
+            return leaf(inside, order, fresh, at, want, way);
         }
         let entry = identity.role.index(want.linear);
         let Some(child) = way.child(identity, entry, want) else { return Step::Retry };
@@ -295,9 +298,10 @@ fn link<H: Host + GuestMemory>(
 fn leaf<H: Host + GuestMemory>(
     inside: Inside<'_, H>,
     order: &mut Order<'_>,
-    fresh: Fresh<'_>,
+    _fresh: Fresh<'_>,
     at: Handle,
     want: &Want<'_>,
+    way: &mut Way,
 ) -> Step {
     let Some(mut guard) = order.alive(inside, at) else { return Step::Retry };
     let (page, role) = (guard.page, guard.page.role());
@@ -335,26 +339,31 @@ fn leaf<H: Host + GuestMemory>(
         }
         unmap(inside, &mut guard, entry);
     }
-    let step = fill(inside, &mut guard, entry, want, leaf);
+    let step = fill(inside, &mut guard, entry, want.access, &want.target.page(), leaf);
     if step == Step::Fixed {
-        prefetch(inside, &mut guard, fresh, entry, want, &leaves);
+        if let Some(neighbours) = want.target.neighbours(inside, want.target_slot) {
+            prefetch(inside, &mut guard, entry, &neighbours, &leaves);
+        }
+        way.near = Some(Near { root: want.handle, table: Near::table(want.linear), page: at, leaves });
     }
     step
 }
 
-/// Makes or changes the leaf of `entry`, which is absent or maps that frame.
-fn fill<H: Host>(
+/// Makes or changes the leaf of `entry`, which is absent or maps that frame, for an access that it allows.
+pub(super) fn fill<H: Host>(
     inside: Inside<'_, H>,
     guard: &mut PageGuard<'_, '_>,
     entry: usize,
-    want: &Want<'_>,
+    access: Access,
+    target: &TargetPage,
     Leaf { gfn, mut bits }: Leaf,
 ) -> Step {
     let (page, place) = (guard.page, Place::new(guard.index, entry));
     let Some(entries) = inside.entries(page) else { return Step::Retry };
     let cell = &entries[entry];
     let mut bucket = guard.bucket(inside, gfn);
-    if !want.target.writable || want.access != Access::Write && want.target.logged {
+    let TargetPage { page: BackingPage { hfn, writable, memory }, logged } = *target;
+    if !writable || access != Access::Write && logged {
         bits &= !WRITE;
     }
     let late = mutants::is(Mutant::ShadowUnsyncAfterWritable);
@@ -362,7 +371,7 @@ fn fill<H: Host>(
         && let Written::InStep(index) = bucket.may_write(inside, gfn)
     {
         let table = inside.page(index);
-        if want.access != Access::Write {
+        if access != Access::Write {
             bits &= !WRITE;
         } else if table.writes() >= FLOOD && table.loads() == 0 {
             return Step::Flooded(Handle { index, life: table.life() });
@@ -373,7 +382,7 @@ fn fill<H: Host>(
         }
     }
     let write = bits & WRITE != 0;
-    let new = long_mode::leaf(bits, want.target.hfn(), want.target.writable, want.target.memory);
+    let new = long_mode::leaf(bits, hfn, writable, memory);
     let mut old = load_for_update(cell);
     if old == ABSENT {
         // It stays so: nobody makes leaves here but under the page's lock.
@@ -387,7 +396,7 @@ fn fill<H: Host>(
         inside.counters().leaf(Level::K4, 1);
     } else {
         loop {
-            if long_mode::frame(old) != want.target.hfn() {
+            if long_mode::frame(old) != hfn {
                 return Step::Failed(FaultError::BackingChanged);
             }
             if old == new {
@@ -403,7 +412,7 @@ fn fill<H: Host>(
         }
     }
     if write {
-        note_write(inside, want.target.logged, gfn);
+        note_write(inside, logged, gfn);
     }
     if late && write {
         open(inside, &bucket, gfn);
@@ -413,17 +422,15 @@ fn fill<H: Host>(
 
 /// Makes leaves for neighbours that the guest has used before and whose memory is at hand. Best effort: whatever is in the
 /// way stays, and nothing is opened for writing for their sake.
-fn prefetch<H: Host + GuestMemory>(
+pub(super) fn prefetch<H: Host + GuestMemory>(
     inside: Inside<'_, H>,
     guard: &mut PageGuard<'_, '_>,
-    _fresh: Fresh<'_>,
     entry: usize,
-    want: &Want<'_>,
+    neighbours: &Neighbours<'_, H>,
     leaves: &Leaves,
 ) {
     let (page, index) = (guard.page, guard.index);
     let Some(entries) = inside.entries(page) else { return };
-    let Some(neighbours) = want.target.neighbours(inside, want.target_slot) else { return };
     let end = (entry & !(PREFETCH - 1)) + PREFETCH;
     let next = |from: usize| {
         (from..end.min(ENTRIES)).filter(|other| load_for_update(&entries[*other]) == ABSENT).find_map(|other| {
@@ -433,7 +440,7 @@ fn prefetch<H: Host + GuestMemory>(
     };
     // A page whose writes are logged is given for writing when it is written, and not before; which of a slot's pages are
     // tracked is asked then as well.
-    let at_once = !want.target.logged && !want.target.tracked;
+    let at_once = !neighbours.are_watched();
     let mut found = next(entry & !(PREFETCH - 1));
     let mut made = 0;
     while let Some((_, Leaf { gfn: first, .. }, _)) = found {

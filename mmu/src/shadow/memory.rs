@@ -27,6 +27,14 @@ const REMEMBERED: usize = 8;
 /// No frame of a guest's.
 const NO_FRAME: Gfn = Gfn(u64::MAX);
 
+/// The host frame behind the page that a leaf maps.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct TargetPage {
+    pub(super) page: Page,
+    /// Writes to it are logged.
+    pub(super) logged: bool,
+}
+
 /// What stands behind a guest frame, as it was said outside the lock.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Backed {
@@ -78,6 +86,21 @@ impl Backed {
         (!overtaken).then_some(Neighbours { host: &mmu.host, backed: self, slot })
     }
 
+    /// As [`Backed::neighbours`], for a fault that has asked nothing outside the lock: whether the slots are still those
+    /// that were asked is found out here.
+    pub(super) fn near<'n, H: Host>(
+        &'n self,
+        inside: Inside<'n, H>,
+        seen: &'n Option<SeenSlot>,
+    ) -> Option<Neighbours<'n, H>> {
+        (inside.mmu.slots.generation() == self.generation).then(|| self.neighbours(inside, seen)).flatten()
+    }
+
+    pub(super) fn page(&self) -> TargetPage {
+        let page = Page { hfn: self.hfn(), writable: self.writable, memory: self.memory };
+        TargetPage { page, logged: self.logged }
+    }
+
     pub(super) fn hfn(&self) -> Hfn {
         self.at(self.gfn)
     }
@@ -96,6 +119,17 @@ pub(super) struct Neighbours<'n, H> {
 }
 
 impl<H: Host> Neighbours<'_, H> {
+    /// Whether writes to them are logged, or to some of them tracked.
+    pub(super) fn are_watched(&self) -> bool {
+        self.backed.logged || self.backed.tracked
+    }
+
+    /// The page that a leaf of `gfn` would map, unless writes to some of the slot are tracked.
+    pub(super) fn target(&self, gfn: Gfn) -> Option<TargetPage> {
+        let page = self.page(gfn).filter(|_| !self.backed.tracked)?;
+        Some(TargetPage { page, logged: self.backed.logged })
+    }
+
     /// What stands behind `gfn`, if that is known or can be told at once.
     #[inline]
     pub(super) fn page(&self, gfn: Gfn) -> Option<Page> {
@@ -103,7 +137,7 @@ impl<H: Host> Neighbours<'_, H> {
         if run.contains(gfn) {
             return Some(Page { hfn: self.backed.at(gfn), writable, memory });
         }
-        let slot = self.slot.filter(|slot| slot.range().contains(gfn))?;
+        let slot = self.slot.filter(|slot| slot.range().contains(gfn) && gfn < GFN_LIMIT)?;
         let page = self.host.page(slot, gfn, Access::Read)?;
         Some(Page { writable: page.writable && !slot.flags().contains(SlotFlags::READ_ONLY), ..page })
     }
@@ -197,7 +231,7 @@ pub(super) struct Remembered {
     gfns: [Gfn; REMEMBERED],
     frames: [Option<Backed>; REMEMBERED],
     next: usize,
-    target: Option<Backed>,
+    pub(super) target: Option<Backed>,
     /// The slots of the last table and of the last target that were asked about.
     table_slot: Option<SeenSlot>,
     pub(super) target_slot: Option<SeenSlot>,

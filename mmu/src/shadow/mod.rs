@@ -62,6 +62,7 @@ pub(crate) mod hold;
 mod invlpg;
 mod leaves;
 mod memory;
+mod near;
 pub(crate) mod order;
 pub(crate) mod page;
 mod quota;

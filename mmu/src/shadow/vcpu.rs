@@ -25,6 +25,7 @@ use super::fault::{self, Blanks, Step, TOLD, Want, Way};
 use super::hold::{Debts, Fresh, hold};
 use super::invlpg::invlpg;
 use super::memory::{GuestTables, Known, Remembered, Unbacked};
+use super::near;
 use super::page::Handle;
 use super::quota;
 use super::role::{Identity, Source};
@@ -228,6 +229,7 @@ impl<H: Host + GuestMemory> ShadowVcpu<H> {
             let cpu = self.shadow().cpu;
             self.mode = Mode::new(controls, cpu);
             self.identity = Identity::root(controls, self.cr3, cpu);
+            self.way.near = None;
             self.turn();
         }
         self.flush();
@@ -412,7 +414,7 @@ impl<H: Host + GuestMemory> ShadowVcpu<H> {
 
     /// Handles a page fault that the guest's access has met in the shadow tables.
     pub fn fault(&mut self, request: &Request) -> Result<ShadowOutcome, FaultError> {
-        let result = self.handle(request);
+        let result = if self.fix_near(request) { Ok(ShadowOutcome::Fixed) } else { self.handle(request) };
         let counter = match result {
             Ok(ShadowOutcome::Fixed) => Counter::Fixed,
             Ok(ShadowOutcome::Spurious) => Counter::Spurious,
@@ -425,6 +427,16 @@ impl<H: Host + GuestMemory> ShadowVcpu<H> {
         };
         self.ticket.counters().add(counter, 1);
         result
+    }
+
+    /// Handles a fault near the last one, if it is one that needs no more than that.
+    fn fix_near(&mut self, request: &Request) -> bool {
+        let Self { mmu, ticket, remembered, way, debts, mode, root: Some(root), .. } = self else { return false };
+        let (Some(near), Some(shadow)) = (&way.near, mmu.shadow.get()) else { return false };
+        near.holds(root.handle, request.linear)
+            && hold(mmu, shadow, ticket, debts, |inside, order, _| {
+                near::map(inside, order, near, mode, request, remembered)
+            })
     }
 
     fn handle(&mut self, request: &Request) -> Result<ShadowOutcome, FaultError> {
@@ -485,6 +497,7 @@ impl<H: Host + GuestMemory> ShadowVcpu<H> {
             access: request.access,
             entries: [0; 5],
             root: current.identity,
+            handle: current.handle,
             mode: *mode,
             target,
             target_slot: &remembered.target_slot,
@@ -500,7 +513,7 @@ impl<H: Host + GuestMemory> ShadowVcpu<H> {
             let step = hold(mmu, shadow, ticket, debts, |inside, order, debts| {
                 let told = want.tables.iter().copied().flatten().chain([&want.target]);
                 match Fresh::check(debts, inside, Some(current.handle), told) {
-                    Some(fresh) => fault::map(inside, order, fresh, current.handle, &want, way, blanks),
+                    Some(fresh) => fault::map(inside, order, fresh, &want, way, blanks),
                     None => Step::Retry,
                 }
             });
