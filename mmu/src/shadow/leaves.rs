@@ -53,6 +53,8 @@ pub(super) struct Glance {
     same: u64,
     /// These, and what else tells of an entry.
     all: u64,
+    /// Of those that tell, the ones that must be set.
+    set: u64,
 }
 
 impl Glance {
@@ -60,7 +62,7 @@ impl Glance {
     /// give less than its entry.
     #[inline]
     pub(super) fn is_unchanged(self, raw: u64, there: u64, target: u32) -> bool {
-        (raw ^ PRESENT_AND_ACCESSED ^ u64::from(target) << 12 ^ there & self.same) & self.all == 0
+        (raw ^ u64::from(target) << 12 ^ there & self.same) & self.all == self.set
     }
 }
 
@@ -121,7 +123,8 @@ impl Reading {
     /// What tells at a glance that an entry has not changed.
     pub(super) fn glance(&self) -> Glance {
         let same = self.kept & !self.closed | WRITE | WRITE << DIRTY_TO_WRITE;
-        Glance { same, all: same | self.fixed | self.frame }
+        let all = same | self.fixed | self.frame;
+        Glance { same, all, set: PRESENT_AND_ACCESSED & all }
     }
 
     /// Whether `raw` gives all that the leaf `there`, made for frame `target`, does.

@@ -69,6 +69,8 @@ const LIST: usize = 64;
 /// places, all of them roots in use (PAE has 128 in a frame): bringing others in step would never make room for them.
 pub(super) const TOGETHER: usize = LIST / 2;
 
+/// Entries of a table that are compared by one round of the loop.
+const UNROLLED: usize = if ENTRIES < 8 { ENTRIES } else { 8 };
 /// Ways up that a look follows at a time. With more, it takes the page for one that is reached.
 const WAYS: usize = 16;
 
@@ -378,18 +380,36 @@ fn compare_leaves<H: Host>(
     let page = guard.page;
     let (Some(entries), Some(targets)) = (inside.entries(page), page.targets()) else { return };
     let glance = reading.glance();
-    for entry in 0..ENTRIES {
-        let there = load_for_update(&entries[entry]);
-        if there == ABSENT {
-            continue;
-        }
-        let (raw, target) = (load(entry), targets[entry].load(Ordering::Relaxed));
-        if !glance.is_unchanged(raw, there, target) && !reading.gives(raw, there, target) {
-            if let Some(leaf) = reading.leaf(raw).filter(|_| mutants::is(Mutant::ShadowUnmappedByGuestEntry)) {
-                page.aim(entry, leaf.gfn.0 as u32);
+    let mut at = 0;
+    for (entries, targets) in entries.as_chunks::<UNROLLED>().0.iter().zip(targets.as_chunks::<UNROLLED>().0) {
+        for (entry, (cell, target)) in (at..).zip(entries.iter().zip(targets)) {
+            let there = load_for_update(cell);
+            let (raw, target) = (load(entry), target.load(Ordering::Relaxed));
+            // Most are there and as they were. (One that is not there gives nothing, whatever a glance sees in it.)
+            if !glance.is_unchanged(raw, there, target) && there != ABSENT {
+                compare_leaf(inside, guard, reading, entry, raw, there, target);
             }
-            unmap(inside, guard, entry);
         }
+        at += UNROLLED;
+    }
+}
+
+/// Removes the leaf `there` of `entry`, made for frame `target`, if the guest's entry `raw` would not give it.
+#[inline(never)]
+fn compare_leaf<H: Host>(
+    inside: Inside<'_, H>,
+    guard: &mut PageGuard<'_, '_>,
+    reading: &Reading,
+    entry: usize,
+    raw: u64,
+    there: u64,
+    target: u32,
+) {
+    if !reading.gives(raw, there, target) {
+        if let Some(leaf) = reading.leaf(raw).filter(|_| mutants::is(Mutant::ShadowUnmappedByGuestEntry)) {
+            guard.page.aim(entry, leaf.gfn.0 as u32);
+        }
+        unmap(inside, guard, entry);
     }
 }
 
