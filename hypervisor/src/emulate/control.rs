@@ -38,6 +38,58 @@ pub struct ControlMove {
     pub next_rip: u64,
 }
 
+/// An instruction of 64-bit code at a glance: one of those that a guest on shadow tables stops at all the time, in the form
+/// that compilers give it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Glance {
+    /// What it does.
+    pub what: Glanced,
+    /// Its length in bytes.
+    pub length: u64,
+}
+
+/// See [`Glance`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Glanced {
+    /// MOV between a control register, by its number, and a general one, by its encoding.
+    Move {
+        /// The control register.
+        control: u8,
+        /// The general register.
+        general: u8,
+        /// Into the control register.
+        write: bool,
+    },
+    /// INVLPG of the address in a general register.
+    Invlpg {
+        /// The general register.
+        general: u8,
+    },
+}
+
+/// Looks at the first bytes of an instruction, the lowest first; `None` if it is any other, which [`control_move`] and
+/// [`invalidation`] know.
+#[must_use]
+pub const fn glance(bytes: u64) -> Option<Glance> {
+    let (rex, prefixes) = if bytes & 0xf0 == 0x40 { (bytes as u8, 1) } else { (0, 0) };
+    let bytes = bytes >> (8 * prefixes);
+    let (escape, opcode, operands) = (bytes as u8, (bytes >> 8) as u8, (bytes >> 16) as u8);
+    if escape != 0x0f {
+        return None;
+    }
+    let (middle, low) = (operands >> 3 & 7, operands & 7);
+    // REX.R and REX.B.
+    let (register, general) = (middle | (rex & 4) << 1, low | (rex & 1) << 3);
+    let what = match opcode {
+        // Bits 7:6 of the operands are not looked at (APM vol. 3, MOV CRn).
+        0x20 | 0x22 => Glanced::Move { control: register, general, write: opcode == 0x22 },
+        // No displacement, no index, not relative to RIP.
+        0x01 if operands >> 6 == 0 && middle == 7 && low != 4 && low != 5 => Glanced::Invlpg { general },
+        _ => return None,
+    };
+    Some(Glance { what, length: prefixes + 3 })
+}
+
 /// What the guest wants to be forgotten.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Invalidated {
@@ -130,10 +182,16 @@ pub fn cr3_write(cpu: &Cpu, bus: &mut impl Bus, value: u64) -> Option<(u64, bool
         let cr3 = value & 0xffff_ffff;
         return pointers_fit(cpu, bus, cpu.cr0, cpu.cr4, cr3).then_some((cr3, false));
     }
-    let pcids = cpu.cr4 & CR4_PCIDE != 0;
+    cr3_write_in_long_mode(cpu.cr4, cpu.physical_bits, value)
+}
+
+/// The same in long mode.
+#[must_use]
+pub const fn cr3_write_in_long_mode(cr4: u64, physical_bits: u32, value: u64) -> Option<(u64, bool)> {
+    let pcids = cr4 & CR4_PCIDE != 0;
     let keeps = pcids && value & CR3_KEEPS != 0;
     let cr3 = if pcids { value & !CR3_KEEPS } else { value };
-    (cr3 >> cpu.physical_bits == 0).then_some((cr3, keeps))
+    if cr3 >> physical_bits == 0 { Some((cr3, keeps)) } else { None }
 }
 
 /// What a write of `value` to CR4 puts there; `None` if it faults (3.1.3). `offered`: the bits that the guest's CPU has.
@@ -172,4 +230,71 @@ fn pointers_fit(cpu: &Cpu, bus: &mut impl Bus, cr0: u64, cr4: u64, cr3: u64) -> 
 
 pub(super) fn privileged(cpu: &Cpu) -> Result<(), End> {
     if cpu.cpl == 0 { Ok(()) } else { Err(End::from(Stop::from(Exception::GeneralProtection))) }
+}
+
+#[cfg(test)]
+mod tests {
+    use iced_x86::{Decoder, DecoderOptions, Instruction};
+
+    use super::*;
+
+    fn decoded(bytes: u64) -> Instruction {
+        Decoder::new(64, &bytes.to_le_bytes(), DecoderOptions::AMD).decode()
+    }
+
+    /// A glance at every such instruction sees what the decoder does, and sees each in the forms that it knows.
+    #[test]
+    fn a_glance_agrees_with_the_decoder() {
+        let prefixes = (0x40..0x50).map(Some).chain([None]);
+        for (rex, opcode, operands) in prefixes.flat_map(|rex| {
+            [0x00, 0x01, 0x20, 0x21, 0x22].into_iter().flat_map(move |code| (0..=255).map(move |rm| (rex, code, rm)))
+        }) {
+            let mut all = [0x11; 8];
+            let instruction = rex.into_iter().chain([0x0f, opcode, operands]);
+            all.iter_mut().zip(instruction).for_each(|(place, byte)| *place = byte);
+            let (bytes, decoded) = (u64::from_le_bytes(all), decoded(u64::from_le_bytes(all)));
+            let Some(Glance { what, length }) = glance(bytes) else {
+                assert!(!matches!(decoded.code(), Code::Mov_cr_r64 | Code::Mov_r64_cr), "{decoded:?}");
+                continue;
+            };
+            match what {
+                // There are registers 0, 2, 3, 4 and 8: the others are no instruction, which no CPU stops at.
+                Glanced::Move { .. } if decoded.code() == Code::INVALID => {}
+                Glanced::Move { control, general, write } => {
+                    let (to, from) = (decoded.op_register(0), decoded.op_register(1));
+                    let (register, other) = if write { (to, from) } else { (from, to) };
+                    assert_eq!(u32::from(control), register as u32 - Register::CR0 as u32, "{decoded:?}");
+                    assert_eq!((usize::from(general), length as usize), (other.number(), decoded.len()), "{decoded:?}");
+                }
+                Glanced::Invlpg { general } => {
+                    assert_eq!(decoded.code(), Code::Invlpg_m);
+                    assert_eq!(usize::from(general), decoded.memory_base().number(), "{decoded:?}");
+                    assert_eq!((decoded.memory_index(), decoded.memory_displacement64()), (Register::None, 0));
+                    assert_eq!(length as usize, decoded.len(), "{decoded:?}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn what_has_other_prefixes_or_operands_is_not_for_a_glance() {
+        // LOCK MOV CR0 (CR8), INVLPG in GS, with a displacement, relative to RIP, by SIB; SWAPGS; INVLPG's neighbour.
+        for instruction in [
+            &[0xf0, 0x0f, 0x22, 0xc0][..],
+            &[0x65, 0x0f, 0x01, 0x38],
+            &[0x0f, 0x01, 0x78, 0x08],
+            &[0x0f, 0x01, 0x3d],
+            &[0x0f, 0x01, 0x3c, 0x24],
+            &[0x0f, 0x01, 0xf8],
+            &[0x0f, 0x01, 0x30],
+        ] {
+            let mut bytes = [0; 8];
+            bytes[..instruction.len()].copy_from_slice(instruction);
+            assert_eq!(glance(u64::from_le_bytes(bytes)), None, "{instruction:x?}");
+        }
+        let write = glance(0x00d8_220f).expect("MOV CR3, RAX");
+        assert_eq!(write, Glance { what: Glanced::Move { control: 3, general: 0, write: true }, length: 3 });
+        let forgets = glance(0x003f_010f).expect("INVLPG [RDI]");
+        assert_eq!(forgets, Glance { what: Glanced::Invlpg { general: 7 }, length: 3 });
+    }
 }

@@ -37,7 +37,10 @@ use iced_x86::{Code, Decoder, DecoderError, DecoderOptions, Instruction, Mnemoni
 use nestling::Access;
 
 use crate::guest::entry::Segment;
-pub use control::{ControlMove, Invalidated, control_move, cr3_write, cr4_write, invalidation};
+pub use control::{
+    ControlMove, Glance, Glanced, Invalidated, control_move, cr3_write, cr3_write_in_long_mode, cr4_write, glance,
+    invalidation,
+};
 pub use descriptor::SegmentRegister;
 pub use floating::{Floating, MmxUse, Wide};
 use kept::Decoded;

@@ -20,7 +20,7 @@
 //! V_IRQ set, while the manual has only one of them. One event must come out of it, not two.
 //!
 //! **Plain runs.** Most entries deliver nothing, flush nothing and watch nothing, and then the control block is as it
-//! was. `unusual` is set with whatever makes an entry another one; only such an entry looks at all of it, and it
+//! was. [`Entry`] is set with whatever makes an entry another one; only such an entry looks at all of it, and it
 //! alone takes the mark back, when it has put the control block in its plain form again. So a mark too many costs some
 //! instructions; what must not be is a way to put in an event, to owe a flush or to mask NMIs without one.
 
@@ -56,6 +56,7 @@ use crate::vm::walk::PagingRegisters;
 use msrs::MSRS;
 use nmi::NmiState;
 pub use paging::{Nested, Paging};
+use run::Entry;
 use saved::check;
 use segments::{segment_back, segment_in, segment_out};
 pub use shadow::Shadowed;
@@ -97,8 +98,8 @@ pub struct Vcpu<P = Nested> {
     flush: bool,
     /// Writes to CR8 exit.
     watch_task_priority: bool,
-    /// The next entry is not a plain one.
-    unusual: bool,
+    /// What the next entry has to look at.
+    next: Entry,
     /// The guest's EFER.LME is kept from the CPU ([`long_mode`]).
     long_mode_held: bool,
     paging: P,
@@ -132,7 +133,7 @@ impl<P: Paging> Vcpu<P> {
             nmi: NmiState::Open,
             flush: true,
             watch_task_priority: false,
-            unusual: true,
+            next: Entry::Unusual,
             long_mode_held: false,
             paging: P::new(),
         };
@@ -200,12 +201,16 @@ impl<P: Paging> Vcpu<P> {
         save.pat = PAT_RESET;
         P::set_registers(self, PagingRegisters { cr0: CR0_RESET, cr3: 0, cr4: 0, efer: 0 });
         self.switch.registers[2] = 0x0060_0f00;
+        self.next = Entry::Unusual;
         self.owe_flush();
     }
 
     /// The next entry flushes what the TLB holds of the guest.
     fn owe_flush(&mut self) {
-        (self.flush, self.unusual) = (true, true);
+        self.flush = true;
+        if self.next == Entry::Plain {
+            self.next = Entry::Flushing;
+        }
     }
 
     fn save(&self) -> &Save {
@@ -346,8 +351,8 @@ impl<P: Paging> GuestCpu for Vcpu<P> {
 
     #[inline]
     fn run(&mut self) -> Exit {
-        if self.unusual || self.vmcb().control.shadow & 1 != 0 {
-            return self.run_unusual();
+        if self.next != Entry::Plain || self.vmcb().control.shadow & 1 != 0 {
+            return self.run_other();
         }
         self.run_plain()
     }
@@ -369,7 +374,7 @@ impl<P: Paging> GuestCpu for Vcpu<P> {
             let control = &mut self.vmcb_mut().control;
             control.intercepts_1 |= Intercepts1::VINTR.bits();
             control.virtual_interrupt |= virtual_interrupt::REQUEST;
-            self.unusual = true;
+            self.next = Entry::Unusual;
         }
     }
 
@@ -454,7 +459,7 @@ impl<P: Paging> GuestCpu for Vcpu<P> {
 
     fn watch_task_priority(&mut self, watch: bool) {
         if watch != self.watch_task_priority {
-            (self.watch_task_priority, self.unusual) = (watch, true);
+            (self.watch_task_priority, self.next) = (watch, Entry::Unusual);
         }
     }
 

@@ -197,6 +197,15 @@ pub trait ShadowCpu: GuestCpu {
     /// Sets them.
     fn set_paging(&mut self, registers: PagingRegisters);
 
+    /// Sets CR3 alone.
+    fn set_cr3(&mut self, cr3: u64);
+
+    /// Whether any of them was set since this was asked last, to whatever value.
+    fn take_paging_set(&mut self) -> bool;
+
+    /// Whether it runs 64-bit code in ring 0.
+    fn runs_64_bit_kernel(&self) -> bool;
+
     /// Sets the root of the shadow tables, and with it all that the CPU must know to walk them.
     fn load_root(&mut self, root: Hpa, format: ShadowFormat);
 

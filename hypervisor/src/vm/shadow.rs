@@ -2,9 +2,10 @@
 //!
 //! # Protocol
 //! The guest's registers are the CPU's to keep ([`ShadowCpu::paging`]); whoever changes them (an exit that is handled here, a
-//! write to EFER, INIT, a state that is restored) changes them there and nowhere else. The library is told *at entry*,
-//! where they are compared with what it was told last; so none of the ways in which they change can be forgotten. What a
-//! comparison can not see is kept beside: that CR3 was loaded with the value that it had, and that a write of CR4 flushes.
+//! write to EFER, INIT, a state that is restored) changes them there and nowhere else. The library is told *at entry*, if any
+//! was set there since the last one, where they are compared with what it was told last; so none of the ways in which they
+//! change can be forgotten. What a comparison can not see is kept beside: that CR3 was loaded with the value that it had, and
+//! that a write of CR4 flushes.
 //!
 //! A fault is handled under the registers that the guest had when it ran, which are those of the last entry.
 //!
@@ -15,6 +16,11 @@
 //!                            └─► no memory, ROM, not to be said in an entry ··· executed in software, if it was an
 //!                                instruction that met it and no event's delivery
 //! ```
+//!
+//! # At a glance
+//! Moves from and to CR3, and INVLPG, are looked at by eye before they are fetched as any other instruction: the bytes at
+//! RIP by the tables by which the CPU has just fetched them ([`ShadowVcpu::code`]), if it runs 64-bit code of ring 0. Whatever
+//! is not one of them in its usual form goes the longer way.
 
 use alloc::sync::Arc;
 
@@ -30,7 +36,7 @@ use super::translation::{Inside, VcpuMemory};
 use super::vcpu::{Due, Vcpu};
 use super::walk::PagingRegisters;
 use crate::cpu::extended;
-use crate::emulate::{self, ControlMove, Invalidated};
+use crate::emulate::{self, ControlMove, Glance, Glanced, Invalidated};
 use crate::memory::embedder::Machine;
 
 /// CR0.PG and CR0.WP, on which translation depends.
@@ -65,12 +71,8 @@ impl From<PagingRegisters> for Told {
 }
 
 impl ShadowMemory {
-    /// Tells the library what has changed since the last entry.
-    #[inline]
+    /// Tells the library what has changed since the last entry, where a register was set.
     fn tell(&mut self, now: Told) {
-        if now == self.told && self.loaded.is_none() {
-            return;
-        }
         let loaded = self.loaded.take();
         if now.cr3 != self.told.cr3 || loaded.is_some() {
             self.vcpu.load_cr3(now.cr3, loaded.unwrap_or(false));
@@ -93,7 +95,9 @@ impl<C: ShadowCpu<Memory = Self>> VcpuMemory<C> for ShadowMemory {
 
     #[inline]
     fn enter(&mut self, cpu: &mut C) -> Result<InShadow<'_, Machine>, FaultError> {
-        self.tell(cpu.paging().into());
+        if cpu.take_paging_set() {
+            self.tell(cpu.paging().into());
+        }
         self.vcpu.enter()
     }
 
@@ -179,8 +183,43 @@ impl<C: ShadowCpu<Memory = ShadowMemory>> Vcpu<C> {
         Next::Continue
     }
 
+    /// What is at RIP, if it is one of the instructions that can be told at a glance; and where the next begins.
+    #[inline]
+    fn glance(&mut self) -> Option<(Glanced, u64)> {
+        let rip = self.cpu.rip();
+        let Glance { what, length } =
+            self.cpu.runs_64_bit_kernel().then(|| self.memory.vcpu.code(rip))?.and_then(emulate::glance)?;
+        Some((what, rip.wrapping_add(length)))
+    }
+
     /// MOV from and to CR0, CR3 and CR4, and SMSW.
     fn move_control(&mut self) -> Next {
+        match self.glance() {
+            Some((Glanced::Move { control: 3, general, write: false }, next_rip)) => {
+                let value = self.cpu.paging().cr3;
+                self.cpu.set_register(usize::from(general), value);
+                self.cpu.advance_to(next_rip);
+                Next::Continue
+            }
+            Some((Glanced::Move { control: 3, general, write: true }, next_rip)) => {
+                let value = self.cpu.register(usize::from(general));
+                let loaded = emulate::cr3_write_in_long_mode(self.cpu.cr4(), self.policy.physical_bits, value);
+                match loaded {
+                    Some((cr3, keeps)) => {
+                        self.load_cr3(cr3, keeps);
+                        self.cpu.advance_to(next_rip);
+                    }
+                    None => self.cpu.raise(Raised::GeneralProtection),
+                }
+                Next::Continue
+            }
+            _ => self.move_other_control(),
+        }
+    }
+
+    /// The same, of any kind.
+    #[cold]
+    fn move_other_control(&mut self) -> Next {
         let state = self.cpu.emulated(self.policy.physical_bits);
         let moved = match emulate::control_move(&state, &mut self.bus()) {
             Ok(Some(moved)) => moved,
@@ -213,11 +252,14 @@ impl<C: ShadowCpu<Memory = ShadowMemory>> Vcpu<C> {
 
     fn write_cr3(&mut self, state: &emulate::Cpu, value: u64) -> Option<()> {
         let (cr3, keeps) = emulate::cr3_write(state, &mut self.bus(), value)?;
-        let now = self.cpu.paging();
-        self.cpu.set_paging(PagingRegisters { cr3, ..now });
+        self.load_cr3(cr3, keeps);
+        Some(())
+    }
+
+    fn load_cr3(&mut self, cr3: u64, keeps: bool) {
+        self.cpu.set_cr3(cr3);
         // Two loads in a row without an entry between them: what either of them forgets is forgotten.
         self.memory.loaded = Some(keeps && self.memory.loaded.unwrap_or(true));
-        Some(())
     }
 
     fn write_cr4(&mut self, state: &emulate::Cpu, value: u64) -> Option<()> {
@@ -230,6 +272,18 @@ impl<C: ShadowCpu<Memory = ShadowMemory>> Vcpu<C> {
 
     /// INVLPG and INVPCID.
     fn invalidate(&mut self) -> Next {
+        if let Some((Glanced::Invlpg { general }, next_rip)) = self.glance() {
+            let linear = self.cpu.register(usize::from(general));
+            self.memory.vcpu.invlpg(linear);
+            self.cpu.advance_to(next_rip);
+            return Next::Continue;
+        }
+        self.invalidate_other()
+    }
+
+    /// The same, of any form.
+    #[cold]
+    fn invalidate_other(&mut self) -> Next {
         let state = self.cpu.emulated(self.policy.physical_bits);
         match emulate::invalidation(&state, &mut self.bus()) {
             Ok((what, next_rip)) => {

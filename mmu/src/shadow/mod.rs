@@ -57,6 +57,7 @@
 
 pub(crate) mod age;
 mod bucket;
+mod code;
 mod fault;
 pub(crate) mod hold;
 mod invlpg;

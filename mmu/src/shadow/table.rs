@@ -5,11 +5,12 @@
 use super::Shadow;
 use super::page::{Page, Place};
 use crate::Mmu;
-use crate::addr::ENTRIES;
+use crate::addr::{ENTRIES, INDEX_BITS, PAGE_SHIFT};
 use crate::events::SeatCounters;
+use crate::format::long_mode;
 use crate::host::Host;
 use crate::lock::Shared;
-use crate::sync::AtomicU64;
+use crate::sync::{AtomicU64, load_for_update};
 
 /// Inside the MMU lock, with everything that work on shadow pages needs.
 pub(crate) struct Inside<'g, H: Host> {
@@ -50,6 +51,23 @@ impl<'g, H: Host> Inside<'g, H> {
         // grace period waits for. `TableFrames` promises a valid, aligned pointer to 512 entries for it, which everyone
         // accesses as atomics only.
         Some(unsafe { entries.as_ref() })
+    }
+
+    /// The leaf for `linear` under the page `root`, which is alive, as the CPU would find it; absent or not. `None` where the
+    /// way to it ends before.
+    #[inline]
+    pub(super) fn leaf(self, root: &Page, linear: u64) -> Option<u64> {
+        let role = root.role();
+        let mut raw = load_for_update(&self.entries(root)?[role.index(linear)]);
+        for level in (1..role.level()).rev() {
+            let table = self.mmu.host.table(long_mode::next_table(raw)?).cast::<[AtomicU64; ENTRIES]>();
+            // SAFETY: as in `entries`. The link was read inside the lock, in the table of a live page or in one that such a
+            // link led to, and before a page's frame is taken out of it the links to it are removed (`zap`).
+            let entries = unsafe { table.as_ref() };
+            let shift = PAGE_SHIFT + INDEX_BITS * (u32::from(level) - 1);
+            raw = load_for_update(&entries[(linear >> shift) as usize & (ENTRIES - 1)]);
+        }
+        Some(raw)
     }
 
     /// The entry at a place that is in a reverse map or in a list of parents, whose lock the caller holds.

@@ -21,6 +21,7 @@ use alloc::vec::Vec;
 use core::fmt;
 
 use super::Shadow;
+use super::code;
 use super::fault::{self, Blanks, Step, TOLD, Want, Way};
 use super::hold::{Debts, Fresh, hold};
 use super::invlpg::invlpg;
@@ -261,7 +262,11 @@ impl<H: Host + GuestMemory> ShadowVcpu<H> {
     pub fn invlpg(&mut self, linear: u64) {
         self.flush_owed = true;
         let Self { mmu, ticket, debts, root: Some(root), .. } = self else { return };
-        let Some(shadow) = mmu.shadow.get().filter(|shadow| !shadow.out_of_step.is_empty()) else { return };
+        let Some(shadow) = mmu.shadow.get() else { return };
+        if !shadow.out_of_step.has_news(shadow.arena.page(root.handle.index)) {
+            // Nothing that the root reaches is out of step.
+            return;
+        }
         // Translations for all address spaces go by INVLPG (they are global): the others are brought in step when they
         // are loaded, for each load does that.
         hold(mmu, shadow, ticket, debts, |inside, order, _| invlpg(inside, order, root.handle, linear));
@@ -410,6 +415,17 @@ impl<H: Host + GuestMemory> ShadowVcpu<H> {
         let Self { mmu, ticket, remembered, mode, cr3, .. } = self;
         let shadow = mmu.shadow.get().ok_or(Refused::Changing)?;
         walk(mode, *cr3, request, &mut GuestTables { mmu, shadow, ticket, remembered, trouble: None })
+    }
+
+    /// The eight bytes at `linear`, the lowest first, as the guest's CPU finds them there by the shadow tables: for an
+    /// embedder that looks at the instruction which the guest has just stopped at, and knows that it may be executed.
+    ///
+    /// `None` means nothing: they may be in two pages, or be taken away at the moment. [`ShadowVcpu::walk`] finds them.
+    pub fn code(&mut self, linear: u64) -> Option<u64> {
+        let Self { mmu, ticket, root: Some(root), .. } = self else { return None };
+        let (mmu, shadow) = (&**mmu, mmu.shadow.get()?);
+        let inside = &Shared::enter(mmu, ticket);
+        code::eight_bytes(Inside { shared: inside, mmu, shadow }, root.handle, linear)
     }
 
     /// Handles a page fault that the guest's access has met in the shadow tables.

@@ -2,7 +2,7 @@
 
 use super::super::vmcb::virtual_interrupt;
 use super::paging::Paging;
-use super::{RFLAGS_RF, Vcpu};
+use super::{Entry, RFLAGS_RF, Vcpu};
 
 pub(super) const VALID: u64 = 1 << 31;
 pub(super) const HAS_CODE: u64 = 1 << 11;
@@ -16,7 +16,7 @@ pub(super) const CODE_SHIFT: u32 = 32;
 impl<P: Paging> Vcpu<P> {
     /// The next entry puts this in, as EVENTINJ has it.
     pub(super) fn put_in(&mut self, event: u64) {
-        (self.event, self.unusual) = (event, true);
+        (self.event, self.next) = (event, Entry::Unusual);
     }
 
     /// After an exit: what was on its way in, and has it arrived?
@@ -50,7 +50,7 @@ impl<P: Paging> Vcpu<P> {
     }
 
     pub(super) fn latch(&mut self, vector: u8) {
-        (self.latched, self.unusual) = (Some(vector), true);
+        (self.latched, self.next) = (Some(vector), Entry::Unusual);
         let control = &mut self.vmcb_mut().control;
         control.virtual_interrupt = control.virtual_interrupt & !(0xff << virtual_interrupt::VECTOR_SHIFT)
             | virtual_interrupt::REQUEST

@@ -21,7 +21,7 @@
 //! taken back before anybody looks.
 
 use super::paging::Paging;
-use super::{DR6_BS, EXCEPTIONS, Intercepts1, RFLAGS_TF, Vcpu, event, virtual_interrupt};
+use super::{DR6_BS, EXCEPTIONS, Entry, Intercepts1, RFLAGS_TF, Vcpu, event, virtual_interrupt};
 use crate::vm::exit::{Exit, Intercepted, Raised};
 use crate::vm::guest_cpu::{GuestCpu, NmiWindow};
 
@@ -78,7 +78,7 @@ impl<P: Paging> Vcpu<P> {
     }
 
     pub(super) fn mask_nmis(&mut self) {
-        (self.nmi, self.unusual) = (NmiState::Masked, true);
+        (self.nmi, self.next) = (NmiState::Masked, Entry::Unusual);
         self.vmcb_mut().control.intercepts_1 |= Intercepts1::IRET.bits();
     }
 

@@ -8,6 +8,17 @@ use super::{CR8, NmiState, Vcpu};
 use crate::vm::exit::{Exit, RawExit};
 use crate::vm::guest_cpu::GuestCpu;
 
+/// What an entry has to look at.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Entry {
+    /// Nothing: the control block is as it was.
+    Plain,
+    /// What the TLB holds of the guest is to be flushed.
+    Flushing,
+    /// Everything.
+    Unusual,
+}
+
 impl<P: Paging> Vcpu<P> {
     /// As [`GuestCpu::run`], when the entry is a plain one.
     #[inline]
@@ -27,15 +38,24 @@ impl<P: Paging> Vcpu<P> {
         P::exited(self, exit::decode(code, info1, info2))
     }
 
-    /// As [`GuestCpu::run`], when the entry may be any but a plain one.
+    /// As [`GuestCpu::run`], when the entry is not a plain one.
     #[inline(never)]
-    pub(super) fn run_unusual(&mut self) -> Exit {
-        let tlb = match (self.flush, self.features.flush_by_asid()) {
-            (false, _) => TlbControl::Keep,
-            (true, true) => TlbControl::FlushAsid,
-            (true, false) => TlbControl::FlushAll,
-        };
-        self.flush = false;
+    pub(super) fn run_other(&mut self) -> Exit {
+        if self.next != Entry::Flushing || self.vmcb().control.shadow & 1 != 0 {
+            return self.run_unusual();
+        }
+        self.next = Entry::Plain;
+        let tlb = self.take_flush();
+        self.vmcb_mut().control.tlb_control = tlb as u32;
+        // SAFETY: as in `run_unusual`.
+        unsafe { entry::enter(&mut self.switch) };
+        self.vmcb_mut().control.tlb_control = TlbControl::Keep as u32;
+        self.left_plain()
+    }
+
+    /// The same, when it may be any.
+    fn run_unusual(&mut self) -> Exit {
+        let tlb = self.take_flush();
         let event = core::mem::take(&mut self.event);
         // An event that goes in ends it.
         let (rip, shadowed) = (self.save().rip, self.vmcb().control.shadow & 1 != 0 && event == 0);
@@ -60,9 +80,19 @@ impl<P: Paging> Vcpu<P> {
         exit
     }
 
+    /// How the CPU is told what the next entry flushes, which is not owed any more then.
+    #[inline]
+    pub(super) fn take_flush(&mut self) -> TlbControl {
+        match (core::mem::take(&mut self.flush), self.features.flush_by_asid()) {
+            (false, _) => TlbControl::Keep,
+            (true, true) => TlbControl::FlushAsid,
+            (true, false) => TlbControl::FlushAll,
+        }
+    }
+
     /// Puts the control block in its plain form, if the next entry may be a plain one.
     pub(super) fn settle_control(&mut self) {
-        let waits = self.event != 0 || self.flush || self.latched.is_some() || self.nmi != NmiState::Open;
+        let waits = self.event != 0 || self.latched.is_some() || self.nmi != NmiState::Open;
         let offered = self.vmcb().control.virtual_interrupt & virtual_interrupt::REQUEST != 0;
         if waits || offered || self.watch_task_priority {
             return;
@@ -70,6 +100,6 @@ impl<P: Paging> Vcpu<P> {
         let others = self.paging.watched_writes();
         let control = &mut self.vmcb_mut().control;
         (control.cr_writes, control.event, control.tlb_control) = (others, 0, TlbControl::Keep as u32);
-        self.unusual = false;
+        self.next = if self.flush { Entry::Flushing } else { Entry::Plain };
     }
 }

@@ -34,7 +34,7 @@ use nestling::shadow::vcpu::ShadowFormat;
 
 use super::super::vmcb::{Control, Intercepts1, Intercepts3};
 use super::paging::Paging;
-use super::{EFER_SVME, Features, NmiState, Vcpu, event};
+use super::{EFER_SVME, Entry, Features, NmiState, Vcpu, event};
 use crate::vm::exit::Exit;
 use crate::vm::guest_cpu::{PageFaultTaken, ShadowCpu};
 use crate::vm::shadow::ShadowMemory;
@@ -54,6 +54,8 @@ const EFER_LME: u64 = 1 << 8;
 const EFER_LMA: u64 = 1 << 10;
 const EFER_NXE: u64 = 1 << 11;
 const RFLAGS_AC: u64 = 1 << 18;
+/// Of a code segment, as the control block has its attributes.
+const SEGMENT_LONG: u16 = 1 << 9;
 /// Bits of CR0, CR3 and CR4 in the words of intercepts.
 const CR0: u16 = 1 << 0;
 const CR3: u16 = 1 << 3;
@@ -74,6 +76,8 @@ pub struct Shadowed {
     /// What the CPU was given for CR3.
     root: u64,
     watched_writes: u16,
+    /// A register was set, and nobody has asked yet.
+    set: bool,
 }
 
 impl Shadowed {
@@ -110,7 +114,7 @@ impl Paging for Shadowed {
     const EXCEPTIONS: u32 = 1 << PAGE_FAULT;
 
     fn new() -> Self {
-        Self { cr0: 0, cr3: 0, cr4: 0, efer: 0, made_for: None, root: 0, watched_writes: 0 }
+        Self { cr0: 0, cr3: 0, cr4: 0, efer: 0, made_for: None, root: 0, watched_writes: 0, set: true }
     }
 
     fn set_up(control: &mut Control, _features: Features) {
@@ -129,6 +133,7 @@ impl Paging for Shadowed {
         vcpu.save_mut().cr0 = cr0 | CR0_OWN;
         let own = &mut vcpu.paging;
         (own.cr0, own.cr3, own.cr4, own.efer, own.made_for) = (cr0 & CR0_OWN, cr3, cr4, efer, None);
+        own.set = true;
     }
 
     fn cr4(vcpu: &Vcpu<Self>) -> u64 {
@@ -161,6 +166,8 @@ impl Vcpu<Shadowed> {
         control.cr_reads = CR3 | if same_cr0 { 0 } else { CR0 } | if same_cr4 { 0 } else { CR4 };
         let save = self.save_mut();
         (save.cr4, save.efer) = (cr4, efer);
+        // The control block is told there which writes exit.
+        self.next = Entry::Unusual;
         self.owe_flush();
     }
 }
@@ -173,10 +180,25 @@ impl ShadowCpu for Vcpu<Shadowed> {
     fn set_paging(&mut self, registers: PagingRegisters) {
         // CR3 is in the tables, not in the control block, which need not be made anew for it.
         if (PagingRegisters { cr3: registers.cr3, ..Shadowed::registers(self) }) == registers {
-            self.paging.cr3 = registers.cr3;
+            self.set_cr3(registers.cr3);
         } else {
             Shadowed::set_registers(self, registers);
         }
+    }
+
+    // It is in the tables, not in the control block.
+    fn set_cr3(&mut self, cr3: u64) {
+        (self.paging.cr3, self.paging.set) = (cr3, true);
+    }
+
+    #[inline]
+    fn take_paging_set(&mut self) -> bool {
+        core::mem::take(&mut self.paging.set)
+    }
+
+    fn runs_64_bit_kernel(&self) -> bool {
+        let save = self.save();
+        self.paging.efer & EFER_LMA != 0 && save.cs.attributes & SEGMENT_LONG != 0 && save.cpl == 0
     }
 
     #[inline]

@@ -210,37 +210,51 @@ fn loading_a_state_forgets_events() {
 
 #[test]
 fn whatever_makes_an_entry_another_one_marks_it() {
-    let ways: [fn(&mut Vcpu); 9] = [
+    let ways: [fn(&mut Vcpu); 6] = [
         |vcpu| vcpu.interrupt(0x40),
         |vcpu| vcpu.nmi(),
         |vcpu| vcpu.raise(Raised::InvalidOpcode),
         |vcpu| vcpu.raise(Raised::Again(Intercepted::Debug)),
-        |vcpu| vcpu.flush(),
-        |vcpu| vcpu.set_root(Hpa(0x5000)),
         |vcpu| vcpu.open_interrupt_window(),
         |vcpu| vcpu.watch_task_priority(true),
-        |vcpu| vcpu.set_status(1),
     ];
     for (index, way) in ways.into_iter().enumerate() {
         let mut vcpu = vcpu();
-        vcpu.flush = false;
         vcpu.settle_control();
-        assert!(!vcpu.unusual, "nothing waits");
+        assert_eq!(vcpu.next, Entry::Flushing, "the first entry flushes, and nothing waits");
         way(&mut vcpu);
-        assert!(vcpu.unusual, "way {index}");
+        assert_eq!(vcpu.next, Entry::Unusual, "way {index}");
         vcpu.settle_control();
-        assert!(vcpu.unusual, "way {index}: it is still to come");
+        assert_eq!(vcpu.next, Entry::Unusual, "way {index}: it is still to come");
+    }
+}
+
+/// A flush makes an entry one that asks for it, and nothing else.
+#[test]
+fn a_flush_is_owed_until_an_entry_asks_for_it() {
+    let ways: [fn(&mut Vcpu); 3] = [|vcpu| vcpu.flush(), |vcpu| vcpu.set_root(Hpa(0x5000)), |vcpu| vcpu.set_status(1)];
+    for way in ways {
+        let mut vcpu = vcpu();
+        vcpu.take_flush();
+        vcpu.settle_control();
+        assert_eq!(vcpu.next, Entry::Plain);
+        way(&mut vcpu);
+        assert_eq!((vcpu.next, vcpu.flush), (Entry::Flushing, true));
+        vcpu.settle_control();
+        assert_eq!(vcpu.next, Entry::Flushing, "it is still to come");
+        assert_eq!((vcpu.take_flush() as u32, vcpu.flush), (TlbControl::FlushAll as u32, false));
+        assert_eq!(vcpu.take_flush() as u32, TlbControl::Keep as u32);
     }
 }
 
 #[test]
 fn a_plain_entry_finds_nothing_of_the_one_before() {
     let mut vcpu = vcpu();
-    vcpu.flush = false;
     let control = &mut vcpu.vmcb_mut().control;
     (control.event, control.tlb_control, control.cr_writes) = (event::VALID, TlbControl::FlushAll as u32, CR8);
+    vcpu.flush = false;
     vcpu.settle_control();
     let control = &vcpu.vmcb().control;
     assert_eq!((control.event, control.tlb_control, control.cr_writes), (0, TlbControl::Keep as u32, 0));
-    assert!(!vcpu.unusual);
+    assert_eq!(vcpu.next, Entry::Plain);
 }
