@@ -71,8 +71,7 @@ fn linux_on_shadow_tables_survives_a_storm() {
     let _machine = one_machine_at_a_time();
     // Each takes back what the guest has just faulted in: the rates are those at which it still gets on.
     let storm = STORM.map(|kind| format!("{kind}=2")).join(",");
-    // With one vCPU: where CPUs are threads that wait for their turn, several wait for each other at each flush.
-    let arguments = ["--vcpus", "1", "--memory", "128M", "--append", "nestling.ram=20"];
+    let arguments = ["--vcpus", "2", "--memory", "128M", "--append", "nestling.ram=20"];
     let (_, report) = passes("storm", &[&arguments[..], &["--storm", &storm, "--storm-seed", "3"]].concat());
     shadowed(&report);
     for kind in STORM.iter().filter(|kind| **kind != "split") {
@@ -89,7 +88,7 @@ fn a_copy_goes_on_whatever_tables_it_gets() {
     let _machine = one_machine_at_a_time();
     let (file, name) = (path("shadow.snapshot"), format!("shadow-test-{}", std::process::id()));
     let file = file.to_str().expect("a path in text");
-    let what = ["--vcpus", "1", "--memory", "128M", "--append", "nestling.seconds=1000"];
+    let what = ["--vcpus", "2", "--memory", "128M", "--append", "nestling.seconds=1000"];
     let mut guest = Running::start(&[&["--mmu", "shadow", "--name", &name], &what[..]].concat());
     guest.wait_for("memory: round 1");
     let taken = nestling().args(["snapshot", file, "--name", &name]).output().expect("started");
