@@ -1,4 +1,4 @@
-//! The boot parameters of the Linux/x86 boot protocol, the page that RSI points to.
+//! The boot parameters of the Linux/x86 boot protocol, the page that RSI or ESI points to.
 
 use super::bzimage::{BzImage, HEADER_START};
 use super::layout::{ACPI, ACPI_ROOM, LOW_END, PAGE_BYTES, RamLayout, RamRange};

@@ -65,8 +65,8 @@ use crate::tlb::Moment;
 
 /// Pages out of step at most. More, and the fault that would add one brings the others in step first.
 const LIST: usize = 64;
-/// Pages that a frame may have when it is opened; those beyond are zapped first. A frame can have more pages than the list has
-/// places, all of them roots in use (PAE has 128 in a frame): bringing others in step would never make room for them.
+/// Pages that a frame may have when it is opened; those beyond are zapped first. A frame can have more pages than the list
+/// has places, all of them roots in use (PAE has 128 in a frame): bringing others in step would never make room for them.
 pub(super) const TOGETHER: usize = LIST / 2;
 
 /// Entries of a table that are compared by one round of the loop.
