@@ -65,12 +65,12 @@ use crate::tlb::Moment;
 
 /// Pages out of step at most. More, and the fault that would add one brings the others in step first.
 const LIST: usize = 64;
-/// Pages that a frame may have when it is opened; those beyond are zapped first. A frame can have more pages than the list
-/// has places, all of them roots in use (PAE has 128 in a frame): bringing others in step would never make room for them.
+/// Pages that a frame may have when it is opened; those beyond are zapped first. A frame can have more pages than the list has
+/// places, all of them roots in use (PAE has 128 in a frame): bringing others in step would never make room for them.
 pub(super) const TOGETHER: usize = LIST / 2;
 
 /// Entries of a table that are compared by one round of the loop.
-const UNROLLED: usize = if ENTRIES < 8 { ENTRIES } else { 8 };
+const UNROLLED: usize = if ENTRIES < 4 { ENTRIES } else { 4 };
 /// Ways up that a look follows at a time. With more, it takes the page for one that is reached.
 const WAYS: usize = 16;
 
@@ -363,10 +363,10 @@ pub(super) fn compare_all<H: Host + GuestMemory>(inside: Inside<'_, H>, guard: &
     // Each with the width known, which would else be asked at each entry.
     match reading.width {
         Width::Eight => {
-            compare_leaves(inside, guard, &reading, |entry| reading.load_as(inside, guest, entry, Width::Eight));
+            compare_leaves(inside, guard, &reading, move |entry| reading.load_as(inside, guest, entry, Width::Eight));
         }
         Width::Four => {
-            compare_leaves(inside, guard, &reading, |entry| reading.load_as(inside, guest, entry, Width::Four));
+            compare_leaves(inside, guard, &reading, move |entry| reading.load_as(inside, guest, entry, Width::Four));
         }
     }
 }
@@ -380,21 +380,26 @@ fn compare_leaves<H: Host>(
     let page = guard.page;
     let (Some(entries), Some(targets)) = (inside.entries(page), page.targets()) else { return };
     let glance = reading.glance();
-    let mut at = 0;
-    for (entries, targets) in entries.as_chunks::<UNROLLED>().0.iter().zip(targets.as_chunks::<UNROLLED>().0) {
-        for (entry, (cell, target)) in (at..).zip(entries.iter().zip(targets)) {
-            let there = load_for_update(cell);
+    let chunks = entries.as_chunks::<UNROLLED>().0.iter().zip(targets.as_chunks::<UNROLLED>().0);
+    for (at, (entries, targets)) in (0..).step_by(UNROLLED).zip(chunks) {
+        // They may lose rights from here on, but get none: leaves are made under the page's lock.
+        let there = entries.each_ref().map(load_for_update);
+        // In a page that was just made all are absent.
+        if there.iter().all(|there| *there == ABSENT) {
+            continue;
+        }
+        for (entry, (there, target)) in (at..).zip(there.into_iter().zip(targets)) {
             let (raw, target) = (load(entry), target.load(Ordering::Relaxed));
             // Most are there and as they were. (One that is not there gives nothing, whatever a glance sees in it.)
-            if !glance.is_unchanged(raw, there, target) && there != ABSENT {
+            if !glance.is_unchanged(raw, there, target) {
                 compare_leaf(inside, guard, reading, entry, raw, there, target);
             }
         }
-        at += UNROLLED;
     }
 }
 
-/// Removes the leaf `there` of `entry`, made for frame `target`, if the guest's entry `raw` would not give it.
+/// Removes the leaf `there` of `entry`, made for frame `target`, if there is one and the guest's entry `raw` would not give
+/// it.
 #[inline(never)]
 fn compare_leaf<H: Host>(
     inside: Inside<'_, H>,
@@ -405,7 +410,7 @@ fn compare_leaf<H: Host>(
     there: u64,
     target: u32,
 ) {
-    if !reading.gives(raw, there, target) {
+    if there != ABSENT && !reading.gives(raw, there, target) {
         if let Some(leaf) = reading.leaf(raw).filter(|_| mutants::is(Mutant::ShadowUnmappedByGuestEntry)) {
             guard.page.aim(entry, leaf.gfn.0 as u32);
         }

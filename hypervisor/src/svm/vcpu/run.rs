@@ -53,7 +53,8 @@ impl<P: Paging> Vcpu<P> {
         self.left_plain()
     }
 
-    /// The same, when it may be any.
+    /// The same, when it may be any. Apart: what only flushes has few registers to save.
+    #[inline(never)]
     fn run_unusual(&mut self) -> Exit {
         let tlb = self.take_flush();
         let event = core::mem::take(&mut self.event);
