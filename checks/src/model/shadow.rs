@@ -108,6 +108,8 @@ pub struct ShadowScenario {
     pub name: &'static str,
     /// Shadow pages at most.
     pub pages: u32,
+    /// The backing has every frame at hand, so that faults map neighbours (where there are any: not under loom).
+    pub at_hand: bool,
     /// What a vCPU has done before.
     pub before: &'static [Do],
     /// The threads; the last runs on the main thread.
@@ -134,7 +136,7 @@ const LINK: Do = Set(Written { page: 5, entry: 1, value: read_only(TABLE) });
 const LINK_WRITABLE: Do = Set(Written { page: 5, entry: 1, value: entry(TABLE) });
 
 const fn scenario(name: &'static str, before: &'static [Do], threads: &'static [&'static [Do]]) -> ShadowScenario {
-    ShadowScenario { name, pages: 32, before, threads }
+    ShadowScenario { name, pages: 32, at_hand: false, before, threads }
 }
 
 /// All of them.
@@ -191,7 +193,10 @@ pub const SHADOW_SCENARIOS: &[ShadowScenario] = &[
     scenario("zap of a directory beside link", &[Read(4), Read(2)], &[&[Read(0)], &[Move(DIRECTORY)]]),
     scenario("zap of the root beside fault", &[Read(0)], &[&[Read(4)], &[Move(ROOT)]]),
     scenario("shadow fault beside invalidation", &[Read(4)], &[&[Read(0)], &[Move(0)]]),
-    scenario("neighbours beside invalidation", &[Read(4)], &[&[Read(0), Read(1)], &[Move(1)]]),
+    ShadowScenario {
+        at_hand: true,
+        ..scenario("neighbours beside invalidation", &[Read(4)], &[&[Read(0), Read(1)], &[Move(1)]])
+    },
     scenario("shadow guest beside invalidation", &[Read(0)], &[&[Read(0), Read(0)], &[Move(0)]]),
     scenario("sync beside invalidation of a table", &[Read(0), MAP_BACK], &[&[REMAP, Reload, Read(0)], &[Move(TABLE)]]),
     scenario("shadow fault beside slot delete", &[Read(4)], &[&[Read(0)], &[Delete]]),
@@ -208,12 +213,14 @@ pub const SHADOW_SCENARIOS: &[ShadowScenario] = &[
     ShadowScenario {
         name: "quota beside fault",
         pages: 14,
+        at_hand: false,
         before: &[Read(0), Read(2)],
         threads: &[&[Read(4)], &[Read(2), Read(0)]],
     },
     ShadowScenario {
         name: "quota beside unsync",
         pages: 14,
+        at_hand: false,
         before: &[Read(0), Read(4)],
         threads: &[&[REMAP, Reload, Read(0)], &[Read(2)]],
     },

@@ -155,7 +155,7 @@ fn walk(machine: &ShadowMachine, root: Hfn, page: u64) -> Option<(u64, Hfn, bool
 
 /// One execution of `scenario`, each thread's part so many times. The counters at its end.
 pub(super) fn execute(scenario: &ShadowScenario, times: usize) -> Counters {
-    let mmu = machine(scenario.pages);
+    let mmu = machine(scenario);
     let (prepared, before) = (Arc::clone(&mmu), scenario.before);
     // In a thread of its own: the checker does not look behind what a thread has read before it writes.
     spawn(move || run(&prepared, 0, before, 1)).join().unwrap();

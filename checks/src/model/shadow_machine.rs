@@ -22,7 +22,7 @@ use super::checker::library::{
 };
 use super::checker::yield_now;
 use super::machine::Pool;
-use crate::model::shadow::{Do, FRAMES, ROOT, TABLES};
+use crate::model::shadow::{Do, FRAMES, ROOT, ShadowScenario, TABLES};
 
 /// vCPUs of the machine: two that do something, and one that is in their way.
 const VCPUS: usize = 3;
@@ -92,12 +92,14 @@ pub(super) struct ShadowMachine {
     pub(super) pool: Arc<Pool>,
     memory: Box<[[Entry; ENTRIES]]>,
     ghost: Mutex<Ghost>,
+    /// [`ShadowScenario::at_hand`].
+    at_hand: bool,
     /// Kicks on their way to the vCPUs.
     pub(super) kicks: [AtomicBool; VCPUS],
 }
 
 impl ShadowMachine {
-    fn new(pool: Arc<Pool>) -> Self {
+    fn new(pool: Arc<Pool>, at_hand: bool) -> Self {
         let mut values: [[Vec<(u64, u64)>; ENTRIES]; FRAMES as usize] = Default::default();
         for (frame, entry, value) in TABLES {
             values[frame as usize][entry as usize].push((0, value));
@@ -109,7 +111,7 @@ impl ShadowMachine {
         let memory = (0..HOST_FRAMES).map(|frame| core::array::from_fn(|entry| first(frame, entry))).collect();
         let place = core::array::from_fn(|frame| Some(HOME + frame as u64));
         let ghost = Mutex::new(Ghost { tick: 1, values, place, next: HOME + FRAMES });
-        Self { pool, memory, ghost, kicks: core::array::from_fn(|_| AtomicBool::new(false)) }
+        Self { pool, memory, ghost, at_hand, kicks: core::array::from_fn(|_| AtomicBool::new(false)) }
     }
 
     /// Not to be held over an operation of the checker's.
@@ -170,7 +172,7 @@ impl Backing for ShadowMachine {
     }
 
     fn page(&self, slot: &Slot, gfn: Gfn, access: Access) -> Option<Page> {
-        self.resolve(slot, gfn, access).ok()?.page(gfn)
+        self.at_hand.then(|| self.resolve(slot, gfn, access).ok()?.page(gfn)).flatten()
     }
 }
 
@@ -207,9 +209,10 @@ impl Host for ShadowMachine {
 }
 
 /// A VM with one slot whose guest is shadowed.
-pub(super) fn machine(pages: u32) -> Arc<Mmu<ShadowMachine>> {
+pub(super) fn machine(scenario: &ShadowScenario) -> Arc<Mmu<ShadowMachine>> {
+    let ShadowScenario { pages, at_hand, .. } = *scenario;
     let config = Config { vcpus: VCPUS as u16, workers: 3, slots: 2, mmio_entries: false, ..Config::default() };
-    let mmu = Mmu::new(ShadowMachine::new(Arc::new(Pool::new())), config).unwrap();
+    let mmu = Mmu::new(ShadowMachine::new(Arc::new(Pool::new()), at_hand), config).unwrap();
     let cpu = CpuFeatures { physical_bits: 40, gigantic_pages: false };
     mmu.enable_shadow(ShadowConfig { pages, cpu }).unwrap();
     let (space, flags) = (AddressSpace::Main, SlotFlags::empty());
