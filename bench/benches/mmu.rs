@@ -7,8 +7,8 @@ use std::process::ExitCode;
 
 use nestling_bench::clock::Operation;
 use nestling_bench::contenders::PAGES;
-use nestling_bench::report::{contenders, counts, front_half_counts, wall, zap_all};
-use nestling_bench::zap_all::Size;
+use nestling_bench::report::{contenders, counts, fault_counts, front_half_counts, wall, zap_all};
+use nestling_bench::zap_all::{Company, Size};
 use nestling_bench::{dirty, instructions, shadow};
 
 fn main() -> ExitCode {
@@ -44,6 +44,16 @@ fn main() -> ExitCode {
         return ExitCode::SUCCESS;
     }
 
+    if let [first, name] = arguments.as_slice()
+        && first == instructions::FAULTS
+    {
+        let Some(company) = Company::ALL.into_iter().find(|known| known.name() == name) else {
+            return ExitCode::FAILURE;
+        };
+        (zap_all().counted_faults)(company);
+        return ExitCode::SUCCESS;
+    }
+
     let full = arguments.iter().any(|argument| argument == "--bench");
     let (pages, rounds) = if full { (PAGES, 61) } else { (8192, 3) };
     println!("{} MiB in 4 KiB pages, {rounds} rounds; nestling's lock: {fences}", pages >> 8);
@@ -61,6 +71,9 @@ fn main() -> ExitCode {
     }
     figures.extend((zap_all().figures)(full));
     figures.extend(front_half_counts());
+    if full {
+        figures.extend(fault_counts());
+    }
     println!();
     for figure in &figures {
         println!("{figure}");

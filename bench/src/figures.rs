@@ -4,7 +4,7 @@
 //! number. The general form of a name is `OPERATION.THREADS[.ORDER].WHAT`, with WHAT one of `CONTENDER.ns_per_page`,
 //! `CONTENDER.min_ns_per_page`, `CONTENDER.instructions_per_page`, `ratio_to_floor`, `min_ratio_to_floor`,
 //! `speedup_over_CONTENDER`, `instructions_ratio_to_floor`. Without an order it is the sequential one.
-//! Names that begin with `zap_all` are those of [`crate::zap_all`].
+//! Names that begin with `zap_all` or `zap_range` are those of [`crate::zap_all`].
 
 use std::fmt;
 

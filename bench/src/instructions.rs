@@ -13,12 +13,14 @@ use crate::arena::Claim;
 use crate::clock::{Operation, work};
 use crate::contenders::{Contender, Seat};
 use crate::plan::{Order, Plan, Share};
-use crate::zap_all::Size;
+use crate::zap_all::{COUNTED_FAULTS, Company, Size};
 
 /// Argument that makes the benchmark one of the counted processes; the contender's and the operation's names follow.
 pub const ARGUMENT: &str = "--count-instructions";
 /// Argument that makes it one that counts the front half of a zap-all; how much is mapped follows.
 pub const FRONT_HALF: &str = "--count-front-half";
+/// Argument that makes it one that counts faults; what else goes on follows.
+pub const FAULTS: &str = "--count-faults";
 /// Pages that a counted process touches: 256 MiB.
 pub const PAGES: u64 = 65_536;
 
@@ -92,6 +94,12 @@ pub fn count_front_half(size: Size) -> Result<u64, CountError> {
     run_counted(None, &[FRONT_HALF, size.name()])
 }
 
+/// Counts faults, in a process of its own; instructions each.
+pub fn count_faults(company: Company) -> Result<f64, CountError> {
+    let total = run_counted(None, &[FAULTS, company.name()])?;
+    Ok(total as f64 / COUNTED_FAULTS as f64)
+}
+
 /// Runs the benchmark with `arguments` in a process of its own; the instructions between the entry and the return of the
 /// function `counted`, or of what the process itself says.
 pub(crate) fn run_counted(counted: Option<&str>, arguments: &[&str]) -> Result<u64, CountError> {
@@ -109,7 +117,8 @@ pub(crate) fn run_counted(counted: Option<&str>, arguments: &[&str]) -> Result<u
 
 fn run(counted: Option<&str>, arguments: &[&str], output: &Path) -> Result<(), CountError> {
     let mut command = Command::new("valgrind");
-    command.args(["--tool=callgrind", "--collect-atstart=no"]);
+    // Where a process has several threads, they take turns.
+    command.args(["--tool=callgrind", "--collect-atstart=no", "--fair-sched=try"]);
     command.args(counted.map(|counted| format!("--toggle-collect={counted}")));
     command.arg(format!("--callgrind-out-file={}", output.display()));
     command.arg(std::env::current_exe()?).args(arguments);

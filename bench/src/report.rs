@@ -7,11 +7,11 @@ use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use crate::clock::{Operation, cpus, repetition};
-use crate::contenders::{BareWalk, Contender, FullFences, Membarrier, Nestling, PageTableMultiarch, X86_64};
+use crate::contenders::{Asymmetry, BareWalk, Contender, FullFences, Membarrier, Nestling, PageTableMultiarch, X86_64};
 use crate::figures::{Figure, Summary};
 use crate::instructions::{self, count, counted_process};
 use crate::plan::{Order, Plan};
-use crate::zap_all::{self, Size};
+use crate::zap_all::{self, Company, Size};
 
 /// A contender's entry points, with its type erased.
 #[derive(Clone, Copy, Debug)]
@@ -37,15 +37,43 @@ pub struct ZapAll {
     pub figures: fn(bool) -> Vec<Figure>,
     /// See [`zap_all::counted_process`].
     pub counted_process: fn(Size),
+    /// See [`zap_all::counted_faults`].
+    pub counted_faults: fn(Company),
+}
+
+impl ZapAll {
+    const fn of<A: Asymmetry>() -> Self {
+        Self {
+            figures: zap_all::figures::<A>,
+            counted_process: zap_all::counted_process::<A>,
+            counted_faults: zap_all::counted_faults::<A>,
+        }
+    }
 }
 
 /// Of `nestling`.
 pub fn zap_all() -> ZapAll {
-    if Membarrier::register() {
-        ZapAll { figures: zap_all::figures::<Membarrier>, counted_process: zap_all::counted_process::<Membarrier> }
-    } else {
-        ZapAll { figures: zap_all::figures::<FullFences>, counted_process: zap_all::counted_process::<FullFences> }
+    if Membarrier::register() { ZapAll::of::<Membarrier>() } else { ZapAll::of::<FullFences>() }
+}
+
+/// Counts the instructions of faults beside a zap and without one, prints them and gives their figures.
+pub fn fault_counts() -> Vec<Figure> {
+    println!("\nzap of a range: instructions of a fault of another thread");
+    let mut figures = Vec::new();
+    for company in Company::ALL {
+        match instructions::count_faults(company) {
+            Ok(value) => {
+                println!("  {:<6} {value:>8.1}", company.name());
+                let name = format!("zap_range.fault_{}.instructions", company.name());
+                figures.push(Figure { name, value });
+            }
+            Err(error) => {
+                println!("  not counted: {error}");
+                break;
+            }
+        }
     }
+    figures
 }
 
 /// Counts the instructions of the front half of a zap-all, prints them and gives their figures.

@@ -8,6 +8,10 @@
 //! one is obsolete. The other has mapped 1 GiB in 4 KiB pages and zaps it. How many faults went by while the back half ran
 //! is held against how many go by in as long a time right after it, when the other thread only waits; in each round anew, so
 //! that what else the machine does hits both alike.
+//!
+//! **Instructions of a fault beside a zap**, of a range: counted from the call to the return, waiting included, with another
+//! thread in the middle of a zap of 1 GiB in 4 KiB pages of the same tables, and without one. valgrind runs one thread at a
+//! time and stops it anywhere, so the one that zaps holds the lock, with frozen entries, while thousands of faults go by.
 
 #![expect(unsafe_code, reason = "the embedder's promise about table frames")]
 
@@ -22,8 +26,8 @@ use nestling::events::{Event, Side};
 use nestling::format::{MemoryType, Npt};
 use nestling::host::{Backing, BackingError, Extent, TableFrames, Time, Vcpus};
 use nestling::{
-    Access, AddressSpace, Cause, Config, Fault, FaultError, Gfn, Gpa, Hfn, Host, Level, Mmu, Outcome, Slot, SlotConfig,
-    SlotFlags, SlotId, Vcpu, VcpuId,
+    Access, AddressSpace, Cause, Config, Fault, FaultError, Gfn, GfnRange, Gpa, Hfn, Host, Level, Mmu, Outcome, Slot,
+    SlotConfig, SlotFlags, SlotId, Vcpu, VcpuId,
 };
 
 use crate::clock::{cpus, pin};
@@ -42,6 +46,9 @@ const OTHER_BYTES: usize = 64 << 20;
 /// Guest memory of the thread that faults, behind that of the one that zaps.
 const BESIDE: Gpa = Gpa(1 << 40);
 const BESIDE_BYTES: u64 = 256 * GIB;
+
+/// How many faults are counted.
+pub const COUNTED_FAULTS: u64 = 50_000;
 
 /// An embedder with as many tables as its heap has, that listens to trace events.
 #[derive(Debug)]
@@ -212,6 +219,60 @@ pub fn counted_process<A: Asymmetry>(size: Size) {
     let mut worker = mmu.worker().expect("there is memory for a worker");
     mmu.host().counts.store(true, Ordering::Relaxed);
     worker.zap_all();
+}
+
+/// Whether a zap runs beside the faults that are counted.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Company {
+    /// None does.
+    Alone,
+    /// One does all the time.
+    Zap,
+}
+
+impl Company {
+    /// All.
+    pub const ALL: [Self; 2] = [Self::Alone, Self::Zap];
+
+    /// As it appears in names of figures.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Alone => "alone",
+            Self::Zap => "beside",
+        }
+    }
+}
+
+/// What a counted process does: [`COUNTED_FAULTS`] faults in pages that nobody has met, alone or beside zaps.
+pub fn counted_faults<A: Asymmetry>(company: Company) {
+    let mmu = machine::<A>(Level::K4);
+    let (zaps, enough) = (AtomicBool::new(false), AtomicBool::new(false));
+    std::thread::scope(|scope| {
+        if company == Company::Zap {
+            scope.spawn(|| {
+                let mut vcpu = mmu.vcpu(VcpuId(0)).expect("each number is used once");
+                let mut worker = mmu.worker().expect("there is memory for a worker");
+                while !enough.load(Ordering::Relaxed) {
+                    map(&mut vcpu, GIB, PAGE);
+                    zaps.store(true, Ordering::Relaxed);
+                    worker.zap(GfnRange { start: Gpa(0).gfn(), end: Gpa(GIB).gfn() });
+                    zaps.store(false, Ordering::Relaxed);
+                }
+            });
+        }
+        let mut vcpu = mmu.vcpu(VcpuId(1)).expect("each number is used once");
+        drop(vcpu.enter().expect("there is memory for a root"));
+        for gpa in (BESIDE.0..).step_by(PAGE as usize).take(COUNTED_FAULTS as usize) {
+            while company == Company::Zap && !zaps.load(Ordering::Relaxed) {
+                std::thread::yield_now();
+            }
+            valgrind::toggle();
+            let outcome = write(&mut vcpu, gpa);
+            valgrind::toggle();
+            assert!(matches!(outcome, Ok(Outcome::Fixed { .. })), "{gpa:#x}: {outcome:?}");
+        }
+        enough.store(true, Ordering::Relaxed);
+    });
 }
 
 /// How long the front half took, over some rounds.
