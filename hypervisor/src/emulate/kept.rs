@@ -23,9 +23,13 @@ use super::execute::Plain;
 
 /// Deepest table.
 const LEVELS: usize = 5;
-/// How many of each are kept: an instruction has two walks or three.
+/// How many instructions are kept.
 const PLACES: usize = 4;
+/// How many walks are kept of code, and how many of data: an instruction has one or two of each.
+const WALKS: usize = 4;
 const PAGE_SHIFT: u32 = 12;
+/// The bit of a walk's rights that neither a read nor a write has.
+const EXECUTES: u64 = 1 << 1;
 
 /// What a walk was asked for, but for the place in the page.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -41,7 +45,7 @@ impl Asked {
         let access = match request.access {
             Access::Read => 0,
             Access::Write => 1,
-            Access::Execute => 2,
+            Access::Execute => EXECUTES,
         };
         let privilege = match request.privilege {
             Privilege::User => 0,
@@ -56,9 +60,10 @@ impl Asked {
         self.cr3
     }
 
-    /// Code and data of one page number are apart.
+    /// Code and data are apart: where an instruction is must not decide whether its operand's walk is kept.
     fn place(&self) -> usize {
-        (self.page ^ (self.rights & 3)) as usize % PLACES
+        let first = (self.rights & EXECUTES) as usize * (WALKS / EXECUTES as usize);
+        first + (self.page ^ (self.rights & 1)) as usize % WALKS
     }
 }
 
@@ -97,7 +102,7 @@ pub struct Kept {
     controls: Controls,
     features: CpuFeatures,
     mode: Mode,
-    walks: [Walk; PLACES],
+    walks: [Walk; 2 * WALKS],
     decoded: [Option<Decoded>; PLACES],
 }
 
@@ -108,7 +113,7 @@ impl Default for Kept {
         let (controls, features) =
             (Controls { cr0: 0, cr4: 0, efer: 0 }, CpuFeatures { physical_bits: 0, gigantic_pages: true });
         let mode = Mode::new(controls, features);
-        Self { controls, features, mode, walks: [nothing; PLACES], decoded: [None; PLACES] }
+        Self { controls, features, mode, walks: [nothing; 2 * WALKS], decoded: [None; PLACES] }
     }
 }
 
@@ -166,5 +171,24 @@ impl Kept {
 
     pub(super) fn keep_instruction(&mut self, decoded: Decoded) {
         self.decoded[Self::place(decoded.rip)] = Some(decoded);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_place_of_code_is_one_of_data() {
+        let request = |page: u64, access| Request {
+            linear: page << PAGE_SHIFT,
+            access,
+            privilege: Privilege::Supervisor { ac: false },
+            pkru: 0,
+        };
+        let places = |access| (0..16).map(move |page| Asked::new(0x1000, &request(page, access)).place());
+        let data = || places(Access::Read).chain(places(Access::Write));
+        assert!(places(Access::Execute).all(|place| (WALKS..2 * WALKS).contains(&place)));
+        assert!(data().all(|place| place < WALKS));
     }
 }
