@@ -6,6 +6,7 @@
 //!   guest's init (`nestling-init: …`), as the hypervisor measured it. With another initrd: `null`.
 //! - `boot_wall_s`: seconds on this machine's clock from the start of QEMU until that line arrived here, so it holds the
 //!   start of QEMU and of the hypervisor too.
+//! - `idle_guest_s`: how long vCPUs had nothing to run, all of them together, of the guest's time `run_guest_s`.
 //! - `mapped_bytes`, `touched_bytes`: just before teardown; `table_frames.left`, `guest_frames_left` and
 //!   `kept_pages_left` (compressed): after it.
 //! - `mmu`: `npt` or `shadow`. `shadow` is `null` with the former; otherwise shadow pages and the bytes of the books about
@@ -40,6 +41,7 @@ pub struct JsonReport<'a> {
     boot_guest_s: Option<f64>,
     boot_wall_s: Option<f64>,
     run_guest_s: Option<f64>,
+    idle_guest_s: Option<f64>,
     run_wall_s: f64,
     exits: BTreeMap<&'a str, u64>,
     faults: BTreeMap<&'a str, u64>,
@@ -125,7 +127,8 @@ impl<'a> JsonReport<'a> {
             memory_bytes: plan.guest.config.memory_bytes,
             boot_guest_s: report.and_then(|report| report.boot_guest_ns).map(seconds),
             boot_wall_s: record.boot_wall.map(|boot| boot.as_secs_f64()),
-            run_guest_s: report.map(|report| seconds(report.run_guest_ns)),
+            run_guest_s: report.map(|report| seconds(report.run_guest.ns)),
+            idle_guest_s: report.map(|report| seconds(report.idle.ns)),
             run_wall_s: record.wall.as_secs_f64(),
             exits: report.map(|report| counts(&report.exits)).unwrap_or_default(),
             faults: report.map(|report| counts(&report.faults)).unwrap_or_default(),

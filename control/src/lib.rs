@@ -32,4 +32,4 @@ pub mod words;
 /// The version of everything in this crate: it changes with every change of a message, of a frame or of the bundle.
 ///
 /// Command and hypervisor are built from the same tree, so there is no negotiation: another version is an error.
-pub const PROTOCOL_VERSION: u32 = 5;
+pub const PROTOCOL_VERSION: u32 = 6;

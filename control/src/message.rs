@@ -322,8 +322,10 @@ pub struct Report {
     pub storm: Option<StormReport>,
     /// Nanoseconds of guest time from the first VM entry to the ready marker on the console. `None` if it never came.
     pub boot_guest_ns: Option<u64>,
-    /// Nanoseconds of guest time from the first VM entry to the end.
-    pub run_guest_ns: u64,
+    /// Guest time from just before the first VM entry to the end.
+    pub run_guest: Span,
+    /// How long vCPUs had nothing to run, all of them together.
+    pub idle: Span,
 }
 
 /// What came of a series of guests.

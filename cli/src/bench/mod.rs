@@ -2,6 +2,10 @@
 //!
 //! One image measures on both sides ([`nestling_meter`] is what it says to whoever runs it), on the same emulated machine.
 //! The emulator counts instructions, so that neither this machine's speed nor its load is in the figures, and they repeat.
+//!
+//! A Linux guest is run on both sides as well, from one bundle: what all CPUs execute from its first entry to its power-off.
+//! Where nobody executes anything, because the guest waits for a timer, the counter goes on; that is taken off.
+//! Under KVM the guest's memory is there before, and its console is printed after; here both are in the count.
 
 mod kvm;
 mod nestling;
@@ -17,8 +21,9 @@ use serde::{Deserialize, Serialize};
 pub use rows::Row;
 
 use crate::{
-    args::{BenchArgs, Side, Translation},
+    args::{BenchArgs, Side, System, Translation},
     error::Error,
+    guest::packages,
     progress::Progress,
 };
 
@@ -95,6 +100,8 @@ impl Pages {
 pub struct Measurement {
     /// Pages of 4 KiB that the operations worked on.
     pub pages: u32,
+    /// The Linux guest's kernel, by the name of its package.
+    pub kernel: String,
     /// What they cost.
     pub rows: Vec<Row>,
 }
@@ -117,30 +124,37 @@ pub fn run(args: &BenchArgs, progress: Progress) -> Result<(), Error> {
     let (mut kvm, mut here) = (Vec::new(), Vec::new());
     if args.only != Some(Side::Nestling) {
         for paging in [Paging::Npt, Paging::Shadow] {
-            kvm.push((paging, kvm::measure(args, paging, Pages::Small, progress)?));
+            let mut figures = kvm::measure(args, paging, Pages::Small, progress)?;
+            let bundle = nestling::linux(paging)?.guest.load(progress)?.bundle;
+            figures.extend(kvm::linux(args, paging, &bundle, progress)?);
+            kvm.push((paging, figures));
         }
         kvm[0].1.extend(kvm::measure(args, Paging::Npt, Pages::Large, progress)?.into_iter().filter(is_of_large));
     }
     if args.only != Some(Side::Kvm) {
         for paging in [Paging::Npt, Paging::Shadow] {
-            here.push((paging, nestling::measure(args, paging, progress)?));
+            let mut figures = nestling::measure(args, paging, progress)?;
+            figures.extend(nestling::run_linux(paging, progress)?);
+            here.push((paging, figures));
         }
     }
     let of = |side: &[(Paging, Figures)], wanted| {
         side.iter().find(|(paging, _)| *paging == wanted).map(|(_, figures)| figures.clone()).unwrap_or_default()
     };
     let rows = rows::rows(|paging| of(&kvm, paging), |paging| of(&here, paging));
-    let measured = Measurement { pages: args.pages, rows };
+    let kernel =
+        packages::kernel(System::Amd64, progress)?.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+    let measured = Measurement { pages: args.pages, kernel, rows };
     print(&measured.rows);
     if let Some(path) = &args.json {
         write(path, &measured)?;
     }
     if let Some(path) = &args.svg {
-        let instructions: Vec<_> = measured.rows.iter().filter(|row| row.op != rows::BYTES).cloned().collect();
+        let instructions: Vec<_> = measured.rows.iter().filter(|row| row.is_of_instructions()).cloned().collect();
         plot::write(path, &instructions)?;
     }
     match baseline {
-        Some(earlier) => compare(&earlier.rows, &measured.rows, f64::from(args.tolerance) / 100.0),
+        Some(earlier) => compare(earlier, &measured, f64::from(args.tolerance) / 100.0),
         None => Ok(()),
     }
 }
@@ -166,8 +180,12 @@ fn print(rows: &[Row]) {
 }
 
 /// Says what has become worse.
-fn compare(earlier: &[Row], now: &[Row], tolerance: f64) -> Result<(), Error> {
-    let worse = rows::worse(earlier, now, tolerance);
+fn compare(mut earlier: Measurement, now: &Measurement, tolerance: f64) -> Result<(), Error> {
+    if earlier.kernel != now.kernel {
+        println!("rows of the Linux guest are not compared: it was {} then, and is {} now", earlier.kernel, now.kernel);
+        earlier.rows.retain(|row| !row.is_of_linux());
+    }
+    let worse = rows::worse(&earlier.rows, &now.rows, tolerance);
     if worse.is_empty() {
         println!("nothing costs more than in the baseline by more than {:.0} %", 100.0 * tolerance);
         return Ok(());
@@ -203,4 +221,28 @@ fn figures(console: &[u8]) -> Result<Figures, Error> {
     }
     let found = text.lines().filter_map(Figure::parse);
     Ok(found.map(|figure| (figure.name.to_owned(), (figure.count.max(1), figure.ticks))).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows_of_another_kernel_are_not_compared_and_all_others_are() {
+        let measured = |kernel: &str, linux, age| {
+            let row = |op: &str, nestling| Row {
+                op: op.into(),
+                mmu: Paging::Npt,
+                kvm: None,
+                nestling: Some(nestling),
+                ratio: None,
+                goal: None,
+            };
+            Measurement { pages: 1, kernel: kernel.into(), rows: vec![row("linux", linux), row("age", age)] }
+        };
+        let compared = |earlier, now| compare(earlier, &now, 0.02).is_ok();
+        assert!(compared(measured("a", 100.0, 10.0), measured("b", 200.0, 10.0)));
+        assert!(!compared(measured("a", 100.0, 10.0), measured("a", 200.0, 10.0)));
+        assert!(!compared(measured("a", 100.0, 10.0), measured("b", 100.0, 11.0)));
+    }
 }

@@ -1,8 +1,9 @@
 //! This hypervisor's side.
 
-use std::thread;
+use std::{thread, time::Duration};
 
 use clap::Parser;
+use nestling_control::message::Report;
 use rustix::fs::{CWD, Mode, mkfifoat};
 
 use super::{
@@ -21,11 +22,17 @@ use crate::{
     run::Prepared,
 };
 
+/// How often a Linux guest forks.
+const FORKS: u32 = 200;
+/// Of a Linux guest; it takes less than a minute.
+const LIMIT: Duration = Duration::from_secs(600);
+
 /// Runs the measuring guest here, on small pages and, where they are mapped as such, on large ones.
 pub(super) fn measure(args: &BenchArgs, paging: Paging, progress: Progress) -> Result<Figures, Error> {
-    let mut figures = run(prepare(args, paging, Pages::Small, "", progress)?)?;
+    let (mut figures, report) = run(prepare(args, paging, Pages::Small, "", progress)?)?;
+    figures.insert("vm_destroy".into(), (1, report.teardown.ticks));
     if paging == Paging::Npt {
-        let large = run(prepare(args, paging, Pages::Large, "", progress)?)?;
+        let (large, _) = run(prepare(args, paging, Pages::Large, "", progress)?)?;
         figures.extend(large.into_iter().filter(is_of_large));
     }
     Ok(figures)
@@ -46,7 +53,7 @@ pub(super) fn profile(
     let Places { mark, filter } = profile::places(&hypervisor)?;
     let prepared = prepared.traced(Trace { log: log.clone(), filter });
     let reader = thread::spawn(move || Counts::read(&log, mark));
-    let figures = run(prepared)?;
+    let (figures, _) = run(prepared)?;
     let trace = reader.join().map_err(|_| Error::Qemu("its log could not be read".into()))?;
     let trace = trace.map_err(Error::io("read QEMU's log"))?;
     let &(count, ticks) =
@@ -54,6 +61,43 @@ pub(super) fn profile(
     let each = |total: u64| total as f64 / count as f64;
     let functions = trace.by_function(&hypervisor)?;
     Ok((functions.into_iter().map(|(name, total)| (name, each(total))).collect(), each(ticks)))
+}
+
+/// A Linux guest that boots, forks [`FORKS`] times and switches itself off. Nothing in its memory is where chance puts it, and
+/// it is told that there is no I/O APIC: otherwise its kernel closes the line from the 8259s when it starts the local APIC.
+pub(super) fn linux(paging: Paging) -> Result<Plan, Error> {
+    let words = format!("noapic nokaslr norandmaps nestling.mode=forks nestling.forks={FORKS}");
+    let mut run = Cli::parse_from([
+        "nestling",
+        "--vcpus",
+        "1",
+        "--memory",
+        "256M",
+        "--huge-pages",
+        "2M",
+        "--mmu",
+        paging.name(),
+        "--mode",
+        "shell",
+        "--append",
+        &words,
+    ])
+    .run;
+    run.accel = crate::args::Accel::Counted;
+    run.timeout = Some(LIMIT);
+    let mut plan = Plan::new(&run, Seat::Pipe)?;
+    // For the meter's sake alone.
+    plan.guest.config.meter_pages = 1;
+    Ok(plan)
+}
+
+/// Runs it.
+pub(super) fn run_linux(paging: Paging, progress: Progress) -> Result<Figures, Error> {
+    let step = progress.step(&format!("running Linux with {}", paging.words()));
+    let (mut figures, report) = run(Prepared::new(linux(paging)?, None, progress)?)?;
+    figures.insert("linux".into(), (1, report.run_guest.ticks.saturating_sub(report.idle.ticks)));
+    step.done();
+    Ok(figures)
 }
 
 fn prepare(
@@ -86,13 +130,12 @@ fn prepare(
     Prepared::new(plan, None, progress)
 }
 
-fn run(prepared: Prepared) -> Result<Figures, Error> {
+fn run(prepared: Prepared) -> Result<(Figures, Report), Error> {
     let console = Kept::default();
     let output = console.clone();
     let outcome = prepared.run(|_| Ok(Box::new(output)))?;
-    let mut figures = figures(&console.bytes())?;
-    if let Some(report) = &outcome.record.report {
-        figures.insert("vm_destroy".into(), (1, report.teardown.ticks));
-    }
-    Ok(figures)
+    let figures = figures(&console.bytes())?;
+    let said = || String::from_utf8_lossy(&console.bytes()).into_owned();
+    let report = outcome.record.report.ok_or_else(|| Error::Measuring { said: said() })?;
+    Ok((figures, report))
 }

@@ -20,6 +20,8 @@ use crate::error::Error;
 const MARK: &str = "nestling_hypervisor::vm::meter::mark";
 /// Begins the names of functions that wait for CPUs and clocks at the start: the emulator would tell of nothing else.
 const BOOT: &str = "nestling_hypervisor::boot::";
+/// The emulator's flag for a CPU that runs a guest, whose addresses may be the hypervisor's too.
+const IN_GUEST: u64 = 1 << 21;
 /// What has no name.
 const NAMELESS: &str = "(no function)";
 
@@ -34,7 +36,7 @@ pub(super) struct Counts {
 
 impl Counts {
     /// Reads what QEMU writes for `-d exec,nochain` with one instruction a block, to its end: a line an instruction, the
-    /// address behind the first slash in brackets.
+    /// address behind the first slash in brackets, the CPU's flags behind the second.
     pub(super) fn read(log: &Path, mark: u64) -> std::io::Result<Self> {
         let mut log = BufReader::with_capacity(1 << 20, File::open(log)?);
         let (mut line, mut marked, mut trace) = (Vec::new(), false, Self::default());
@@ -63,11 +65,13 @@ impl Counts {
     }
 }
 
-/// The address in a line of the log.
+/// The address in a line of the log, unless it is a guest's.
 fn address(line: &[u8]) -> Option<u64> {
     let text = std::str::from_utf8(line).ok()?.strip_prefix("Trace ")?;
     let (_, inside) = text.split_once('[')?;
-    u64::from_str_radix(inside.split('/').nth(1)?, 16).ok()
+    let mut fields = inside.split('/').skip(1).map(|field| u64::from_str_radix(field, 16));
+    let address = fields.next()?.ok()?;
+    (fields.next()?.ok()? & IN_GUEST == 0).then_some(address)
 }
 
 fn failed(hypervisor: &Path, cause: impl std::fmt::Display) -> Error {
@@ -134,7 +138,9 @@ mod tests {
     #[test]
     fn only_what_is_between_marks_counts() {
         let line = |address: u64| format!("Trace 0: 0x7f00 [00000000/{address:016x}/0040c0b0/00000001] name\n");
-        let log = [0x10, 0x99, 0x10, 0x20, 0x10, 0x99, 0x20].map(line).concat() + "something else [a/b]\n";
+        let guest = "Trace 0: 0x7f00 [00000000/0000000000000020/0060c0b0/00000001] name\n";
+        let log = [0x10, 0x99, 0x10, 0x20].map(line).concat() + guest + &[0x10, 0x99, 0x20].map(line).concat();
+        let log = log + "something else [a/b]\n";
         let file = tempfile::NamedTempFile::new().expect("a file");
         fs::write(file.path(), log).expect("written");
         let trace = Counts::read(file.path(), 0x99).expect("read");

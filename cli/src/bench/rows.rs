@@ -17,8 +17,14 @@ enum Value {
     PerGib,
 }
 
-/// The one row that is not of instructions.
-pub(super) const BYTES: &str = "table_bytes_per_gib";
+/// The rows that are not of instructions.
+const TABLE_BYTES: &str = "table_bytes_per_gib";
+const BOOK_BYTES: &str = "book_bytes_per_gib";
+const FORK_EXITS: &str = "fork_exits";
+/// The rows of a Linux guest.
+const LINUX: [&str; 3] = ["linux", "fork", FORK_EXITS];
+/// A quarter of a percent.
+const MOST_BOOK_BYTES: f64 = (1u64 << 30) as f64 / 400.0;
 /// Pages of 4 KiB in a GiB.
 const GIB_PAGES: f64 = 262_144.0;
 
@@ -29,20 +35,47 @@ struct Definition {
     mmu: Paging,
     figure: &'static str,
     value: Value,
+    goal: Goal,
+}
+
+/// How far the project means to get.
+#[derive(Clone, Copy, Debug)]
+enum Goal {
+    /// Nobody has said.
+    None,
     /// At most this, for this hypervisor.
-    goal: Option<f64>,
+    Most(f64),
+    /// At most this of what KVM takes.
+    Share(f64),
 }
 
-const fn npt(op: &'static str, value: Value, goal: Option<f64>) -> Definition {
-    Definition { op, mmu: Paging::Npt, figure: op, value, goal }
+const fn goal(most: Option<f64>) -> Goal {
+    match most {
+        Some(most) => Goal::Most(most),
+        None => Goal::None,
+    }
 }
 
-const fn shadow(op: &'static str, figure: &'static str, value: Value, goal: Option<f64>) -> Definition {
-    Definition { op, mmu: Paging::Shadow, figure, value, goal }
+const fn npt(op: &'static str, value: Value, most: Option<f64>) -> Definition {
+    Definition { op, mmu: Paging::Npt, figure: op, value, goal: goal(most) }
+}
+
+const fn shadow(op: &'static str, figure: &'static str, value: Value, most: Option<f64>) -> Definition {
+    Definition { op, mmu: Paging::Shadow, figure, value, goal: goal(most) }
+}
+
+/// Of what memory takes that maps a guest's.
+const fn memory(op: &'static str, mmu: Paging, figure: &'static str, goal: Goal) -> Definition {
+    Definition { op, mmu, figure, value: Value::PerGib, goal }
+}
+
+/// Of a Linux guest, whose goals are shares of what it takes under KVM.
+const fn linux(op: &'static str, mmu: Paging, value: Value, goal: Goal) -> Definition {
+    Definition { op, mmu, figure: op, value, goal }
 }
 
 /// The guest's figures have the rows' names, but for those of shadow paging that stand for something else there.
-const DEFINITIONS: [Definition; 32] = [
+const DEFINITIONS: [Definition; 41] = [
     npt("write_fault", Value::Each, Some(400.0)),
     npt("dirty_write_fault", Value::Each, Some(250.0)),
     npt("dirty_enable", Value::Each, Some(25.0)),
@@ -61,7 +94,8 @@ const DEFINITIONS: [Definition; 32] = [
     npt("split_2m", Value::Each, None),
     npt("collapse_2m", Value::Each, None),
     npt("root_switch", Value::Each, None),
-    Definition { op: BYTES, mmu: Paging::Npt, figure: "table_bytes", value: Value::PerGib, goal: None },
+    memory(TABLE_BYTES, Paging::Npt, "table_bytes", Goal::None),
+    memory(BOOK_BYTES, Paging::Npt, "book_bytes", Goal::None),
     npt("cpuid_exit", Value::Each, Some(300.0)),
     npt("port_write", Value::Each, Some(400.0)),
     npt("mmio_read", Value::Each, Some(1500.0)),
@@ -74,7 +108,15 @@ const DEFINITIONS: [Definition; 32] = [
     shadow("dirty_harvest", "dirty_harvest", Value::Each, None),
     shadow("slot_delete", "slot_delete", Value::Each, None),
     shadow("host_invalidate", "host_invalidate", Value::Each, None),
+    memory(TABLE_BYTES, Paging::Shadow, "table_bytes", Goal::None),
+    memory(BOOK_BYTES, Paging::Shadow, "book_bytes", Goal::Most(MOST_BOOK_BYTES)),
     shadow("vm_destroy", "vm_destroy", Value::All, None),
+    linux("linux", Paging::Npt, Value::All, Goal::Share(0.9)),
+    linux("fork", Paging::Npt, Value::Each, Goal::None),
+    linux(FORK_EXITS, Paging::Npt, Value::Each, Goal::None),
+    linux("linux", Paging::Shadow, Value::All, Goal::Share(0.75)),
+    linux("fork", Paging::Shadow, Value::Each, Goal::Share(1.0)),
+    linux(FORK_EXITS, Paging::Shadow, Value::Each, Goal::Share(1.0)),
 ];
 
 /// A row of the result.
@@ -90,8 +132,20 @@ pub struct Row {
     pub nestling: Option<f64>,
     /// KVM's over this one's.
     pub ratio: Option<f64>,
-    /// The most that the project allows itself.
+    /// The most that the project allows itself; `null` too where that is a share of KVM's, which was not measured.
     pub goal: Option<f64>,
+}
+
+impl Row {
+    /// Whether it is instructions that the row counts.
+    pub(super) fn is_of_instructions(&self) -> bool {
+        ![TABLE_BYTES, BOOK_BYTES, FORK_EXITS].contains(&&self.op[..])
+    }
+
+    /// Whether it is of a Linux guest, and so of its kernel too.
+    pub(super) fn is_of_linux(&self) -> bool {
+        LINUX.contains(&&self.op[..])
+    }
 }
 
 /// The rows of which at least one side is known.
@@ -113,6 +167,11 @@ pub(super) fn rows(kvm: impl Fn(Paging) -> Figures, nestling: impl Fn(Paging) ->
         let (kvm, nestling) = (value(kvm), value(nestling));
         let ratio = kvm.zip(nestling).map(|(kvm, nestling)| (100.0 * kvm / nestling).round() / 100.0);
         let Definition { op, mmu, goal, .. } = *definition;
+        let goal = match goal {
+            Goal::None => None,
+            Goal::Most(most) => Some(most),
+            Goal::Share(share) => kvm.map(|kvm| (kvm * share * 10.0).round() / 10.0),
+        };
         (kvm.is_some() || nestling.is_some()).then(|| Row { op: op.into(), mmu, kvm, nestling, ratio, goal })
     };
     DEFINITIONS.iter().filter_map(row).collect()
@@ -155,6 +214,14 @@ mod tests {
                 ("shadow_fault_8", Paging::Shadow, Some(14_000.0), None, None),
             ]
         );
+    }
+
+    #[test]
+    fn a_goal_that_is_a_share_of_kvms_needs_kvms() {
+        let linux = |ticks| move |_| figures(&[("linux", 1, ticks)]);
+        let goals = |rows: Vec<Row>| rows.into_iter().map(|row| row.goal).collect::<Vec<_>>();
+        assert_eq!(goals(rows(linux(1000), linux(800))), [Some(900.0), Some(750.0)]);
+        assert_eq!(goals(rows(|_| Figures::new(), linux(800))), [None, None]);
     }
 
     #[test]

@@ -82,11 +82,16 @@ pub enum Operation {
     SwitchRoot,
     /// Nothing; the cost is that part of the last [`Operation::ZapAll`] in which nobody else could map anything.
     ZapAllFront,
+    /// Nothing; [`COUNT`] says how often the vCPU that asks has left its guest so far.
+    Exits,
+    /// Nothing; [`COUNT`] says how many bytes whoever runs this has in use beside frames of guests' memory and of the tables
+    /// that map it: books about both, and whatever else it keeps.
+    Books,
 }
 
 impl Operation {
     /// All of them, in the order of their numbers.
-    pub const ALL: [Self; 17] = [
+    pub const ALL: [Self; 19] = [
         Self::Nothing,
         Self::Add,
         Self::Delete,
@@ -104,6 +109,8 @@ impl Operation {
         Self::Tables,
         Self::SwitchRoot,
         Self::ZapAllFront,
+        Self::Exits,
+        Self::Books,
     ];
 
     /// The operation of this number.

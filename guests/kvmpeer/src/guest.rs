@@ -8,6 +8,7 @@ use std::{
 use elf::{ElfBytes, abi::PT_LOAD, endian::LittleEndian};
 use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_segment};
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd};
+use nestling_hypervisor::guest::GuestMemory;
 use nestling_meter::{LARGE_PAGES, LINE, PORTS, SMALL_PAGES};
 
 use crate::{
@@ -17,8 +18,8 @@ use crate::{
 
 const RAM_BYTES: usize = 64 << 20;
 /// Where the Multiboot information and the command line behind it are.
-const INFORMATION: usize = 0x1000;
-const COMMAND_LINE: usize = 0x1100;
+const INFORMATION: u64 = 0x1000;
+const COMMAND_LINE: u64 = 0x1100;
 /// What a Multiboot loader leaves in EAX.
 const MAGIC: u64 = 0x2bad_b002;
 /// The information has a command line (Multiboot 0.6.96, 3.3).
@@ -65,7 +66,7 @@ pub(crate) fn run(image: &[u8], pages: usize, mapped: Pages) -> Result<(), Box<d
 fn load(ram: &Memory, image: &[u8]) -> Result<u64, Box<dyn Error>> {
     let file = ElfBytes::<LittleEndian>::minimal_parse(image)?;
     for segment in file.segments().ok_or("the image has no segments")?.iter().filter(|s| s.p_type == PT_LOAD) {
-        ram.write(segment.p_paddr as usize, file.segment_data(&segment)?)?;
+        ram.write(segment.p_paddr, file.segment_data(&segment)?)?;
     }
     Ok(file.ehdr.e_entry)
 }
@@ -89,7 +90,7 @@ fn enter_protected_mode(vcpu: &VcpuFd, entry: u64) -> Result<(), Box<dyn Error>>
     system.cr0 |= 1;
     vcpu.set_sregs(&system)?;
     let mut general = vcpu.get_regs()?;
-    (general.rax, general.rbx, general.rip, general.rflags) = (MAGIC, INFORMATION as u64, entry, 2);
+    (general.rax, general.rbx, general.rip, general.rflags) = (MAGIC, INFORMATION, entry, 2);
     vcpu.set_regs(&general)?;
     Ok(())
 }

@@ -13,7 +13,8 @@ use rustix::{
 
 /// What a Linux process expects to find.
 pub(crate) fn mount() -> Result<(), Box<dyn Error>> {
-    for (kind, place) in [("proc", "/proc"), ("sysfs", "/sys"), ("devtmpfs", "/dev")] {
+    let places = [("proc", "/proc"), ("sysfs", "/sys"), ("devtmpfs", "/dev"), ("debugfs", "/sys/kernel/debug")];
+    for (kind, place) in places {
         mount_at(kind, place, kind, MountFlags::empty(), None::<&CStr>).map_err(|cause| format!("{place}: {cause}"))?;
     }
     Ok(())

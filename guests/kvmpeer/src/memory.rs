@@ -2,6 +2,7 @@
 
 use std::{error::Error, io, ptr::NonNull};
 
+use nestling_hypervisor::guest::{GuestMemory, GuestMemoryError};
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous, munmap};
 
 /// The small ones of the host's pages.
@@ -61,13 +62,13 @@ impl Memory {
         self.bytes
     }
 
-    /// Copies into it; not by a guest that runs.
-    pub(crate) fn write(&self, at: usize, content: &[u8]) -> Result<(), Box<dyn Error>> {
-        let end = at.checked_add(content.len()).filter(|end| *end <= self.bytes);
-        end.ok_or_else(|| format!("{} bytes at {at:#x} are beyond the guest's memory", content.len()))?;
-        // SAFETY: the range was checked, and no reference to it exists.
-        unsafe { self.start.add(at).as_ptr().copy_from_nonoverlapping(content.as_ptr(), content.len()) };
-        Ok(())
+    /// Where so many bytes are in this process.
+    fn place(&self, gpa: u64, bytes: usize) -> Result<NonNull<u8>, GuestMemoryError> {
+        let beyond = GuestMemoryError::NotRam { gpa, bytes: bytes as u64 };
+        let at = usize::try_from(gpa).map_err(|_| beyond)?;
+        at.checked_add(bytes).filter(|end| *end <= self.bytes).ok_or(beyond)?;
+        // SAFETY: inside the mapping, as was checked.
+        Ok(unsafe { self.start.add(at) })
     }
 
     /// Gives each page a frame.
@@ -87,9 +88,45 @@ impl Memory {
     }
 }
 
+/// From address 0 on, without a hole; not while the guest runs.
+impl GuestMemory for Memory {
+    fn read(&self, gpa: u64, into: &mut [u8]) -> Result<(), GuestMemoryError> {
+        let from = self.place(gpa, into.len())?;
+        // SAFETY: the range was checked, and no reference to it exists.
+        unsafe { into.as_mut_ptr().copy_from_nonoverlapping(from.as_ptr(), into.len()) };
+        Ok(())
+    }
+
+    fn write(&self, gpa: u64, content: &[u8]) -> Result<(), GuestMemoryError> {
+        let to = self.place(gpa, content.len())?;
+        // SAFETY: the range was checked, and no reference to it exists.
+        unsafe { to.as_ptr().copy_from_nonoverlapping(content.as_ptr(), content.len()) };
+        Ok(())
+    }
+}
+
 impl Drop for Memory {
     fn drop(&mut self) {
         // SAFETY: nobody has a reference into it. It does not fail for a mapping that is there.
         let _ = unsafe { munmap(self.mapping.as_ptr().cast(), self.mapped_bytes) };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_access_reaches_beyond_the_end() {
+        let memory = Memory::new(2 * PAGE, Pages::Small).expect("there is memory");
+        memory.write(PAGE as u64, &[7; PAGE]).expect("inside");
+        let mut last = [0];
+        memory.read(2 * PAGE as u64 - 1, &mut last).expect("inside");
+        assert_eq!(last, [7]);
+        for (gpa, bytes) in [(2 * PAGE as u64, 1), (2 * PAGE as u64 - 1, 2), (u64::MAX, 1), (0, 2 * PAGE + 1)] {
+            let beyond = GuestMemoryError::NotRam { gpa, bytes: bytes as u64 };
+            assert_eq!(memory.write(gpa, &vec![0; bytes]), Err(beyond));
+            assert_eq!(memory.read(gpa, &mut vec![0; bytes]), Err(beyond));
+        }
     }
 }

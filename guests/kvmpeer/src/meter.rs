@@ -36,11 +36,26 @@ pub(crate) fn set_slot(vm: &VmFd, slot: u32, gpa: u64, memory: &Memory, bytes: u
     unsafe { Ok(vm.set_user_memory_region(region)?) }
 }
 
+/// A line of the kernel's own account of its memory, in KiB.
+fn kib(of: &str) -> io::Result<u32> {
+    let text = std::fs::read_to_string("/proc/meminfo")?;
+    let line = text.lines().find_map(|line| line.strip_prefix(of)?.strip_prefix(':')?.trim().strip_suffix(" kB"));
+    line.and_then(|kib| kib.trim().parse().ok()).ok_or(io::ErrorKind::NotFound.into())
+}
+
 /// Pages of the tables that map guests' memory.
 fn table_pages() -> io::Result<u32> {
-    let text = std::fs::read_to_string("/proc/meminfo")?;
-    let kib = text.lines().find_map(|line| line.strip_prefix("SecPageTables:")?.trim().strip_suffix(" kB"));
-    kib.and_then(|kib| kib.trim().parse::<u32>().ok()).map(|kib| kib / 4).ok_or(io::ErrorKind::NotFound.into())
+    Ok(kib("SecPageTables")? / 4)
+}
+
+/// Bytes of all that the kernel keeps for itself but cached files and tables.
+fn book_bytes() -> io::Result<u32> {
+    Ok((kib("SUnreclaim")? + kib("VmallocUsed")?) << 10)
+}
+
+/// One of the counters that KVM keeps since it was loaded, if it tells.
+pub(crate) fn counter(name: &str) -> Option<u64> {
+    std::fs::read_to_string(format!("/sys/kernel/debug/kvm/{name}")).ok()?.trim().parse().ok()
 }
 
 /// See the module head.
@@ -120,6 +135,8 @@ impl<'a> Meter<'a> {
                 count = bitmap.iter().map(|word| word.count_ones()).sum();
             }
             Operation::Tables => count = table_pages()?,
+            Operation::Exits => return Ok(counter("exits").map(|exits| exits as u32)),
+            Operation::Books => count = book_bytes()?,
             // It has no call for ages; its zap of everything is what a slot's end is; its other address space belongs to a mode
             // that only firmware enters.
             Operation::Age | Operation::ZapAll | Operation::ZapAllFront | Operation::SwitchRoot | Operation::Mark => {

@@ -5,6 +5,7 @@
 //!
 //! - `nestling.mode=check`: run the self-check and end the machine: power-off after `PASS`; after `FAIL` the value 1 to
 //!   the debug-exit port, which makes the hypervisor's command end with status 3.
+//! - `nestling.mode=forks`: fork, execute and wait for `nestling.forks=N` processes, say what that cost ([`forks`]), power-off.
 //! - `nestling.mode=shell` (the default): a busybox shell with job control on the serial console; power-off when it ends.
 //!
 //! Any other process that runs this program (the shell's `selfcheck` command) runs the check and returns its verdict.
@@ -19,6 +20,7 @@
 mod clock;
 mod failure;
 mod files;
+mod forks;
 mod memory;
 mod parameters;
 mod shell;
@@ -57,6 +59,11 @@ fn main() -> ExitCode {
             }
         }
         Mode::Shell => shell::run(&parameters),
+        Mode::Forks => {
+            if let Err(failure) = forks::run(parameters.forks) {
+                println!("nestling-selfcheck: FAIL {failure}");
+            }
+        }
     }
     sys::power_off()
 }

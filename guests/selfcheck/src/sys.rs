@@ -4,6 +4,7 @@ use std::{
     convert::Infallible,
     ffi::CString,
     fs, io,
+    ops::Range,
     os::unix::{fs::symlink, process::CommandExt},
     path::Path,
     process::Command,
@@ -188,15 +189,52 @@ pub(crate) fn in_new_session(command: &mut Command) {
 /// Writes `value` to the debug-exit port. Where there is none (plain hardware, plain QEMU) it returns.
 pub(crate) fn debug_exit(value: u32) {
     drain_console();
-    // SAFETY: asks for rights on the four ports of the debug-exit device and nothing else.
-    if unsafe { libc::ioperm(DEBUG_EXIT_PORT.into(), 4, 1) } != 0 {
-        return;
+    // Without the right there is no such device to be reached either.
+    if let Ok(ports) = Ports::new(DEBUG_EXIT_PORT..DEBUG_EXIT_PORT + 4) {
+        // The device either ends the machine or is not there, in which case the write goes nowhere.
+        ports.write(DEBUG_EXIT_PORT, value);
     }
-    // SAFETY: the right to this port was just granted; the device either ends the machine or is not there, in which
-    // case the write goes nowhere.
-    unsafe {
-        std::arch::asm!("out dx, eax", in("dx") DEBUG_EXIT_PORT, in("eax") value, options(nomem, nostack, preserves_flags));
+}
+
+/// The right to some I/O ports, which this process has from here on.
+#[derive(Debug)]
+pub(crate) struct Ports(Range<u16>);
+
+impl Ports {
+    /// Asks for it.
+    pub(crate) fn new(ports: Range<u16>) -> Result<Self, Failure> {
+        // SAFETY: asks for rights on these ports and nothing else.
+        match unsafe { libc::ioperm(ports.start.into(), ports.len() as u64, 1) } {
+            0 => Ok(Self(ports)),
+            _ => Err(Failure::System { doing: "use I/O ports", cause: io::Error::last_os_error() }),
+        }
     }
+
+    /// Writes 32 bits.
+    pub(crate) fn write(&self, port: u16, value: u32) {
+        assert!(self.0.contains(&port), "no right to port {port:#x}");
+        // SAFETY: this process has the right to the port; what is there, if anything is, is no memory of its own.
+        unsafe {
+            std::arch::asm!("out dx, eax", in("dx") port, in("eax") value, options(nomem, nostack, preserves_flags));
+        }
+    }
+
+    /// Reads 32 bits.
+    pub(crate) fn read(&self, port: u16) -> u32 {
+        assert!(self.0.contains(&port), "no right to port {port:#x}");
+        let value: u32;
+        // SAFETY: as for writing.
+        unsafe {
+            std::arch::asm!("in eax, dx", in("dx") port, out("eax") value, options(nomem, nostack, preserves_flags));
+        }
+        value
+    }
+}
+
+/// The time stamp counter.
+pub(crate) fn ticks() -> u64 {
+    // SAFETY: it only reads.
+    unsafe { std::arch::x86_64::_rdtsc() }
 }
 
 /// Waits until what was printed has left the serial port: the end of the machine does not.

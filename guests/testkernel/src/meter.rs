@@ -139,12 +139,21 @@ impl Slot<'_> {
 
     fn faults(&self) {
         self.tell("slot_delete_empty", 1, || must(Operation::Delete).0);
+        let books = || ask(Operation::Books).map(|(_, bytes)| bytes);
+        let without = books();
         must(Operation::Add);
         must(Operation::Populate);
         let tables = || ask(Operation::Tables).map(|(_, pages)| pages * PAGE);
         let before = tables();
-        self.tell("write_fault", self.count(), || ticks(|| self.write()));
-        self.tell_if("table_bytes", self.count(), || Some(tables()? - before?));
+        let mut after = None;
+        self.tell("write_fault", self.count(), || {
+            let ticks = ticks(|| self.write());
+            // Before anything is printed: that may be the first use of a page as well.
+            after = tables();
+            ticks
+        });
+        self.tell_if("table_bytes", self.count(), || Some(after? - before?));
+        self.tell_if("book_bytes", self.count(), || Some(books()?.saturating_sub(without?)));
         self.tell("write_again", self.count(), || ticks(|| self.write()));
         self.tell("slot_delete", self.count(), || must(Operation::Delete).0);
         must(Operation::Add);

@@ -147,13 +147,15 @@ impl<C: GuestCpu> Vcpu<C> {
         Next::Continue
     }
 
-    /// The meter is no port device: what it does waits for vCPUs, which may wait for those.
-    /// Whether there is one.
+    /// The meter is no port device: what it does waits for vCPUs, which may wait for those. Whether there is one.
     #[cold]
     fn use_meter(&mut self, access: PortAccess) -> bool {
         let Some(meter) = &self.vm.meter else { return false };
         match access.direction {
-            Direction::Out => meter.lock().write(access.port, self.cpu.register(RAX) as u32),
+            Direction::Out => {
+                let exits = self.exits.iter().sum();
+                meter.lock().write(access.port, self.cpu.register(RAX) as u32, exits);
+            }
             Direction::In => {
                 let value = meter.lock().read(access.port);
                 self.cpu.set_register(RAX, u64::from(value));

@@ -476,7 +476,8 @@ impl Vm<'_> {
     /// Counts, takes down, counts again, tells.
     fn finish(self, shared: Arc<Shared>, left: &Left) -> Finished {
         ghost::end();
-        let ended = shared.clock.now().ns;
+        let ticks = shared.clock.ticks();
+        let run_guest = Span { ns: shared.clock.ns_in(ticks), ticks };
         // What the guest printed last may still be in its UART.
         shared.try_with_ports(|platform, now| platform.poll(now));
         let mut remains: Vec<Remains> = left.iter().filter_map(|slot| slot.lock().take()).collect();
@@ -494,6 +495,7 @@ impl Vm<'_> {
         let exits = exits(&remains);
         let (cause, ready) = (shared.cause(), shared.ready());
         let span = |ticks| Span { ns: shared.clock.ns_in(ticks), ticks };
+        let idle = span(remains.iter().map(|r| r.idle_ticks).sum());
         let longest_vcpu_stall = span(shared.storm.longest_stall());
         let longest_lock_hold = span(self.mmu.host().longest_hold());
         let retries = counters.faults_retried + shared.storm.without_slot();
@@ -517,7 +519,7 @@ impl Vm<'_> {
             Some(End::Exit(exit)) => (exit, None),
             Some(End::Slice) => (GuestExit::Stopped, None),
             Some(End::Death(reason, vcpu)) => {
-                (GuestExit::Died, Some(DeathReport { reason, vcpu, guest_ns: ended, vcpus: states }))
+                (GuestExit::Died, Some(DeathReport { reason, vcpu, guest_ns: run_guest.ns, vcpus: states }))
             }
             None => (GuestExit::Error { text: "the vCPUs left without a cause".to_string() }, None),
         };
@@ -545,7 +547,8 @@ impl Vm<'_> {
             kept_pages_left: kept::pages_kept(),
             storm,
             boot_guest_ns: ready,
-            run_guest_ns: ended,
+            run_guest,
+            idle,
         };
         Finished { exit, death, report, stopped_by_operator }
     }

@@ -13,6 +13,7 @@ use nestling_meter::{BASE, COUNT, DONE, NOT_HERE, Operation, PORT, STATE, TICKS_
 use crate::cpu::instructions::rdtsc;
 use crate::memory::embedder::{self, Machine};
 use crate::memory::frames::FRAME;
+use crate::memory::usage;
 
 /// How often [`Operation::SwitchRoot`] turns.
 const TURNS: u32 = 1000;
@@ -71,13 +72,13 @@ impl Meter {
     }
 
     /// Carries an operation out. A number that is none, or an operation that the slot refuses (a guest may delete it
-    /// twice), changes nothing and leaves [`NOT_HERE`].
-    pub(super) fn write(&mut self, port: u16, value: u32) {
+    /// twice), changes nothing and leaves [`NOT_HERE`]. `exits`: how often the vCPU that asks has left its guest.
+    pub(super) fn write(&mut self, port: u16, value: u32, exits: u64) {
         if port != PORT {
             return;
         }
         let start = rdtsc();
-        let done = Operation::from_number(value).map(|operation| self.carry_out(operation));
+        let done = Operation::from_number(value).map(|operation| self.carry_out(operation, exits));
         self.ticks = rdtsc() - start;
         if value == Operation::ZapAllFront as u32 {
             self.ticks = self.front_ticks;
@@ -88,7 +89,7 @@ impl Meter {
         };
     }
 
-    fn carry_out(&mut self, operation: Operation) -> Result<u32, Refused> {
+    fn carry_out(&mut self, operation: Operation, exits: u64) -> Result<u32, Refused> {
         match operation {
             Operation::Nothing => {}
             Operation::Add => self.worker.add_slot(self.slot)?,
@@ -117,6 +118,8 @@ impl Meter {
             Operation::Collapse => return Ok(self.worker.collapse(self.slot.id)?.leaves_2m as u32),
             Operation::Tables => return Ok(embedder::table_frames().0 as u32),
             Operation::SwitchRoot => return self.switch_roots(),
+            Operation::Exits => return Ok(exits as u32),
+            Operation::Books => return Ok(usage::heap_bytes() as u32),
         }
         Ok(0)
     }

@@ -58,6 +58,8 @@ pub struct Remains {
     pub memory: Box<dyn Debug + Send>,
     /// The root it ran on last; 0 if it never ran.
     pub root: Hpa,
+    /// Ticks for which it had nothing to run.
+    pub idle_ticks: u64,
 }
 
 /// A vCPU of either kind, for whoever makes it and starts it.
@@ -136,6 +138,7 @@ pub struct Vcpu<C: GuestCpu> {
     /// The port devices' deadline that it was started with, on vCPU 0.
     ports_seen: u64,
     pub(super) exits: [u64; exit::KINDS],
+    idle_ticks: u64,
     pub(super) refused: Refused,
     ring: Ring,
     /// For instructions that are executed in software.
@@ -173,6 +176,7 @@ impl<C: GuestCpu> Vcpu<C> {
             armed: u64::MAX,
             ports_seen: u64::MAX,
             exits: [0; exit::KINDS],
+            idle_ticks: 0,
             refused: Refused::default(),
             ring: Ring::default(),
             kept: Kept::default(),
@@ -236,7 +240,8 @@ impl<C: GuestCpu> Vcpu<C> {
         self.vm.wait_for_workers();
         let died = matches!(self.vm.cause(), Some(End::Death(..)));
         let state = (died && self.started).then(|| super::state::report(&self, self.root, &self.ring));
-        Remains { exits: self.exits, state, memory: Box::new(self.memory), root: self.root }
+        let Self { exits, idle_ticks, root, .. } = self;
+        Remains { exits, state, memory: Box::new(self.memory), root, idle_ticks }
     }
 
     /// Takes over where the VM's time begins; it may have been moved.
@@ -545,8 +550,10 @@ impl<C: GuestCpu> Vcpu<C> {
         let reach = &self.vm.vcpus[self.number];
         reach.go(Place::Halted);
         if !reach.has_news() {
+            let start = instructions::rdtsc();
             // SAFETY: ring 0, interrupts off, and no lock is held.
             local::this().away(|| unsafe { instructions::halt() });
+            self.idle_ticks += instructions::rdtsc() - start;
         }
         reach.back();
         // The timer may have been what ended it; and it goes on resting until something else is found.
