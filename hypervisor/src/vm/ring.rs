@@ -4,8 +4,8 @@ use alloc::vec::Vec;
 
 use nestling_control::message::ExitRecord;
 
-/// How many are kept.
-const KEPT: usize = 16;
+/// How many are kept beside the newest: a power of two, for there is a division by it at most exits.
+const OLDER: usize = 16;
 
 /// An exit as often as it came in a row.
 #[derive(Clone, Copy, Debug, Default)]
@@ -22,7 +22,7 @@ struct Record {
 pub struct Ring {
     /// Beside the others, so that the next exit is compared with no look for it.
     newest: Record,
-    older: [Record; KEPT - 1],
+    older: [Record; OLDER],
     /// Position of the oldest among those.
     oldest: usize,
 }
@@ -41,7 +41,7 @@ impl Ring {
 
     fn begin(&mut self, record: Record) {
         self.older[self.oldest] = core::mem::replace(&mut self.newest, record);
-        self.oldest = (self.oldest + 1) % self.older.len();
+        self.oldest = (self.oldest + 1) % OLDER;
     }
 
     /// All that are kept, oldest first.
@@ -62,7 +62,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_last_sixteen_with_repeats_counted() {
+    fn the_last_seventeen_with_repeats_counted() {
         let mut ring = Ring::default();
         assert!(ring.to_vec().is_empty());
         for rip in 0..20 {
@@ -70,8 +70,8 @@ mod tests {
             ring.note(0x72, rip, 0);
         }
         let kept = ring.to_vec();
-        assert_eq!(kept.len(), 16);
-        assert_eq!((kept[0].rip, kept[15].rip), (4, 19));
+        assert_eq!(kept.len(), 17);
+        assert_eq!((kept[0].rip, kept[16].rip), (3, 19));
         assert!(kept.iter().all(|record| record.count == 2));
     }
 }
