@@ -124,7 +124,7 @@ const STORM: [&str; 5] = ["zap-all", "slot-delete", "slot-move", "move-page", "t
 
 /// A storm of all kinds while the guest boots and checks itself: the guest does not notice, and all is accounted for.
 fn survives(name: &str, seed: &str, huge_pages: &str) {
-    // Some hundred operations in a few seconds: far below what would slow the guest down.
+    // Some hundred operations in the seconds for which the guest repeats its check: far below what would slow it down.
     let storm = STORM.map(|kind| format!("{kind}=8")).join(",");
     let (finished, report) = reported(
         name,
@@ -138,7 +138,7 @@ fn survives(name: &str, seed: &str, huge_pages: &str) {
             "--storm-seed",
             seed,
             "--append",
-            "nestling.ram=40",
+            "nestling.ram=40 nestling.seconds=6",
         ],
     );
     finished.expect_status(0);

@@ -69,9 +69,10 @@ const STORM: [&str; 7] = ["zap-all", "slot-delete", "slot-move", "move-page", "t
 #[test]
 fn linux_on_shadow_tables_survives_a_storm() {
     let _machine = one_machine_at_a_time();
-    // Each takes back what the guest has just faulted in: the rates are those at which it still gets on.
+    // Each takes back what the guest has just faulted in: the rates are those at which it still gets on. How long one
+    // check takes is the machine's affair, so the guest repeats it for long enough that each kind comes up often.
     let storm = STORM.map(|kind| format!("{kind}=2")).join(",");
-    let arguments = ["--vcpus", "2", "--memory", "128M", "--append", "nestling.ram=20"];
+    let arguments = ["--vcpus", "2", "--memory", "128M", "--append", "nestling.ram=20 nestling.seconds=10"];
     let (_, report) = passes("storm", &[&arguments[..], &["--storm", &storm, "--storm-seed", "3"]].concat());
     shadowed(&report);
     for kind in STORM.iter().filter(|kind| **kind != "split") {
