@@ -4,16 +4,19 @@
 //! there, the command installs, fetches and builds by itself.
 
 mod common;
+#[path = "common/files.rs"]
+mod files;
 #[path = "common/kernel.rs"]
 mod kernel;
 #[path = "common/machine.rs"]
 mod machine;
+#[path = "common/report.rs"]
+mod report;
 
 use std::{
     fs::{self, File},
     io::{Read, Write},
     os::unix::fs::OpenOptionsExt,
-    path::PathBuf,
     process::Stdio,
     sync::mpsc,
     thread,
@@ -21,8 +24,10 @@ use std::{
 };
 
 use common::{Finished, nestling, run};
+use files::path;
 use kernel::kernel;
 use machine::one_machine_at_a_time;
+use report::{number, reported};
 use rustix::{
     pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt},
     termios::{LocalModes, tcgetattr},
@@ -31,26 +36,6 @@ use serde_json::Value;
 
 /// Seconds. A boot takes a tenth of it on an idle machine.
 const LIMIT: &str = "240";
-
-fn path(name: &str) -> PathBuf {
-    PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join(name)
-}
-
-/// A run with a report.
-fn reported(name: &str, arguments: &[&str]) -> (Finished, Value) {
-    let _machine = one_machine_at_a_time();
-    let path = path(&format!("{name}.json"));
-    let path = path.to_str().expect("a path in text");
-    let finished = run([&["--timeout", LIMIT, "--report", path], arguments].concat());
-    let text = fs::read_to_string(path).unwrap_or_default();
-    let report = serde_json::from_str(&text).unwrap_or_else(|cause| panic!("report: {cause}: {text:?}\n{finished}"));
-    (finished, report)
-}
-
-#[track_caller]
-fn number(report: &Value, pointer: &str) -> u64 {
-    report.pointer(pointer).and_then(Value::as_u64).unwrap_or_else(|| panic!("no number {pointer} in {report:#}"))
-}
 
 fn sum(report: &Value, table: &str) -> u64 {
     report[table].as_object().into_iter().flatten().filter_map(|(_, count)| count.as_u64()).sum()

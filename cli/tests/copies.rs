@@ -3,25 +3,21 @@
 //! A guest that keeps checking itself is copied while it does; it and its copy both have to find themselves right afterwards.
 
 mod common;
+#[path = "common/files.rs"]
+mod files;
 #[path = "common/machine.rs"]
 mod machine;
 #[path = "common/running.rs"]
 mod running;
 
-use std::{fs, path::PathBuf};
+use std::fs;
 
 use common::{nestling, run};
+use files::path;
 use machine::one_machine_at_a_time;
 use nestling_cli::copy::stream::{Reader, Record, Writer};
 use nestling_control::config::GuestKind;
-use running::Running;
-
-/// Seconds. A run takes a tenth of it on an idle machine.
-const LIMIT: &str = "240";
-
-fn path(name: &str) -> PathBuf {
-    PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join(name)
-}
+use running::{LIMIT, Running};
 
 #[test]
 fn a_guest_and_its_snapshot_both_go_on() {

@@ -2,12 +2,15 @@
 //! and what is refused, with nothing left behind.
 
 mod common;
+#[path = "common/files.rs"]
+mod files;
 #[path = "common/kernel.rs"]
 mod kernel;
+#[path = "common/machine.rs"]
+mod machine;
 
 use std::{
     env, fs,
-    fs::File,
     io::Read,
     os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
@@ -17,7 +20,9 @@ use std::{
 };
 
 use common::{Finished, nestling, run};
+use files::path;
 use kernel::kernel;
+use machine::one_machine_at_a_time;
 use nestling_cli::{progress::Progress, setup};
 
 /// A boot takes a twentieth of it on an idle machine.
@@ -27,10 +32,6 @@ const RESETS: &[u8] = &[0xb0, 0xfe, 0xe6, 0x64, 0xf4, 0xeb, 0xfd];
 /// A program for this machine, and no hypervisor: for images that are never booted.
 const SOME_PROGRAM: &str = env!("CARGO_BIN_EXE_nestling");
 
-fn path(name: &str) -> PathBuf {
-    PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join(name)
-}
-
 /// `nestling image` with these arguments, to its end.
 fn image(file: &Path, arguments: &[&str], search: Option<&str>) -> Finished {
     let mut command = nestling();
@@ -38,9 +39,7 @@ fn image(file: &Path, arguments: &[&str], search: Option<&str>) -> Finished {
     if let Some(search) = search {
         command.env("PATH", search);
     }
-    let output = command.output().expect("the command can be started");
-    let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).into_owned();
-    Finished { status: output.status, stdout: text(output.stdout), stderr: text(output.stderr) }
+    command.output().expect("the command can be started").into()
 }
 
 /// Files of a guest of a few instructions.
@@ -54,9 +53,7 @@ fn small_guest(name: &str, code: &[u8]) -> [String; 2] {
 
 /// Boots an image as a CD in a machine with as many CPUs, to its end. The console is what standard output holds.
 fn boot(image: &Path, cpus: u32, mebibytes: u64, firmware: &[&str]) -> Finished {
-    let lock = path("machine.lock");
-    let lock = File::create(&lock).unwrap_or_else(|cause| panic!("{}: {cause}", lock.display()));
-    lock.lock().expect("a lock");
+    let _machine = one_machine_at_a_time();
     let qemu = setup::qemu(Progress::Lines).expect("QEMU");
     let mut machine = Command::new(qemu)
         .args(["-machine", "q35", "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"])

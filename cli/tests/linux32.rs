@@ -3,40 +3,30 @@
 //! Kernels and busybox are packages of another architecture, which the command fetches by itself.
 
 mod common;
+#[path = "common/files.rs"]
+mod files;
 #[path = "common/kernel.rs"]
 mod kernel;
 #[path = "common/machine.rs"]
 mod machine;
+#[path = "common/report.rs"]
+mod report;
 
-use std::{fs, path::PathBuf};
+use std::fs;
 
-use common::{Finished, nestling, run};
+use common::{Finished, nestling};
+use files::path;
 use kernel::kernel;
-use machine::one_machine_at_a_time;
+use report::{number, reported};
 use serde_json::Value;
 
 /// Seconds. A boot takes a tenth of it on an idle machine.
 const LIMIT: &str = "280";
 
-fn path(name: &str) -> PathBuf {
-    PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join(name)
-}
-
-/// A run with a report.
-fn reported(name: &str, arguments: &[&str]) -> (Finished, Value) {
-    let _machine = one_machine_at_a_time();
-    let path = path(&format!("linux32-{name}.json"));
-    let path = path.to_str().expect("a path in text");
-    let finished = run([&["--timeout", LIMIT, "--report", path], arguments].concat());
-    let text = fs::read_to_string(path).unwrap_or_default();
-    let report = serde_json::from_str(&text).unwrap_or_else(|cause| panic!("report: {cause}: {text:?}\n{finished}"));
-    (finished, report)
-}
-
 /// The guest finds itself right, on so many CPUs, and leaves nothing behind.
 fn passes(guest: &str, mmu: &str, vcpus: &str) {
     let what = ["--guest", guest, "--mmu", mmu, "--vcpus", vcpus, "--memory", "192M", "--append", "nestling.ram=10"];
-    let (finished, report) = reported(&format!("{guest}-{mmu}"), &what);
+    let (finished, report) = reported(&format!("linux32-{guest}-{mmu}"), &what);
     finished.expect_status(0);
     let says = |text: &str| assert!(finished.stdout.contains(text), "no {text:?}\n{finished}");
     says("nestling-selfcheck: PASS");
@@ -44,7 +34,7 @@ fn passes(guest: &str, mmu: &str, vcpus: &str) {
     says(if guest == "i386" { "-686 is up" } else { "-686-pae is up" });
     assert_eq!((&report["verdict"], &report["mmu"]), (&Value::from("pass"), &Value::from(mmu)), "{report:#}");
     for left in ["/table_frames/left", "/guest_frames_left", "/kept_pages_left"] {
-        assert_eq!(report.pointer(left), Some(&Value::from(0)), "{left}: {report:#}");
+        assert_eq!(number(&report, left), 0, "{left}: {report:#}");
     }
 }
 
@@ -79,7 +69,7 @@ fn a_32_bit_kernel_is_entered_at_its_start_with_the_boot_parameters_in_esi() {
     let files = ["--kernel", kernel_path.to_str().expect("text"), "--initrd", initrd_path.to_str().expect("text")];
     for mmu in ["npt", "shadow"] {
         let what = [&["--memory", "64M", "--vcpus", "1", "--mmu", mmu][..], &files].concat();
-        let (finished, report) = reported("entry", &what);
+        let (finished, report) = reported("linux32-entry", &what);
         finished.expect_status(9 << 1 | 1);
         assert_eq!(report["end"], "debug-exit", "{report:#}");
     }
@@ -91,14 +81,14 @@ fn where_there_is_no_32_bit_kernel_it_is_said_so() {
     let _ = fs::remove_dir_all(&cache);
     // A distribution without packages.
     fs::write(&config, "Dir::Etc::sourcelist \"/dev/null\"; Dir::Etc::sourceparts \"/dev/null\";").expect("written");
-    let output = nestling()
-        .args(["run", "--guest", "i386-pae", "--timeout", LIMIT])
-        .env("XDG_CACHE_HOME", &cache)
-        .env("APT_CONFIG", &config)
-        .output()
-        .expect("the command can be started");
-    let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).into_owned();
-    let finished = Finished { status: output.status, stdout: text(output.stdout), stderr: text(output.stderr) };
+    let finished = Finished::from(
+        nestling()
+            .args(["run", "--guest", "i386-pae", "--timeout", LIMIT])
+            .env("XDG_CACHE_HOME", &cache)
+            .env("APT_CONFIG", &config)
+            .output()
+            .expect("the command can be started"),
+    );
     finished.expect_status(76);
     for text in ["a kernel package in apt's lists for i386 is missing", "later ones and Ubuntu do not", "--kernel"] {
         finished.expect_stderr(text);

@@ -11,6 +11,8 @@
 //! NESTLING_MIGRATIONS=20 NESTLING_FAILURES=20 cargo test --release -p nestling-cli --test migrations -- --nocapture
 //! ```
 
+#[path = "common/files.rs"]
+mod files;
 #[path = "common/kernel.rs"]
 mod kernel;
 #[path = "common/machine.rs"]
@@ -20,7 +22,6 @@ use std::{
     env, fs, io,
     io::{BufRead, BufReader},
     net::{Shutdown, TcpListener},
-    path::PathBuf,
     process::{Child, ChildStdout, Command, Output, Stdio},
     sync::{
         Arc, Mutex, PoisonError,
@@ -30,6 +31,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use files::path;
 use kernel::kernel;
 use machine::one_machine_at_a_time;
 use nestling_cli::copy::link::{Address, Link, Listener};
@@ -77,7 +79,7 @@ impl Running {
             let free = TcpListener::bind("127.0.0.1:0").and_then(|listener| listener.local_addr()).expect("a port");
             Address::Tcp(free.to_string())
         } else {
-            Address::Unix(PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join(format!("{name}.socket")))
+            Address::Unix(path(&format!("{name}.socket")))
         };
         let mut command = nestling();
         command.args(["run", "--timeout", LIMIT, "--name", &name]).args(arguments);
@@ -372,8 +374,8 @@ const WRITER: &[u8] = &[
 #[test]
 fn a_guest_that_writes_faster_than_the_link_is_slowed_down_and_arrives() {
     let _machine = one_machine_at_a_time();
-    let [image, initrd, report] = ["writer.bzImage", "writer.initrd", "slow-link.json"]
-        .map(|name| PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join(name).display().to_string());
+    let [image, initrd, report] =
+        ["writer.bzImage", "writer.initrd", "slow-link.json"].map(|name| path(name).display().to_string());
     fs::write(&image, kernel(WRITER)).expect("written");
     fs::write(&initrd, b"no archive").expect("written");
     let guest = ["--vcpus", "1", "--memory", "64M", "--kernel", &image, "--initrd", &initrd];

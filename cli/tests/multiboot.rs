@@ -1,27 +1,28 @@
 //! Multiboot guests: the test kernel's checks with one and with four vCPUs, and what is refused.
 
 mod common;
+#[path = "common/files.rs"]
+mod files;
 #[path = "common/kernel.rs"]
 mod kernel;
+#[path = "common/machine.rs"]
+mod machine;
 
 use std::{
-    env,
-    fs::{self, File},
+    env, fs,
     path::{Path, PathBuf},
     process::Command,
     sync::OnceLock,
 };
 
 use common::{Finished, run, subcommand};
+use files::path;
 use kernel::kernel;
+use machine::one_machine_at_a_time;
 
 /// Seconds. A check takes a hundredth of it on an idle machine.
 const LIMIT: &str = "240";
 const TARGET: &str = "x86_64-unknown-linux-gnu";
-
-fn path(name: &str) -> PathBuf {
-    PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join(name)
-}
 
 /// The test kernel, built once.
 fn test_kernel() -> &'static Path {
@@ -53,9 +54,7 @@ fn test_kernel() -> &'static Path {
 
 /// Runs an image on its own: other tests' machines wait.
 fn boot(image: &Path, arguments: &[&str]) -> Finished {
-    let lock = path("machine.lock");
-    let lock = File::create(&lock).unwrap_or_else(|cause| panic!("{}: {cause}", lock.display()));
-    lock.lock().expect("a lock");
+    let _machine = one_machine_at_a_time();
     let image = image.to_str().expect("a path in text");
     run([&["--multiboot", image, "--memory", "64M", "--timeout", LIMIT], arguments].concat())
 }
@@ -106,9 +105,7 @@ fn sleep_and_wake() {
 /// Random machine code, guest after guest: the hypervisor ends them all, and nothing of them is left.
 #[test]
 fn random_guests_leave_nothing_behind() {
-    let lock = path("machine.lock");
-    let lock = File::create(&lock).unwrap_or_else(|cause| panic!("{}: {cause}", lock.display()));
-    lock.lock().expect("a lock");
+    let _machine = one_machine_at_a_time();
     let report = path("random.json");
     let text = report.to_str().expect("a path in text");
     let arguments = ["--seed", "1", "--guests", "40", "--seconds", "120", "--slice", "200", "--report", text];
@@ -124,9 +121,7 @@ fn random_guests_leave_nothing_behind() {
 /// Cases of paging, on the CPU alone and as a guest: error codes, CR2, marks and data are the same, and the manuals'. So many
 /// of each of four kinds of paging: the emulated CPU has all of them.
 fn walks_as_the_cpu_alone_does(mmu: &str, cases: u64) {
-    let lock = path("machine.lock");
-    let lock = File::create(&lock).unwrap_or_else(|cause| panic!("{}: {cause}", lock.display()));
-    lock.lock().expect("a lock");
+    let _machine = one_machine_at_a_time();
     let finished = subcommand("conformance", ["--mmu", mmu, "--cases", &cases.to_string(), "--timeout", LIMIT]);
     finished.expect_status(0);
     assert!(finished.stdout.ends_with(&format!("{} cases, 0 differences\n", 4 * cases)), "{finished}");

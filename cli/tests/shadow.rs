@@ -2,40 +2,28 @@
 //! leave nothing behind.
 
 mod common;
+#[path = "common/files.rs"]
+mod files;
 #[path = "common/machine.rs"]
 mod machine;
+#[path = "common/report.rs"]
+mod report;
 #[path = "common/running.rs"]
 mod running;
 
-use std::{fs, path::PathBuf};
-
 use common::{Finished, nestling, run};
+use files::path;
 use machine::one_machine_at_a_time;
+use report::{number, reported};
 use running::Running;
 use serde_json::Value;
 
-/// Seconds. A boot takes a tenth of it on an idle machine.
-const LIMIT: &str = "280";
-
-fn path(name: &str) -> PathBuf {
-    PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join(name)
-}
-
-/// A run on shadow tables with a report, which passes.
+/// A run on shadow tables, which passes.
 fn passes(name: &str, arguments: &[&str]) -> (Finished, Value) {
-    let path = path(&format!("shadow-{name}.json"));
-    let path = path.to_str().expect("a path in text");
-    let finished = run([&["--mmu", "shadow", "--timeout", LIMIT, "--report", path], arguments].concat());
-    let text = fs::read_to_string(path).unwrap_or_default();
-    let report = serde_json::from_str(&text).unwrap_or_else(|cause| panic!("report: {cause}: {text:?}\n{finished}"));
+    let (finished, report) = reported(&format!("shadow-{name}"), &[&["--mmu", "shadow"], arguments].concat());
     finished.expect_status(0);
     assert!(finished.stdout.contains("nestling-selfcheck: PASS"), "no PASS line\n{finished}");
     (finished, report)
-}
-
-#[track_caller]
-fn number(report: &Value, pointer: &str) -> u64 {
-    report.pointer(pointer).and_then(Value::as_u64).unwrap_or_else(|| panic!("no number {pointer} in {report:#}"))
 }
 
 /// It was shadow paging that ran the guest, and no page, mapping, handle or frame of it is left.
@@ -55,7 +43,6 @@ fn shadowed(report: &Value) {
 #[test]
 fn linux_boots_on_shadow_tables() {
     for vcpus in ["1", "4"] {
-        let _machine = one_machine_at_a_time();
         let (finished, report) = passes("boot", &["--vcpus", vcpus, "--memory", "192M"]);
         assert!(finished.stdout.contains(&format!("nestling-selfcheck: {vcpus} CPUs")), "{finished}");
         shadowed(&report);
@@ -68,7 +55,6 @@ const STORM: [&str; 7] = ["zap-all", "slot-delete", "slot-move", "move-page", "t
 
 #[test]
 fn linux_on_shadow_tables_survives_a_storm() {
-    let _machine = one_machine_at_a_time();
     // Each takes back what the guest has just faulted in: the rates are those at which it still gets on. How long one
     // check takes is the machine's affair, so the guest repeats it for long enough that each kind comes up often.
     let storm = STORM.map(|kind| format!("{kind}=2")).join(",");

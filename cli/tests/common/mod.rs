@@ -2,7 +2,7 @@
 
 use std::{
     ffi::OsStr,
-    process::{Command, ExitStatus, Stdio},
+    process::{Command, ExitStatus, Output, Stdio},
 };
 
 /// A finished command.
@@ -29,6 +29,13 @@ impl Finished {
     }
 }
 
+impl From<Output> for Finished {
+    fn from(Output { status, stdout, stderr }: Output) -> Self {
+        let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).into_owned();
+        Self { status, stdout: text(stdout), stderr: text(stderr) }
+    }
+}
+
 impl std::fmt::Display for Finished {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "{}\n--- stdout\n{}\n--- stderr\n{}\n---", self.status, self.stdout, self.stderr)
@@ -49,7 +56,5 @@ pub(crate) fn run<A: AsRef<OsStr>>(arguments: impl IntoIterator<Item = A>) -> Fi
 
 /// A subcommand with these arguments, to its end.
 pub(crate) fn subcommand<A: AsRef<OsStr>>(name: &str, arguments: impl IntoIterator<Item = A>) -> Finished {
-    let output = nestling().arg(name).args(arguments).output().expect("the command can be started");
-    let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).into_owned();
-    Finished { status: output.status, stdout: text(output.stdout), stderr: text(output.stderr) }
+    nestling().arg(name).args(arguments).output().expect("the command can be started").into()
 }
