@@ -105,6 +105,10 @@ pub enum Mutant {
     ShadowLinkWithoutLook,
     /// A page of leaves that is out of step is linked under a root that takes it for one that is not reached.
     ShadowLinkUnnoticed,
+    /// A large leaf is made although a frame of its block is a table that is shadowed.
+    ShadowLargeOverTable,
+    /// A large leaf is made beside an invalidation of a frame of its block.
+    ShadowLargeFreshInPart,
     /// Neighbours are mapped while memory is being taken away.
     ShadowNeighboursNotFresh,
 }

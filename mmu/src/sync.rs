@@ -45,6 +45,18 @@ pub fn load_for_update(cell: &AtomicU64) -> u64 {
     cell.load(Ordering::Acquire)
 }
 
+/// Stores to an entry, whose only writer the caller is, while others look at it by [`load_for_update`].
+///
+/// A name of its own because of the model checker: loom does not order a store and a read-modify-write of which neither
+/// happens before the other, and lets whoever comes after both see the older one; there the store is an exchange.
+#[inline]
+pub(crate) fn store_beside_looks(cell: &AtomicU64, value: u64) {
+    #[cfg(feature = "loom")]
+    cell.swap(value, Ordering::Release);
+    #[cfg(not(feature = "loom"))]
+    cell.store(value, Ordering::Release);
+}
+
 /// A value that many read until it is given up, of which a model checker finds out whether someone still may.
 #[derive(Debug)]
 pub(crate) struct Watched<T> {

@@ -155,6 +155,8 @@ pub const CASES: &[Case] = &[
     shadow("shadow-unmapped-by-guest-entry", Mutant::ShadowUnmappedByGuestEntry, "unsync beside sync", 1),
     shadow("shadow-link-without-look", Mutant::ShadowLinkWithoutLook, "load of a root beside link below it", 2),
     shadow("shadow-link-unnoticed", Mutant::ShadowLinkUnnoticed, "link of a table that is out of step", 1),
+    shadow("shadow-large-over-table", Mutant::ShadowLargeOverTable, "large leaf beside link of a table under it", 1),
+    shadow("shadow-large-fresh-in-part", Mutant::ShadowLargeFreshInPart, "large leaf beside invalidation of a part", 2),
     shadow_far("shadow-neighbours-not-fresh", Far::ShadowNeighboursNotFresh, "neighbours beside invalidation"),
     shadow_far("shadow-leaf-overwritten", Far::ShadowLeafOverwritten, "a leaf of another frame"),
     // Some of them again, to show that the long scenarios can see.

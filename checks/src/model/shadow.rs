@@ -8,7 +8,8 @@
 //! | 2, 3 | the same by the same table, below an entry of the directory that does not let it write |
 //! | 4, 5 | the table, and the directory, as the guest writes them |
 //!
-//! A second root leads to the same tables.
+//! A second root leads to the same tables. Under a third, pages 0 and 1 are a large one: the frames of the table and of the
+//! directory of pages 4 and 5. (A large page has as many frames as a table has entries.)
 //!
 //! Each is small enough for loom, and is repeated under shuttle. What must hold is the same in all: no access reaches
 //! what its CPU may not know of any more, nor memory that was taken away, and in the end everything agrees.
@@ -33,11 +34,15 @@ pub const TABLE: u64 = 4;
 pub const WINDOW: [u64; 2] = [5, 6];
 /// The other root.
 pub const OTHER: u64 = 7;
+/// The root with a large page, and its directory.
+pub const LARGE: [u64; 2] = [8, 9];
 /// Frames of the one slot.
-pub const FRAMES: u64 = 8;
+pub const FRAMES: u64 = 10;
+/// In an entry of a directory: it leads to a large page.
+pub const LARGE_PAGE: u64 = 1 << 7;
 
 /// The guest's tables at first, as (frame, entry, value).
-pub const TABLES: [(u64, u64, u64); 11] = [
+pub const TABLES: [(u64, u64, u64); 13] = [
     (ROOT, 0, DIRECTORY << 12 | 1),
     (ROOT, 1, WINDOW[0] << 12 | 1),
     (OTHER, 0, DIRECTORY << 12 | 1),
@@ -49,6 +54,8 @@ pub const TABLES: [(u64, u64, u64); 11] = [
     (WINDOW[0], 0, entry(WINDOW[1])),
     (WINDOW[1], 0, entry(TABLE)),
     (WINDOW[1], 1, entry(DIRECTORY)),
+    (LARGE[0], 0, LARGE[1] << 12 | 1),
+    (LARGE[1], 0, entry(TABLE) | LARGE_PAGE),
 ];
 
 /// An entry that the guest writes.
@@ -110,6 +117,8 @@ pub struct ShadowScenario {
     pub pages: u32,
     /// The backing has every frame at hand, so that faults map neighbours (where there are any: not under loom).
     pub at_hand: bool,
+    /// The backing tells of what one large leaf could map in one answer.
+    pub whole: bool,
     /// What a vCPU has done before.
     pub before: &'static [Do],
     /// The threads; the last runs on the main thread.
@@ -120,6 +129,8 @@ use Do::{Delete, Invlpg, Load, Move, Read, Reload, Set, Write, Zap, ZapAll};
 
 /// Page 0 leads to the other frame.
 const REMAP: Do = Set(Written { page: 4, entry: 0, value: entry(1) });
+/// The same, by the large page of the third root.
+const REMAP_BY_LARGE: Do = Set(Written { page: 0, entry: 0, value: entry(1) });
 /// It leads to the first again.
 const MAP_BACK: Do = Set(Written { page: 4, entry: 0, value: entry(0) });
 /// Page 0 can not be written.
@@ -136,7 +147,12 @@ const LINK: Do = Set(Written { page: 5, entry: 1, value: read_only(TABLE) });
 const LINK_WRITABLE: Do = Set(Written { page: 5, entry: 1, value: entry(TABLE) });
 
 const fn scenario(name: &'static str, before: &'static [Do], threads: &'static [&'static [Do]]) -> ShadowScenario {
-    ShadowScenario { name, pages: 32, at_hand: false, before, threads }
+    ShadowScenario { name, pages: 32, at_hand: false, whole: false, before, threads }
+}
+
+/// One in which there are large leaves.
+const fn large(name: &'static str, before: &'static [Do], threads: &'static [&'static [Do]]) -> ShadowScenario {
+    ShadowScenario { whole: true, ..scenario(name, before, threads) }
 }
 
 /// All of them.
@@ -189,6 +205,13 @@ pub const SHADOW_SCENARIOS: &[ShadowScenario] = &[
         &[Read(0), MAP_BACK, Load(OTHER), Read(0)],
         &[&[REMAP, Load(OTHER), Read(0), Load(ROOT), Read(0)], &[Load(OTHER), Read(0), MAP_BACK, Load(ROOT), Read(0)]],
     ),
+    large(
+        "large leaf beside link of a table under it",
+        &[],
+        &[&[Load(LARGE[0]), REMAP_BY_LARGE, Load(ROOT), Read(0)], &[Read(0)]],
+    ),
+    large("large leaf beside invalidation of a part", &[], &[&[Load(LARGE[0]), Read(1), Read(0)], &[Move(TABLE)]]),
+    large("large leaf beside zap-all", &[], &[&[Load(LARGE[0]), Write(1), Write(0)], &[ZapAll, Move(TABLE)]]),
     scenario("zap beside link", &[Read(4)], &[&[Read(0)], &[Move(TABLE)]]),
     scenario("zap of a directory beside link", &[Read(4), Read(2)], &[&[Read(0)], &[Move(DIRECTORY)]]),
     scenario("zap of the root beside fault", &[Read(0)], &[&[Read(4)], &[Move(ROOT)]]),
@@ -214,6 +237,7 @@ pub const SHADOW_SCENARIOS: &[ShadowScenario] = &[
         name: "quota beside fault",
         pages: 14,
         at_hand: false,
+        whole: false,
         before: &[Read(0), Read(2)],
         threads: &[&[Read(4)], &[Read(2), Read(0)]],
     },
@@ -221,6 +245,7 @@ pub const SHADOW_SCENARIOS: &[ShadowScenario] = &[
         name: "quota beside unsync",
         pages: 14,
         at_hand: false,
+        whole: false,
         before: &[Read(0), Read(4)],
         threads: &[&[REMAP, Reload, Read(0)], &[Read(2)]],
     },

@@ -13,7 +13,7 @@ use super::checker::library::shadow::vcpu::{ShadowOutcome, ShadowVcpu};
 use super::checker::library::{Access, Counters, FaultError, Gfn, GfnRange, Hfn, Mmu, VcpuId};
 use super::checker::{spawn, yield_now};
 use super::shadow_machine::{ShadowMachine, machine, work};
-use crate::model::shadow::{Do, FRAMES, ROOT, ShadowScenario, Written};
+use crate::model::shadow::{Do, FRAMES, LARGE_PAGE, ROOT, ShadowScenario, Written};
 
 /// PAE: PG, WP and PE; PAE.
 const CONTROLS: Controls = Controls { cr0: 1 << 31 | 1 << 16 | 1, cr4: 1 << 5, efer: 0 };
@@ -120,11 +120,17 @@ impl Guest {
         machine.kicks[id].load(Ordering::Relaxed);
         let suits = |(_, _, writable): &(u64, Hfn, bool)| *writable || access != Access::Write;
         let cached = tlb.iter().find(|cached| cached.0 == page && suits(cached)).copied();
-        let found = cached.or_else(|| walk(machine, inside.root().hfn(), page).filter(suits));
-        let Some((_, hfn, writable)) = found else { return Ok(false) };
-        if cached.is_none() {
-            tlb.push((page, hfn, writable));
-        }
+        let hfn = match cached {
+            Some((_, hfn, _)) => hfn,
+            None => {
+                let found = walk(machine, inside.root().hfn(), page);
+                let Some(Found { leaf, first, hfn, pages }) = found.filter(|found| suits(&found.leaf)) else {
+                    return Ok(false);
+                };
+                tlb.extend((0..pages).map(|page| (first + page, Hfn(hfn.0 + page), leaf.2)));
+                leaf.1
+            }
+        };
         let from = pages[page as usize].max(*flushed);
         let may = machine.ghost().may(*root, from, page, access, hfn);
         assert!(may, "the guest reaches {hfn:?} by page {page} for {access:?}, which it was told to forget");
@@ -135,8 +141,18 @@ impl Guest {
     }
 }
 
+/// A leaf, as the CPU finds it.
+struct Found {
+    /// The page that was asked for, its frame, whether it can be written.
+    leaf: (u64, Hfn, bool),
+    /// All that the leaf maps: the first page and its frame, and how many there are.
+    first: u64,
+    hfn: Hfn,
+    pages: u64,
+}
+
 /// The CPU's page walker, in PAE format.
-fn walk(machine: &ShadowMachine, root: Hfn, page: u64) -> Option<(u64, Hfn, bool)> {
+fn walk(machine: &ShadowMachine, root: Hfn, page: u64) -> Option<Found> {
     let mut frame = root;
     for level in (1..=3).rev() {
         let raw = machine.pool.entry(frame, (page >> (level - 1)) as usize % ENTRIES).load(Ordering::Acquire);
@@ -146,8 +162,11 @@ fn walk(machine: &ShadowMachine, root: Hfn, page: u64) -> Option<(u64, Hfn, bool
             return None;
         }
         frame = Hfn((raw & 0xf_ffff_ffff_f000) >> 12);
-        if level == 1 {
-            return Some((page, frame, raw & 2 != 0));
+        if level == 1 || level == 2 && raw & LARGE_PAGE != 0 {
+            let pages = if level == 1 { 1 } else { ENTRIES as u64 };
+            let offset = page % pages;
+            let leaf = (page, Hfn(frame.0 + offset), raw & 2 != 0);
+            return Some(Found { leaf, first: page - offset, hfn: frame, pages });
         }
     }
     None
@@ -209,11 +228,16 @@ fn settle(mmu: &Arc<Mmu<ShadowMachine>>) -> Counters {
     let mut worker = mmu.worker().unwrap();
     worker.collect();
     let counters = mmu.counters();
-    assert_eq!(counters.leaves_4k, machine.leaves(), "the books and the machine disagree on leaves");
+    assert_eq!(
+        counters.leaves_4k + counters.leaves_2m,
+        machine.leaves(),
+        "the books and the machine disagree on leaves"
+    );
     assert_eq!(counters.table_frames, machine.pool.in_use(), "the books and the machine disagree on tables");
     // Through the reverse maps, then by tables: neither leaves anything to the other.
     worker.zap(GfnRange::new(Gfn(0), FRAMES).unwrap());
-    assert_eq!((mmu.counters().leaves_4k, machine.leaves()), (0, 0), "a leaf was in no reverse map");
+    let leaves = mmu.counters();
+    assert_eq!((leaves.leaves_4k, leaves.leaves_2m, machine.leaves()), (0, 0, 0), "a leaf was in no reverse map");
     worker.zap_all();
     worker.collect();
     assert_eq!(mmu.shadow_metadata().unwrap().pages, 0, "shadow pages are left behind");

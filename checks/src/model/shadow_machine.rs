@@ -17,12 +17,12 @@ use super::checker::library::host::{Backing, BackingError, Extent, GuestMemory, 
 use super::checker::library::shadow::ShadowConfig;
 use super::checker::library::sync::{AtomicBool, AtomicU64 as Entry};
 use super::checker::library::{
-    Access, AddressSpace, Config, Gfn, GfnRange, Gpa, Hfn, Host, Mmu, Slot, SlotConfig, SlotFlags, SlotId, VcpuId,
-    Worker,
+    Access, AddressSpace, Config, Gfn, GfnRange, Gpa, Hfn, Host, Level, Mmu, Slot, SlotConfig, SlotFlags, SlotId,
+    VcpuId, Worker,
 };
 use super::checker::yield_now;
 use super::machine::Pool;
-use crate::model::shadow::{Do, FRAMES, ROOT, ShadowScenario, TABLES};
+use crate::model::shadow::{Do, FRAMES, LARGE_PAGE, ROOT, ShadowScenario, TABLES};
 
 /// vCPUs of the machine: two that do something, and one that is in their way.
 const VCPUS: usize = 3;
@@ -80,6 +80,7 @@ impl Ghost {
             allowed
                 && match level {
                     1 => is(next),
+                    2 if value & LARGE_PAGE != 0 => is(next + page % ENTRIES as u64),
                     _ => self.leads(level - 1, next, from.max(*since), page, access, is),
                 }
         })
@@ -94,12 +95,14 @@ pub(super) struct ShadowMachine {
     ghost: Mutex<Ghost>,
     /// [`ShadowScenario::at_hand`].
     at_hand: bool,
+    /// [`ShadowScenario::whole`].
+    whole: bool,
     /// Kicks on their way to the vCPUs.
     pub(super) kicks: [AtomicBool; VCPUS],
 }
 
 impl ShadowMachine {
-    fn new(pool: Arc<Pool>, at_hand: bool) -> Self {
+    fn new(pool: Arc<Pool>, at_hand: bool, whole: bool) -> Self {
         let mut values: [[Vec<(u64, u64)>; ENTRIES]; FRAMES as usize] = Default::default();
         for (frame, entry, value) in TABLES {
             values[frame as usize][entry as usize].push((0, value));
@@ -111,7 +114,7 @@ impl ShadowMachine {
         let memory = (0..HOST_FRAMES).map(|frame| core::array::from_fn(|entry| first(frame, entry))).collect();
         let place = core::array::from_fn(|frame| Some(HOME + frame as u64));
         let ghost = Mutex::new(Ghost { tick: 1, values, place, next: HOME + FRAMES });
-        Self { pool, memory, ghost, at_hand, kicks: core::array::from_fn(|_| AtomicBool::new(false)) }
+        Self { pool, memory, ghost, at_hand, whole, kicks: core::array::from_fn(|_| AtomicBool::new(false)) }
     }
 
     /// Not to be held over an operation of the checker's.
@@ -166,9 +169,14 @@ unsafe impl TableFrames for ShadowMachine {
 
 impl Backing for ShadowMachine {
     fn resolve(&self, _slot: &Slot, gfn: Gfn, _access: Access) -> Result<Extent, BackingError> {
-        let place = self.ghost().place[gfn.0 as usize];
-        let hfn = place.map(Hfn).ok_or(BackingError::NotBacked)?;
-        Ok(Extent { gfns: GfnRange::new(gfn, 1).unwrap(), hfn, writable: true, memory: MemoryType::WriteBack })
+        let place = self.ghost().place;
+        let hfn = place[gfn.0 as usize].ok_or(BackingError::NotBacked)?;
+        let block = GfnRange::block(Level::M2, gfn);
+        let first = hfn - (gfn.0 - block.start.0);
+        let whole =
+            self.whole && (block.start.0..block.end.0).zip(first..).all(|(gfn, hfn)| place[gfn as usize] == Some(hfn));
+        let (gfns, hfn) = if whole { (block, first) } else { (GfnRange::new(gfn, 1).unwrap(), hfn) };
+        Ok(Extent { gfns, hfn: Hfn(hfn), writable: true, memory: MemoryType::WriteBack })
     }
 
     fn page(&self, slot: &Slot, gfn: Gfn, access: Access) -> Option<Page> {
@@ -210,9 +218,9 @@ impl Host for ShadowMachine {
 
 /// A VM with one slot whose guest is shadowed.
 pub(super) fn machine(scenario: &ShadowScenario) -> Arc<Mmu<ShadowMachine>> {
-    let ShadowScenario { pages, at_hand, .. } = *scenario;
+    let ShadowScenario { pages, at_hand, whole, .. } = *scenario;
     let config = Config { vcpus: VCPUS as u16, workers: 3, slots: 2, mmio_entries: false, ..Config::default() };
-    let mmu = Mmu::new(ShadowMachine::new(Arc::new(Pool::new()), at_hand), config).unwrap();
+    let mmu = Mmu::new(ShadowMachine::new(Arc::new(Pool::new()), at_hand, whole), config).unwrap();
     let cpu = CpuFeatures { physical_bits: 40, gigantic_pages: false };
     mmu.enable_shadow(ShadowConfig { pages, cpu }).unwrap();
     let (space, flags) = (AddressSpace::Main, SlotFlags::empty());

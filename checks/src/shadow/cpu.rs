@@ -31,11 +31,23 @@ pub enum Done {
 
 #[derive(Clone, Copy, Debug)]
 struct Cached {
+    /// The first page, and how many there are.
     page: u64,
+    pages: u64,
     hfn: Hfn,
     user: bool,
     write: bool,
     execute: bool,
+}
+
+impl Cached {
+    fn maps(&self, page: u64) -> bool {
+        page & !(self.pages - 1) == self.page
+    }
+
+    fn frame(&self, page: u64) -> Hfn {
+        Hfn(self.hfn.0 + (page - self.page))
+    }
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -63,6 +75,8 @@ pub struct ShadowCpu {
     pub alone: bool,
 }
 
+/// In an entry of level 2: it is a leaf.
+const LARGE: u64 = 1 << 7;
 /// Tries of one access.
 const PATIENCE: usize = 400;
 /// Times that it may be told that something is changing: whoever changes it has to get to run.
@@ -143,7 +157,7 @@ impl ShadowCpu {
                         self.violate(text);
                     }
                     // A CPU forgets what it faulted on.
-                    self.tlb.retain(|cached| cached.page != question.linear >> 12);
+                    self.tlb.retain(|cached| !cached.maps(question.linear >> 12));
                     return Done::Fault;
                 }
                 Ok(_) => return Done::Elsewhere,
@@ -184,6 +198,9 @@ impl ShadowCpu {
                     "{id:?} reaches {hfn:?} ({owner:?}) by {question:x?} under {paging:x?}, flushed at {from}{way}"
                 ));
             }
+            if question.access == Access::Write && record.is_tracked(hfn) {
+                record.violate(format!("{id:?} writes {hfn:?} by {question:x?}, which is tracked"));
+            }
         }
         if let Some((offset, width, value)) = store {
             machine.store(hfn, offset, width, value);
@@ -219,11 +236,11 @@ fn translate(
 ) -> Option<Hfn> {
     let page = question.linear >> 12;
     if !rng.once_in(4) {
-        if let Some(cached) = tlb.iter().find(|cached| cached.page == page && permits(paging, cached, question)) {
-            return Some(cached.hfn);
+        if let Some(cached) = tlb.iter().find(|cached| cached.maps(page) && permits(paging, cached, question)) {
+            return Some(cached.frame(page));
         }
-        if rng.once_in(2) && tlb.iter().any(|cached| cached.page == page) {
-            tlb.retain(|cached| cached.page != page);
+        if rng.once_in(2) && tlb.iter().any(|cached| cached.maps(page)) {
+            tlb.retain(|cached| !cached.maps(page));
             return None;
         }
     }
@@ -259,13 +276,21 @@ fn translate(
             return None;
         }
         let next = Hfn((raw & 0xf_ffff_ffff_f000) >> 12);
-        if level == 1 {
-            let cached = Cached { page, hfn: next, user: raw & 4 != 0, write: raw & 2 != 0, execute: raw >> 63 == 0 };
+        if level == 1 || level == 2 && raw & LARGE != 0 {
+            let pages = if level == 1 { 1 } else { 512 };
+            let cached = Cached {
+                page: page & !(pages - 1),
+                pages,
+                hfn: next,
+                user: raw & 4 != 0,
+                write: raw & 2 != 0,
+                execute: raw >> 63 == 0,
+            };
             if !permits(paging, &cached, question) {
                 return None;
             }
             tlb.push(cached);
-            return Some(next);
+            return Some(cached.frame(page));
         }
         level -= 1;
         (frame, life) = (next, machine.arena.life(next)?);

@@ -3,6 +3,9 @@
 //! Every write to guest memory goes through one lock and gets a tick, so that the record and the memory agree on the
 //! order. Host frames that were taken from the guest are never given to it again; they are filled with entries that
 //! look like page tables, and any use of them is reported.
+//!
+//! Beside small frames, whose memory lies here and there, there are blocks of 2 MiB that one leaf may map. A frame of one
+//! that moves leaves its block broken; the block as a whole moves to a new place, and is whole there.
 
 #![expect(unsafe_code, reason = "implementing TableFrames is a promise about memory")]
 
@@ -21,14 +24,26 @@ use crate::machine::arena::Arena;
 
 /// The first host frame of guest memory.
 pub const HOME: u64 = 0x1000;
-/// Guest frames, in two slots.
+/// Small guest frames, in two slots.
 pub const FRAMES: u64 = 96;
+/// The first frame of the blocks, which are one slot.
+pub const LARGE: u64 = 512;
+/// How many blocks there are.
+pub const BLOCKS: u64 = 2;
+/// Frames of a block.
+pub const BLOCK: u64 = 512;
+/// The end of guest frames. Between the small ones and the blocks is nothing.
+pub const END: u64 = LARGE + BLOCKS * BLOCK;
+/// Moves of a whole block.
+const BLOCK_MOVES: u64 = 6;
 /// The second slot begins here; it comes and goes.
 pub const SECOND: u64 = 64;
 /// Guest frames whose neighbours are told of in one answer, beside as many that are told of one by one.
 const TOGETHER: u64 = 2;
-/// Host frames: those of all guest frames, and as many moves.
-const HOST_FRAMES: u64 = FRAMES + 2048;
+/// Host frames: those of all guest frames, what blocks move to, and what single frames do.
+const HOST_FRAMES: u64 = MOVED + 2048;
+/// The first of these, counted from the first host frame.
+const MOVED: u64 = END + BLOCK_MOVES * BLOCK;
 /// What a frame that was taken away holds: present in every format, with all rights, to a frame that nobody owns.
 const TAKEN: u64 = 0x03f0_0067_03f0_0067;
 
@@ -51,6 +66,10 @@ pub struct Record {
     /// Guest frame of each host frame that is in use.
     owner: HashMap<u64, u64>,
     next: u64,
+    /// Where the next block goes.
+    next_block: u64,
+    /// A frame that must not be written, because its writes are tracked.
+    tracked: Option<u64>,
     /// The second slot is there, or is about to be.
     second: bool,
     /// What was found.
@@ -82,9 +101,11 @@ impl ShadowMachine {
         let record = Record {
             tick: 1,
             values: HashMap::new(),
-            place: (0..FRAMES).map(|gfn| HOME + gfn).collect(),
-            owner: (0..FRAMES).map(|gfn| (HOME + gfn, gfn)).collect(),
-            next: HOME + FRAMES,
+            place: (0..END).map(|gfn| HOME + gfn).collect(),
+            owner: (0..FRAMES).chain(LARGE..END).map(|gfn| (HOME + gfn, gfn)).collect(),
+            next: HOME + MOVED,
+            next_block: HOME + END,
+            tracked: None,
             second: false,
             violations: Vec::new(),
         };
@@ -130,15 +151,38 @@ impl ShadowMachine {
         if record.next == HOME + HOST_FRAMES {
             return;
         }
-        let (old, new) = (Hfn(record.place[gfn.0 as usize]), Hfn(record.next));
+        let new = record.next;
         record.next += 1;
+        self.relocate(&mut record, gfn.0, new);
+    }
+
+    /// Moves all of a block to another place, where it is whole. In the middle of an invalidation of it.
+    pub fn move_block(&self, block: u64) {
+        let mut record = self.record();
+        if record.next_block == HOME + MOVED {
+            return;
+        }
+        let first = record.next_block;
+        record.next_block += BLOCK;
+        for page in 0..BLOCK {
+            self.relocate(&mut record, LARGE + block * BLOCK + page, first + page);
+        }
+    }
+
+    fn relocate(&self, record: &mut Record, gfn: u64, to: u64) {
+        let (old, new) = (Hfn(record.place[gfn as usize]), Hfn(to));
         for word in 0..512 {
             let value = self.cell(old, word * 8).swap(TAKEN, Ordering::SeqCst);
             self.cell(new, word * 8).store(value, Ordering::SeqCst);
         }
-        record.place[gfn.0 as usize] = new.0;
+        record.place[gfn as usize] = new.0;
         record.owner.remove(&old.0);
-        record.owner.insert(new.0, gfn.0);
+        record.owner.insert(new.0, gfn);
+    }
+
+    /// From here on the guest must not write to this frame, or to any again.
+    pub fn set_tracked(&self, gfn: Option<Gfn>) {
+        self.record().tracked = gfn.map(|gfn| gfn.0);
     }
 
     /// The second slot is about to be added, or was deleted.
@@ -184,7 +228,12 @@ impl Record {
 
     /// The guest frame behind a host frame, if it is in use and its slot is there.
     pub fn owner(&self, hfn: Hfn) -> Option<u64> {
-        self.owner.get(&hfn.0).copied().filter(|gfn| *gfn < SECOND || self.second)
+        self.owner.get(&hfn.0).copied().filter(|gfn| *gfn < SECOND || *gfn >= LARGE || self.second)
+    }
+
+    /// Whether the guest must not write there.
+    pub fn is_tracked(&self, hfn: Hfn) -> bool {
+        self.tracked.is_some() && self.owner(hfn) == self.tracked
     }
 }
 
@@ -209,11 +258,13 @@ impl Backing for ShadowMachine {
     fn resolve(&self, slot: &Slot, gfn: Gfn, _access: Access) -> Result<Extent, BackingError> {
         let record = self.record();
         let hfn = record.place[gfn.0 as usize];
-        let alone = !(gfn.0 / TOGETHER).is_multiple_of(2);
+        let alone = gfn.0 < LARGE && !(gfn.0 / TOGETHER).is_multiple_of(2);
         let same =
             |other: &u64| !alone && record.place[*other as usize].wrapping_sub(*other) == hfn.wrapping_sub(gfn.0);
-        let start = (slot.range().start.0..gfn.0).rev().take_while(same).last().unwrap_or(gfn.0);
-        let end = (gfn.0 + 1..slot.range().end.0).take_while(same).last().unwrap_or(gfn.0) + 1;
+        // Of what lies farther away nothing is told.
+        let near = slot.range().start.0.max(gfn.0 / BLOCK * BLOCK)..slot.range().end.0.min((gfn.0 / BLOCK + 1) * BLOCK);
+        let start = (near.start..gfn.0).rev().take_while(same).last().unwrap_or(gfn.0);
+        let end = (gfn.0 + 1..near.end).take_while(same).last().unwrap_or(gfn.0) + 1;
         drop(record);
         self.stumble();
         let hfn = Hfn(hfn - (gfn.0 - start));

@@ -2,9 +2,12 @@
 //!
 //! Each format has a few tables a level, whose first two entries change at random: to nothing, to tables of the next level
 //! (or of any, so that a frame is read in several ways), to large pages, to pages of data and to pages that are tables.
-//! A part of the address space never changes: it maps all frames, writable for the supervisor, once by small pages and
-//! once by a large one. Through it, and through whatever else happens to lead to a table, the guest writes entries. It
+//! A part of the address space never changes: it maps all tables, writable for the supervisor, once by small pages and
+//! once by large ones. Through it, and through whatever else happens to lead to a table, the guest writes entries. It
 //! flushes when it feels like it.
+//!
+//! The last table of each level lies in a block of memory that a large leaf could map, and is there for a while, as long as
+//! something leads to it.
 
 use std::sync::Arc;
 use std::thread;
@@ -14,7 +17,7 @@ use nestling::shadow::ShadowConfig;
 use nestling::{Access, AddressSpace, Config, Gfn, GfnRange, Gpa, Mmu, SlotConfig, SlotFlags, SlotId, VcpuId, Worker};
 
 use super::cpu::{Done, ShadowCpu};
-use super::machine::{FRAMES, SECOND, ShadowMachine};
+use super::machine::{BLOCK, BLOCKS, END, FRAMES, LARGE, SECOND, ShadowMachine};
 use super::oracle::{Paging, Question};
 use crate::rng::Rng;
 
@@ -69,7 +72,10 @@ impl Map {
     }
 
     fn table(self, level: u64, number: u64) -> Gfn {
-        Gfn(1 + (level - 1) * TABLES + number)
+        match number + 1 {
+            TABLES => Gfn(LARGE + level - 1),
+            _ => Gfn(1 + (level - 1) * TABLES + number),
+        }
     }
 
     const fn size(self) -> u64 {
@@ -89,9 +95,14 @@ impl Map {
         12 + self.bits * (level - 1)
     }
 
-    /// Where the guest finds a frame: by a small page, or in the large one.
+    /// Where the guest finds a frame with a table: by a small page, or in a large one.
     const fn frame(self, gfn: u64, large: bool) -> u64 {
-        self.fixed_index() << self.shift(self.levels) | (large as u64) << self.shift(2) | gfn << 12
+        let page = match (large, gfn < LARGE) {
+            (true, _) => BLOCK + gfn,
+            (false, true) => gfn,
+            (false, false) => SECOND + gfn - LARGE,
+        };
+        self.fixed_index() << self.shift(self.levels) | page << 12
     }
 
     fn link(self, level: u64, gfn: Gfn, flags: u64) -> u64 {
@@ -104,6 +115,9 @@ impl Map {
         for gfn in 0..SECOND {
             put(Gfn(FIXED), gfn, gfn << 12 | ALL & !4);
         }
+        for gfn in LARGE..LARGE + self.levels {
+            put(Gfn(FIXED), SECOND + gfn - LARGE, gfn << 12 | ALL & !4);
+        }
         for level in 2..=self.levels {
             let (index, below) = if level == self.levels { (self.fixed_index(), level - 2) } else { (0, level - 2) };
             let tops = (0..TABLES).map(|number| self.table(self.levels, number));
@@ -112,12 +126,14 @@ impl Map {
                 put(table, index, self.link(level, Gfn(FIXED + below), ALL));
             }
         }
-        // The large page beside: entry 1 of the level-2 table; in the short format that is the top table itself.
+        // The large pages beside: from entry 1 of the level-2 table on; in the short format that is the top table itself.
         let directories: Vec<Gfn> = match self.layout {
             Layout::Legacy => Vec::new(),
             _ => vec![Gfn(FIXED + 1)],
         };
-        directories.iter().for_each(|table| put(*table, 1, ALL | 1 << 7));
+        for block in [0, LARGE / BLOCK] {
+            directories.iter().for_each(|table| put(*table, 1 + block, (block * BLOCK) << 12 | ALL | 1 << 7));
+        }
     }
 
     const fn has_large(self) -> bool {
@@ -141,21 +157,26 @@ impl Map {
         }
         match rng.below(8) {
             0 | 1 => 0,
-            2 if level == 2 => flags | 1 << 7,
+            // In the short format a large page is of 4 MiB, and the first block is its second half.
+            2 if level == 2 && self.layout == Layout::Legacy => flags | 1 << 7,
+            2 if level == 2 => (rng.below(1 + BLOCKS) * BLOCK) << 12 | flags | 1 << 7,
+            2 if level == 3 && self.levels > 3 && rng.once_in(2) => flags | 1 << 7,
             3 if level > 1 => {
                 let other = 1 + rng.below(self.levels);
                 self.link(level, self.table(other, rng.below(TABLES)), flags)
             }
             _ if level > 1 => self.link(level, self.table(level - 1, rng.below(TABLES)), flags),
-            3 => self.link(level, Gfn(1 + rng.below(self.levels * TABLES)), flags),
+            3 => self.link(level, self.table(1 + rng.below(self.levels), rng.below(TABLES)), flags),
+            4 if rng.once_in(3) => self.link(level, Gfn(END - BLOCK + rng.below(2)), flags),
             4 => self.link(level, Gfn(SECOND + rng.below(8)), flags),
             _ => self.link(level, Gfn(20 + rng.below(8)), flags),
         }
     }
 
-    /// A random address in the part that changes.
+    /// A random address in the part that changes. Of a page of 4 MiB, it may be in either half.
     fn address(self, rng: &mut Rng) -> u64 {
-        (1..=self.levels).map(|level| rng.below(2) << self.shift(level)).sum()
+        let half = if self.layout == Layout::Legacy { rng.below(2) << 21 } else { 0 };
+        half + (1..=self.levels).map(|level| rng.below(2) << self.shift(level)).sum::<u64>()
     }
 }
 
@@ -169,13 +190,14 @@ pub fn scene(layout: Layout, vcpus: u16, pages: u32, rough: u64) -> Arc<Mmu<Shad
     mmu.enable_shadow(ShadowConfig { pages, cpu }).expect("there is memory");
     let mut worker = mmu.worker().expect("a worker is free");
     worker.add_slot(slot(0)).expect("the slot fits");
+    worker.add_slot(slot(2)).expect("the slot fits");
     mmu.host().set_second(true);
     worker.add_slot(slot(1)).expect("the slot fits");
     mmu
 }
 
 fn slot(number: u32) -> SlotConfig {
-    let (base, pages) = if number == 0 { (0, SECOND) } else { (SECOND, FRAMES - SECOND) };
+    let (base, pages) = [(0, SECOND), (SECOND, FRAMES - SECOND), (LARGE, END - LARGE)][number as usize];
     SlotConfig {
         id: SlotId(number),
         space: AddressSpace::Main,
@@ -274,28 +296,70 @@ impl Guest {
     }
 }
 
-/// One operation of the host.
-pub fn host_step(worker: &mut Worker<ShadowMachine>, rng: &mut Rng, second: &mut bool) {
-    let mmu = Arc::clone(worker.mmu());
-    let gfn = Gfn(rng.below(FRAMES));
-    match rng.below(8) {
-        0 => drop(worker.zap(GfnRange { start: gfn, end: Gfn(gfn.0 + 1 + rng.below(8)) })),
-        1 => drop(worker.zap_all()),
-        2 if *second => {
-            worker.delete_slot(SlotId(1)).expect("the slot is there");
-            mmu.host().set_second(false);
-            *second = false;
-        }
-        2 | 3 if !*second => {
-            mmu.host().set_second(true);
-            worker.add_slot(slot(1)).expect("the slot fits");
-            *second = true;
-        }
-        4 => drop(worker.zap(GfnRange { start: Gfn(0), end: Gfn(1 << 30) })),
-        _ => {
-            let invalidation = worker.invalidate(GfnRange { start: gfn, end: Gfn(gfn.0 + 1) });
-            mmu.host().move_frame(gfn);
-            drop(invalidation);
+/// What the host does.
+#[derive(Debug)]
+pub struct HostProgram {
+    worker: Worker<ShadowMachine>,
+    rng: Rng,
+    /// The second slot is there.
+    second: bool,
+    tracked: Option<Gfn>,
+}
+
+impl HostProgram {
+    /// The host of this machine.
+    pub fn new(mmu: &Arc<Mmu<ShadowMachine>>, seed: u64) -> Self {
+        let worker = mmu.worker().expect("a worker is free");
+        Self { worker, rng: Rng::new(seed), second: true, tracked: None }
+    }
+
+    /// One operation.
+    pub fn step(&mut self) {
+        let Self { worker, rng, second, tracked } = self;
+        let mmu = Arc::clone(worker.mmu());
+        let gfn =
+            Gfn(if rng.once_in(4) { LARGE + rng.below(BLOCKS) * BLOCK + rng.below(8) } else { rng.below(FRAMES) });
+        match rng.below(11) {
+            10 if rng.once_in(2) => worker.split(SlotId(2)).expect("the slot is there"),
+            10 => drop(worker.collapse(SlotId(2)).expect("the slot has no log")),
+            0 => drop(worker.zap(GfnRange { start: gfn, end: Gfn(gfn.0 + 1 + rng.below(8)) })),
+            1 => drop(worker.zap_all()),
+            2 if *second => {
+                worker.delete_slot(SlotId(1)).expect("the slot is there");
+                mmu.host().set_second(false);
+                *second = false;
+            }
+            2 | 3 if !*second => {
+                mmu.host().set_second(true);
+                worker.add_slot(slot(1)).expect("the slot fits");
+                *second = true;
+            }
+            4 => drop(worker.zap(GfnRange { start: Gfn(0), end: Gfn(1 << 30) })),
+            5 => match tracked.take() {
+                Some(gfn) => {
+                    mmu.host().set_tracked(None);
+                    worker.untrack_page(AddressSpace::Main, gfn).expect("it is tracked");
+                }
+                None => {
+                    // One without a table: those have to stay writable.
+                    let gfn = Gfn(END - BLOCK + rng.below(2));
+                    worker.track_page(AddressSpace::Main, gfn).expect("the slot is there");
+                    mmu.host().set_tracked(Some(gfn));
+                    *tracked = Some(gfn);
+                }
+            },
+            6 => {
+                let block = rng.below(BLOCKS);
+                let range = GfnRange::new(Gfn(LARGE + block * BLOCK), BLOCK).expect("the block is not empty");
+                let invalidation = worker.invalidate(range);
+                mmu.host().move_block(block);
+                drop(invalidation);
+            }
+            _ => {
+                let invalidation = worker.invalidate(GfnRange { start: gfn, end: Gfn(gfn.0 + 1) });
+                mmu.host().move_frame(gfn);
+                drop(invalidation);
+            }
         }
     }
 }
@@ -311,34 +375,46 @@ fn end(mmu: Arc<Mmu<ShadowMachine>>) -> Vec<String> {
     found
 }
 
-/// One thread, several vCPUs by turns. What was found, and how many accesses reached memory.
-pub fn single(layout: Layout, seed: u64, steps: u64, pages: u32) -> (Vec<String>, u64) {
+/// How a program ended.
+#[derive(Debug)]
+pub struct Outcome {
+    /// What must not be.
+    pub found: Vec<String>,
+    /// Accesses that reached memory.
+    pub reached: u64,
+    /// Large leaves that there were, at each look.
+    pub large: u64,
+}
+
+/// One thread, several vCPUs by turns.
+pub fn single(layout: Layout, seed: u64, steps: u64, pages: u32) -> Outcome {
     let mmu = scene(layout, 3, pages, 0);
     let mut rng = Rng::new(seed);
     let mut guests: Vec<Guest> = (0..3).map(|id| Guest::new(&mmu, layout, id, rng.next())).collect();
     guests.iter_mut().for_each(|guest| guest.cpu.alone = true);
-    let mut worker = mmu.worker().expect("a worker is free");
-    let mut second = true;
+    let mut host = HostProgram::new(&mmu, rng.next());
+    let mut large = 0;
     for _ in 0..steps {
         if rng.once_in(24) {
-            host_step(&mut worker, &mut rng, &mut second);
+            host.step();
         } else {
             let number = rng.below(3) as usize;
             guests[number].step();
         }
+        large += mmu.counters().leaves_2m;
         if !mmu.host().record().violations.is_empty() {
             break;
         }
     }
     let reached = guests.iter().map(|guest| guest.reached).sum();
-    drop((guests, worker));
-    (end(mmu), reached)
+    drop((guests, host));
+    Outcome { found: end(mmu), reached, large }
 }
 
 /// Several threads, each with a vCPU, and one for the host.
-pub fn storm(layout: Layout, seed: u64, steps: u64, pages: u32) -> (Vec<String>, u64) {
+pub fn storm(layout: Layout, seed: u64, steps: u64, pages: u32) -> Outcome {
     let mmu = scene(layout, 3, pages, 7);
-    let reached = thread::scope(|scope| {
+    let (reached, large) = thread::scope(|scope| {
         let guests: Vec<_> = (0..3u16)
             .map(|id| {
                 let mut guest = Guest::new(&mmu, layout, id, seed ^ u64::from(id) << 32);
@@ -351,16 +427,18 @@ pub fn storm(layout: Layout, seed: u64, steps: u64, pages: u32) -> (Vec<String>,
         let host = {
             let mmu = Arc::clone(&mmu);
             scope.spawn(move || {
-                let mut worker = mmu.worker().expect("a worker is free");
-                let (mut rng, mut second) = (Rng::new(seed ^ 0xff), true);
+                let mut host = HostProgram::new(&mmu, seed ^ 0xff);
+                let mut large = 0;
                 for _ in 0..steps / 16 {
-                    host_step(&mut worker, &mut rng, &mut second);
+                    host.step();
+                    large += mmu.counters().leaves_2m;
                     thread::yield_now();
                 }
+                large
             })
         };
-        host.join().expect("the host does not panic");
-        guests.into_iter().map(|guest| guest.join().expect("a guest does not panic")).sum()
+        let large = host.join().expect("the host does not panic");
+        (guests.into_iter().map(|guest| guest.join().expect("a guest does not panic")).sum(), large)
     });
-    (end(mmu), reached)
+    Outcome { found: end(mmu), reached, large }
 }

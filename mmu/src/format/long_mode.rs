@@ -2,13 +2,14 @@
 //!
 //! Entries of 8 bytes in the layout of long mode, which PAE shares but for its top table (APM vol 2, 5.2.3 and 5.3). The
 //! format is a room of its own beside the second-stage formats, because what it says is different: a leaf knows user and
-//! supervisor, carries the guest's protection key, and is always of 4 KiB. What KVM calls SPTE.
+//! supervisor, and carries the guest's protection key. What KVM calls SPTE.
 //!
 //! | bits | meaning |
 //! |---|---|
 //! | 0 P, 1 W, 2 U, 63 NX | rights of a leaf; a table entry allows everything: rights are the leaf's business |
 //! | 3 PWT, 4 PCD | cache type by the host's PAT, as in `npt` |
 //! | 5 A, 6 D | set with W, so that the CPU need not write them; A is cleared by aging |
+//! | 7 PS | in a table of level 2: a leaf of 2 MiB. (In one of level 1 the bit is PAT's, and is 0; PAT's of 2 MiB, 12, too) |
 //! | 9 HOST_WRITABLE (software) | the backing lets the guest write, whatever W says |
 //! | 12–51 | frame |
 //! | 59–62 | the guest's protection key; looked at by the CPU only while CR4.PKE is set |
@@ -27,6 +28,7 @@ const PWT: u64 = 1 << 3;
 const PCD: u64 = 1 << 4;
 const A: u64 = 1 << 5;
 const D: u64 = 1 << 6;
+const PS: u64 = 1 << 7;
 const HOST_WRITABLE: u64 = 1 << 9;
 const KEY_SHIFT: u32 = 59;
 const NX: u64 = 1 << 63;
@@ -67,7 +69,7 @@ pub(crate) const fn table(frame: Hfn, top: Top) -> u64 {
 /// The table that an entry above level 1 leads to.
 #[inline]
 pub(crate) fn next_table(raw: u64) -> Option<Hfn> {
-    (raw & P != 0).then_some(Hfn((raw & FRAME) >> PAGE_SHIFT))
+    (raw & (P | PS) == P).then_some(Hfn((raw & FRAME) >> PAGE_SHIFT))
 }
 
 /// The bits of a leaf that the guest decides.
@@ -97,13 +99,30 @@ pub(crate) fn leaf(bits: u64, hfn: Hfn, host_writable: bool, memory: MemoryType)
     }
 }
 
-/// The frame that a leaf maps, which is present.
+/// The same as a leaf of 2 MiB, of frames from this one on.
+pub(crate) const fn large(leaf: u64) -> u64 {
+    leaf | PS
+}
+
+/// The leaf of 4 KiB that says of one frame, counted from the first, what a leaf of 2 MiB says of it.
+#[inline]
+pub(crate) const fn part(large: u64, index: usize) -> u64 {
+    (large & !PS) + ((index as u64) << PAGE_SHIFT)
+}
+
+/// The frame that a leaf maps, or the first one, if it is present.
+#[inline]
+pub(crate) fn mapped(raw: u64) -> Option<Hfn> {
+    (raw & P != 0).then_some(frame(raw))
+}
+
+/// The frame that a leaf maps, or the first one; it is present.
 #[inline]
 pub(crate) const fn frame(raw: u64) -> Hfn {
     Hfn((raw & FRAME) >> PAGE_SHIFT)
 }
 
-/// Whether an entry of level 1 lets the guest write.
+/// Whether a leaf lets the guest write.
 #[inline]
 pub(crate) const fn is_writable(raw: u64) -> bool {
     raw & (P | W) == P | W
@@ -128,7 +147,7 @@ pub(crate) const fn aged(raw: u64) -> u64 {
 }
 
 const _: () = {
-    assert!(ABSENT & P == 0 && FRAME & (NX | HOST_WRITABLE | 15 << KEY_SHIFT) == 0);
+    assert!(ABSENT & P == 0 && FRAME & (NX | HOST_WRITABLE | PS | 15 << KEY_SHIFT) == 0);
     // Reserved in the top table of PAE: 1, 2, 5 to 8, 63:52 (APM vol 2, 5.2.3).
     assert!(table(Hfn(1), Top::Pointers) & (W | U | A | D | 1 << 7 | 1 << 8) == 0);
 };
@@ -153,6 +172,10 @@ mod tests {
             prop_assert_eq!((raw ^ write_protected(raw)) & !W, 0);
             prop_assert!(!is_writable(write_protected(raw)));
             prop_assert_eq!((raw & A, aged(raw)), (A, raw & !A));
+            let (first, index) = (hfn & !0x1ff, hfn as usize & 0x1ff);
+            let whole = large(leaf(bits, Hfn(first), host_writable, memory));
+            prop_assert_eq!((part(whole, index), next_table(whole)), (raw, None));
+            prop_assert_eq!((mapped(whole), mapped(ABSENT)), (Some(Hfn(first)), None));
             prop_assert_eq!(next_table(table(Hfn(hfn), Top::Usual)), Some(Hfn(hfn)));
             prop_assert_eq!(next_table(table(Hfn(hfn), Top::Pointers)), Some(Hfn(hfn)));
         }

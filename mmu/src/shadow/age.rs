@@ -1,16 +1,16 @@
 //! Aging in shadow mode: which mapped pages were used lately (F29), through reverse maps.
 //!
 //! # Protocol
-//! One hold of the shared side a run of frames, under its bucket's lock: no leaf of these frames comes or goes meanwhile,
+//! One hold of the shared side a block of 2 MiB, under its bucket's lock: no leaf of these frames comes or goes meanwhile,
 //! and nothing is looked at of frames that are not mapped. A leaf is young when its accessed bit is set, and is made old by
 //! clearing it, once: who loses against a mark of the CPU's leaves it young, which it was a moment ago. Nothing is flushed,
 //! as with nested paging (`tdp::age` says why). The guest's own accessed bits are the guest's.
 
 use super::Shadow;
 use super::hold::hold;
-use super::zap::{ShadowDebts, runs};
+use super::zap::{ShadowDebts, blocks};
 use crate::Mmu;
-use crate::addr::{Gfn, GfnRange};
+use crate::addr::GfnRange;
 use crate::host::Host;
 use crate::lock::Ticket;
 use crate::tdp::age::{Age, Clear};
@@ -25,10 +25,9 @@ pub(crate) fn look<H: Host>(
     clear: Clear,
     age: &mut Age,
 ) {
-    for (number, run) in runs(shadow, range) {
+    for (number, part) in blocks(shadow, range) {
         hold(mmu, shadow, ticket, debts.debts(), |inside, order, _| {
-            let bucket = order.numbered(inside, number);
-            (run.start.0..run.end.0).map(Gfn).for_each(|gfn| bucket.look_at_age(inside, gfn, clear, age));
+            order.numbered(inside, number).look_at_age(inside, part, clear, age);
         });
     }
 }

@@ -2,9 +2,16 @@
 //! of shadow pages that stand for the frame, whether those are in step, the reverse map, and when a right to write was
 //! last taken away.
 //!
-//! Frames of one *run* of [`RUN`] share a bucket, so that a fault and the neighbours that it maps take one lock; runs are
-//! spread over the buckets, so that vCPUs that go through memory side by side do not meet in the same one again and
-//! again. Those that fault in the same run at the same time wait for each other, for as long as eight leaves take.
+//! Frames of one *block* of 2 MiB share a bucket. So whatever a leaf of 2 MiB has to be weighed against (tables of the
+//! guest's among its frames, leaves of 4 KiB of the same frames) is behind the one lock under which the leaf is made or
+//! goes, and a fault takes one lock for itself and the neighbours that it maps. Blocks are spread over the buckets, so that
+//! vCPUs that go through memory side by side do not meet in the same one again and again. Those that fault in the same
+//! block at the same time wait for each other, for as long as eight leaves take.
+//!
+//! # Two reverse maps
+//! A leaf of 2 MiB is entered once, in a map of its own, for its block. What is asked of a *frame* (remove its leaves, take
+//! their right to write, look at their age) is asked of both maps, and of a leaf of 2 MiB as a whole: it goes, or loses the
+//! right, for all of its frames.
 
 use alloc::boxed::Box;
 use alloc::vec::Vec;
@@ -14,7 +21,7 @@ use super::rmap::{Key, NoRoom, RUN, Rmap};
 use super::role::{Identity, Source};
 use super::table::Inside;
 use crate::OutOfMemory;
-use crate::addr::{Gfn, GfnRange, Level};
+use crate::addr::{Gfn, GfnRange, INDEX_BITS, Level};
 use crate::events::Counter;
 use crate::format::long_mode::{self, ABSENT};
 use crate::host::Host;
@@ -24,8 +31,10 @@ use crate::sync::{AtomicU64, Ordering, Padded, load_for_update};
 use crate::tdp::age::{Age, Clear};
 use crate::tlb::Moment;
 
-/// log2 of the frames that share a chunk of reverse maps, and a bucket.
+/// log2 of the words that share a chunk of reverse maps.
 const RUN_SHIFT: u32 = RUN.ilog2();
+/// log2 of the frames that share a bucket: those of a leaf of 2 MiB.
+const BLOCK_SHIFT: u32 = INDEX_BITS;
 /// Buckets at least.
 const LEAST: u32 = if cfg!(any(feature = "loom", feature = "shuttle")) { 4 } else { 512 };
 
@@ -40,7 +49,10 @@ pub(super) struct Buckets {
 pub(crate) struct Bucket {
     /// The shadow pages of its frames, by frame and place in the arena; sorted by frame, those of one frame by age.
     pages: Vec<(u32, u32)>,
+    /// Leaves of 4 KiB, by frame.
     rmap: Rmap,
+    /// Leaves of 2 MiB, by block.
+    large: Rmap,
     /// When a right to write was last taken away.
     protected: Moment,
 }
@@ -54,19 +66,26 @@ pub(super) enum Written {
     InStep(u32),
 }
 
-fn key(gfn: Gfn) -> Key {
-    Key { chunk: (gfn.0 >> RUN_SHIFT) as u32, word: gfn.0 as usize & (RUN - 1) }
+/// The word of a number: of a frame's in one reverse map, of a block's in the other.
+fn key(number: u64) -> Key {
+    Key { chunk: (number >> RUN_SHIFT) as u32, word: number as usize & (RUN - 1) }
 }
 
-fn gfn(key: Key) -> Gfn {
-    Gfn(u64::from(key.chunk) << RUN_SHIFT | key.word as u64)
+fn number(key: Key) -> u64 {
+    u64::from(key.chunk) << RUN_SHIFT | key.word as u64
+}
+
+/// Of `gfn`, in the map of leaves of `level`.
+#[inline(always)]
+fn key_at(level: Level, gfn: Gfn) -> Key {
+    if level == Level::K4 { key(gfn.0) } else { key(gfn.0 >> BLOCK_SHIFT) }
 }
 
 impl Buckets {
     /// Buckets for `pages` shadow pages.
     pub(super) fn new(pages: u32) -> Self {
         let count = (pages / 4).next_power_of_two().clamp(LEAST, 1 << 16);
-        let bucket = || Bucket { pages: Vec::new(), rmap: Rmap::new(), protected: Moment::NEVER };
+        let bucket = Bucket::new;
         Self { buckets: (0..count).map(|_| Padded(LeafLock::new(bucket()))).collect() }
     }
 
@@ -74,7 +93,7 @@ impl Buckets {
     #[inline]
     pub(super) fn number(&self, gfn: Gfn) -> usize {
         // By the golden ratio, of whose multiples the upper bits count: no regular distance in memory is none here.
-        let mixed = ((gfn.0 >> RUN_SHIFT) as u32).wrapping_mul(0x9e37_79b1);
+        let mixed = ((gfn.0 >> BLOCK_SHIFT) as u32).wrapping_mul(0x9e37_79b1);
         (u64::from(mixed) * self.buckets.len() as u64 >> 32) as usize
     }
 
@@ -98,22 +117,39 @@ impl Buckets {
         for bucket in self.all() {
             let bucket = bucket.lock(&relax);
             bytes += bucket.pages.capacity() * size_of::<(u32, u32)>();
-            rmaps += bucket.rmap.bytes();
+            rmaps += bucket.rmap.bytes() + bucket.large.bytes();
         }
         (bytes as u64, rmaps as u64)
     }
 
     /// Entries in all reverse maps.
     pub(super) fn mappings(&self, relax: impl Fn()) -> u64 {
-        self.all().map(|bucket| bucket.lock(&relax).rmap.count()).sum()
+        let of = |bucket: &Bucket| bucket.rmap.count() + bucket.large.count();
+        self.all().map(|bucket| of(&bucket.lock(&relax))).sum()
     }
 }
 
 impl Bucket {
-    /// Makes room for a page of a frame, and for a place of its reverse map. Outside the MMU lock.
-    pub(super) fn reserve(&mut self, gfn: Gfn) -> Result<(), OutOfMemory> {
+    fn new() -> Self {
+        Self { pages: Vec::new(), rmap: Rmap::new(), large: Rmap::new(), protected: Moment::NEVER }
+    }
+
+    #[inline(always)]
+    fn map(&mut self, level: Level) -> &mut Rmap {
+        if level == Level::K4 { &mut self.rmap } else { &mut self.large }
+    }
+
+    /// The places of all leaves that map `gfn`, of either size.
+    #[inline]
+    fn places(&self, gfn: Gfn) -> impl Iterator<Item = Place> {
+        let small = self.rmap.places(key_at(Level::K4, gfn));
+        small.chain(self.large.places(key_at(Level::M2, gfn)))
+    }
+
+    /// Makes room for a page of a frame, and for a place of a leaf of `level` that maps it. Outside the MMU lock.
+    pub(super) fn reserve(&mut self, level: Level, gfn: Gfn) -> Result<(), OutOfMemory> {
         self.pages.try_reserve(1)?;
-        self.rmap.reserve(key(gfn))
+        self.map(level).reserve(key_at(level, gfn))
     }
 
     /// Whether a page can be added without an allocation.
@@ -169,6 +205,16 @@ impl Bucket {
         self.pages(gfn).find(in_step).map_or(Written::Free, Written::InStep)
     }
 
+    /// Whether a leaf of 2 MiB may map `block`: no shadow page stands for a table among its frames, in step or not, nor
+    /// one that is being taken apart, for that one leaves its bucket last.
+    ///
+    /// Under this lock a page becomes visible, and the leaf is made: of the two, the second sees the first.
+    #[inline]
+    pub(super) fn may_be_large<H: Host>(&self, inside: Inside<'_, H>, block: GfnRange) -> bool {
+        !self.pages_in(block).any(|index| inside.page(index).role().source() != Source::Identity)
+            || mutants::is(Mutant::ShadowLargeOverTable)
+    }
+
     /// Of the pages that are made of the table `gfn`, one that is in the way if there are more than `most`: one that no
     /// vCPU keeps as a root, if there is such.
     pub(super) fn surplus<H: Host>(&self, inside: Inside<'_, H>, gfn: Gfn, most: usize) -> Option<u32> {
@@ -182,14 +228,14 @@ impl Bucket {
         pages().find(|index| inside.page(*index).loads() == 0).or_else(|| pages().next())
     }
 
-    /// Enters a leaf that is about to be made at `place`.
-    #[inline]
-    pub(super) fn mapped(&mut self, gfn: Gfn, place: Place) -> Result<(), NoRoom> {
-        self.rmap.add(key(gfn), place)
+    /// Enters a leaf of `level` that is about to be made at `place`, for `gfn` or from there on.
+    #[inline(always)]
+    pub(super) fn mapped(&mut self, level: Level, gfn: Gfn, place: Place) -> Result<(), NoRoom> {
+        self.map(level).add(key_at(level, gfn), place)
     }
 
-    /// Removes the leaf at `place`, which maps `gfn`, if there is one. Whether there was.
-    pub(super) fn unmap<H: Host>(&mut self, inside: Inside<'_, H>, gfn: Gfn, place: Place) -> bool {
+    /// Removes the leaf of `level` at `place`, which maps `gfn`, if there is one. Whether there was.
+    pub(super) fn unmap<H: Host>(&mut self, inside: Inside<'_, H>, level: Level, gfn: Gfn, place: Place) -> bool {
         let Some(cell) = inside.entry(place) else { return false };
         let old = cell.swap(ABSENT, Ordering::AcqRel);
         if old == ABSENT {
@@ -198,35 +244,55 @@ impl Bucket {
         if long_mode::is_writable(old) {
             self.protected = inside.mmu.tlb.moment();
         }
-        let found = self.rmap.remove(key(gfn), place);
+        let found = self.map(level).remove(key_at(level, gfn), place);
         // The leaf was entered for the frame that its page remembers, and nothing but this removes it.
         assert!(found, "a leaf of {gfn:?} was not in its reverse map");
-        inside.counters().leaf(Level::K4, 1u64.wrapping_neg());
+        inside.counters().leaf(level, 1u64.wrapping_neg());
         inside.counters().add(Counter::Zapped, 1);
         true
     }
 
-    /// Removes all leaves of `gfn`; how many.
-    pub(super) fn unmap_all<H: Host>(&mut self, inside: Inside<'_, H>, gfn: Gfn) -> u64 {
+    /// Removes all leaves of `level` that map `gfn`; how many.
+    fn unmap_level<H: Host>(&mut self, inside: Inside<'_, H>, level: Level, gfn: Gfn) -> u64 {
         let mut count = 0;
-        while let Some(place) = self.rmap.first(key(gfn)) {
-            let present = self.unmap(inside, gfn, place);
+        while let Some(place) = self.map(level).first(key_at(level, gfn)) {
+            let present = self.unmap(inside, level, gfn, place);
             assert!(present, "an entry in the reverse map of {gfn:?} is absent");
             count += 1;
         }
         count
     }
 
-    /// Removes the leaves of `range` that are in the `from`-th chunk; how many, `None` past the last.
-    pub(super) fn unmap_chunk<H: Host>(&mut self, inside: Inside<'_, H>, from: usize, range: GfnRange) -> Option<u64> {
-        let frames = self.rmap.keys(from)?.map(gfn).filter(|gfn| range.contains(*gfn));
-        Some(frames.map(|gfn| self.unmap_all(inside, gfn)).sum())
+    /// Removes the leaves of 2 MiB that map `gfn`.
+    pub(super) fn unmap_large<H: Host>(&mut self, inside: Inside<'_, H>, gfn: Gfn) {
+        self.unmap_level(inside, Level::M2, gfn);
     }
 
-    /// Takes the right to write from all leaves of `gfn`; whether any had it.
+    /// Removes all leaves that map a frame of `range`, which lies in one block; how many.
+    pub(super) fn unmap_range<H: Host>(&mut self, inside: Inside<'_, H>, range: GfnRange) -> u64 {
+        let large = self.unmap_level(inside, Level::M2, range.start);
+        large + (range.start.0..range.end.0).map(|gfn| self.unmap_level(inside, Level::K4, Gfn(gfn))).sum::<u64>()
+    }
+
+    /// Removes the leaves that map frames of `range` and are in the `from`-th chunk, of both reverse maps; how many, `None`
+    /// past the last.
+    pub(super) fn unmap_chunk<H: Host>(&mut self, inside: Inside<'_, H>, from: usize, range: GfnRange) -> Option<u64> {
+        // (Chunks that are made meanwhile move later ones further back: none is passed over.)
+        Some(if let Some(keys) = self.rmap.keys(from) {
+            let frames = keys.map(|key| Gfn(number(key))).filter(|gfn| range.contains(*gfn));
+            frames.map(|gfn| self.unmap_level(inside, Level::K4, gfn)).sum()
+        } else {
+            let keys = self.large.keys(from - self.rmap.chunks())?;
+            let blocks = keys.map(|key| Gfn(number(key) << BLOCK_SHIFT));
+            let blocks = blocks.filter(|gfn| GfnRange::block(Level::M2, *gfn).overlaps(range));
+            blocks.map(|gfn| self.unmap_level(inside, Level::M2, gfn)).sum()
+        })
+    }
+
+    /// Takes the right to write from all leaves that map `gfn`; whether any had it.
     pub(super) fn write_protect<H: Host>(&mut self, inside: Inside<'_, H>, gfn: Gfn) -> bool {
         let mut any = false;
-        for place in self.rmap.places(key(gfn)) {
+        for place in self.places(gfn) {
             any |= inside
                 .entry(place)
                 .is_some_and(|cell| change(cell, long_mode::is_writable, long_mode::write_protected));
@@ -237,19 +303,24 @@ impl Bucket {
         any
     }
 
-    /// Adds the ages of the leaves of `gfn` to `age`.
-    pub(super) fn look_at_age<H: Host>(&self, inside: Inside<'_, H>, gfn: Gfn, clear: Clear, age: &mut Age) {
-        for cell in self.rmap.places(key(gfn)).filter_map(|place| inside.entry(place)) {
+    /// Adds the ages of the leaves of `range`, which lies in one block, to `age`.
+    pub(super) fn look_at_age<H: Host>(&self, inside: Inside<'_, H>, range: GfnRange, clear: Clear, age: &mut Age) {
+        let mut look = |place, pages| {
+            let Some(cell) = inside.entry(place) else { return };
             let raw = load_for_update(cell);
-            age.mapped += 1;
+            age.mapped += pages;
             if !long_mode::is_young(raw) {
-                continue;
+                return;
             }
-            age.young += 1;
+            age.young += pages;
             if clear == Clear::Yes {
                 // Once: see `age`.
                 let _ = cell.compare_exchange(raw, long_mode::aged(raw), Ordering::AcqRel, Ordering::Acquire);
             }
+        };
+        self.large.places(key_at(Level::M2, range.start)).for_each(|place| look(place, range.pages()));
+        for gfn in (range.start.0..range.end.0).map(Gfn) {
+            self.rmap.places(key_at(Level::K4, gfn)).for_each(|place| look(place, 1));
         }
     }
 
@@ -282,38 +353,39 @@ mod tests {
     use alloc::vec;
 
     #[test]
-    fn a_frame_is_found_again_by_its_key_and_shares_its_bucket_with_its_run() {
+    fn a_frame_is_found_again_by_its_key_and_shares_its_bucket_with_its_block() {
         for pages in [64, 512, 2048, 1 << 20] {
             let buckets = Buckets::new(pages);
             let frames = [0, 1, 63, 64, 65, 4095, 32767, 32768, 32769, 98303, 1 << 20, (1 << 32) - 1];
             for frame in frames.map(Gfn) {
-                assert_eq!(gfn(key(frame)), frame);
-                assert_eq!(buckets.number(frame), buckets.number(Gfn(frame.0 & !(RUN as u64 - 1))), "{pages}");
+                assert_eq!(number(key_at(Level::K4, frame)), frame.0);
+                assert_eq!(number(key_at(Level::M2, frame)) << BLOCK_SHIFT, Level::M2.align_down(frame).0);
+                assert_eq!(buckets.number(frame), buckets.number(Level::M2.align_down(frame)), "{pages}");
             }
         }
     }
 
     /// Two vCPUs that go through memory side by side, any power of two apart, are rarely at the same bucket.
     #[test]
-    fn runs_are_spread() {
+    fn blocks_are_spread() {
         let buckets = Buckets::new(2048);
-        for distance in (0..26).map(|shift| 1u64 << shift) {
-            let meet = (0..1u64 << 12).filter(|run| {
-                let gfn = |run: u64| Gfn(run << RUN_SHIFT);
-                buckets.number(gfn(*run)) == buckets.number(gfn(run + distance))
+        for distance in (0..23).map(|shift| 1u64 << shift) {
+            let meet = (0..1u64 << 12).filter(|block| {
+                let gfn = |block: u64| Gfn(block << BLOCK_SHIFT);
+                buckets.number(gfn(*block)) == buckets.number(gfn(block + distance))
             });
             assert!(meet.count() < 64, "{distance}");
         }
         let mut counts = vec![0; buckets.all().len()];
-        (0..1u64 << 12).for_each(|run| counts[buckets.number(Gfn(run << RUN_SHIFT))] += 1);
+        (0..1u64 << 12).for_each(|block| counts[buckets.number(Gfn(block << BLOCK_SHIFT))] += 1);
         assert!(counts.iter().all(|count| (2..=16).contains(count)), "{counts:?}");
     }
 
     #[test]
     fn pages_are_found_by_frame() {
-        let mut bucket = Bucket { pages: Vec::new(), rmap: Rmap::new(), protected: Moment::NEVER };
+        let mut bucket = Bucket::new();
         for (gfn, index) in [(5, 1), (3, 2), (5, 3), (9, 4), (0, 5)] {
-            bucket.reserve(Gfn(gfn)).unwrap();
+            bucket.reserve(Level::K4, Gfn(gfn)).unwrap();
             bucket.add_page(Gfn(gfn), index);
         }
         let of = |gfn| bucket.pages(Gfn(gfn)).collect::<Vec<u32>>();

@@ -27,7 +27,7 @@ pub(super) fn eight_bytes<H: Host + GuestMemory>(inside: Inside<'_, H>, root: Ha
     }
     let page = inside.page(root.index);
     let raw = page.is(root).then(|| inside.leaf(page, linear))??;
-    let hfn = long_mode::next_table(raw).filter(|_| raw & NO_EXECUTE == 0)?;
+    let hfn = long_mode::mapped(raw).filter(|_| raw & NO_EXECUTE == 0)?;
     let word = |at: u64| inside.mmu.host.load(hfn, at as u32, Width::Eight);
     let shift = 8 * (offset - first) as u32;
     let low = word(first) >> shift;

@@ -11,7 +11,8 @@
 //!   have been in step since any load of CR3 that did not find the link. Both are seen to under the locks ([`may_link`]);
 //!   what a page found there reaches is brought in step before, so that there is rarely anything to be seen to.
 //! - A leaf is made under the page's lock of the guest's entry read again there, and under the bucket lock of its frame,
-//!   where it is decided whether it may be writable (module head of `shadow`).
+//!   where it is decided whether it may be writable (module head of `shadow`). Before a run of frames gets a page of
+//!   leaves it is seen whether one leaf will do ([`large`]).
 //!
 //! The page that is wanted is found by its bucket or made there; two faults that want the same page meet in its lock.
 //!
@@ -20,8 +21,9 @@
 //! crowd or a page zapped is gone, a list that was full is empty.
 
 use super::GFN_LIMIT;
-use super::bucket::Written;
+use super::bucket::{Bucket, Written};
 use super::hold::Fresh;
+use super::large;
 use super::leaves::{Leaf, Leaves};
 use super::memory::{Backed, Neighbours, SeenSlot, TargetPage, note_write};
 use super::near::Near;
@@ -29,7 +31,7 @@ use super::order::{Order, PageGuard};
 use super::page::{Blank, Handle, Page, Place, STALE, UNSYNC};
 use super::rmap::NoRoom;
 use super::role::{Identity, Meaning, Role, Source};
-use super::sync::{TOGETHER, below_in_step, in_step, judge, may_link, open, unlink, unmap};
+use super::sync::{TOGETHER, below_in_step, clear, in_step, judge, may_link, open, unmap};
 use super::table::Inside;
 use crate::addr::{ENTRIES, Gfn, INDEX_BITS, Level, PAGE_SHIFT};
 
@@ -38,7 +40,7 @@ use crate::format::long_mode::{self, ABSENT, NO_EXECUTE, USER, WRITE};
 use crate::guest::{Judged, Mode};
 use crate::host::{Access, GuestMemory, Host, Page as BackingPage};
 use crate::mutants::{self, Mutant};
-use crate::sync::{Ordering, load_for_update};
+use crate::sync::{AtomicU64, Ordering, load_for_update, store_beside_looks};
 use crate::vcpu::FaultError;
 
 /// Leaves that are made together, of neighbours (KVM's PTE_PREFETCH_NUM).
@@ -83,8 +85,8 @@ pub(super) enum Step {
     Retry,
     /// No page is at hand.
     Blanks,
-    /// The bucket of the frame has no room.
-    Bucket(Gfn),
+    /// The bucket of the frame has no room, for a page of it or a leaf of this level.
+    Bucket(Level, Gfn),
     /// The page's list of parents has no room.
     Parents(u32),
     /// The page is in step and is written like a page that is no table, or is one of too many of its frame.
@@ -178,10 +180,15 @@ pub(super) fn map<H: Host + GuestMemory>(
         let Some(child) = way.child(identity, entry, want) else { return Step::Retry };
         at = match follow(inside, page, entry, child) {
             Some(below) => below,
-            None => match link(inside, order, fresh, at, entry, child, want, blanks) {
-                Ok(below) => below,
-                Err(step) => return step,
-            },
+            None => {
+                if let Some(step) = large::map(inside, order, fresh, at, entry, child, want) {
+                    return step;
+                }
+                match link(inside, order, fresh, at, entry, child, want, blanks) {
+                    Ok(below) => below,
+                    Err(step) => return step,
+                }
+            }
         };
         identity = child;
     }
@@ -191,10 +198,11 @@ pub(super) fn map<H: Host + GuestMemory>(
 ///
 /// What the page says that it leads to and what the entry says are read one after the other; that they belong together
 /// is known by the frame, which no other page can have before the lock is left.
-fn follow<H: Host>(inside: Inside<'_, H>, page: &Page, entry: usize, child: Identity) -> Option<Handle> {
+pub(super) fn follow<H: Host>(inside: Inside<'_, H>, page: &Page, entry: usize, child: Identity) -> Option<Handle> {
     let frame = long_mode::next_table(load_for_update(&inside.entries(page)?[entry]))?;
     let index = page.target(entry);
-    let below = inside.page(index);
+    // It may be a leaf's by now, and no page's number.
+    let below = inside.shadow.arena.known(index)?;
     let life = below.life();
     (is_wanted(below, child) && below.frame(inside.shared) == Some(frame) && life & 1 == 1)
         .then_some(Handle { index, life })
@@ -221,7 +229,7 @@ pub(super) fn find_or_make<H: Host>(
         return Ok(Handle { index, life: inside.page(index).life() });
     }
     if !bucket.has_room_for_page() {
-        return Err(Step::Bucket(wanted.gfn));
+        return Err(Step::Bucket(Level::K4, wanted.gfn));
     }
     let guest = match (wanted.role.source(), table) {
         (Source::Identity, _) => None,
@@ -272,7 +280,7 @@ fn link<H: Host + GuestMemory>(
     if let Some(there) = follow(inside, page, entry, child) {
         return Ok(there);
     }
-    unlink(inside, &mut guard, entry);
+    clear(inside, &mut guard, entry);
     let mut under = guard.future_child(inside, below).ok_or(Step::Retry)?;
     if !is_wanted(under.page, child) {
         return Err(Step::Retry);
@@ -290,7 +298,7 @@ fn link<H: Host + GuestMemory>(
     }
     page.aim(entry, below.index);
     // Absent, and nobody makes links but under the page's lock.
-    entries[entry].store(long_mode::table(frame, page.role().top()), Ordering::Release);
+    store_beside_looks(&entries[entry], long_mode::table(frame, page.role().top()));
     Ok(below)
 }
 
@@ -337,7 +345,7 @@ fn leaf<H: Host + GuestMemory>(
         if mutants::is(Mutant::ShadowLeafOverwritten) {
             entries[entry].store(ABSENT, Ordering::Release);
         }
-        unmap(inside, &mut guard, entry);
+        unmap(inside, &mut guard, Level::K4, entry);
     }
     let step = fill(inside, &mut guard, entry, want.access, &want.target.page(), leaf);
     if step == Step::Fixed {
@@ -383,33 +391,8 @@ pub(super) fn fill<H: Host>(
     }
     let write = bits & WRITE != 0;
     let new = long_mode::leaf(bits, hfn, writable, memory);
-    let mut old = load_for_update(cell);
-    if old == ABSENT {
-        // It stays so: nobody makes leaves here but under the page's lock.
-        match bucket.mapped(gfn, place) {
-            Ok(()) => {}
-            Err(NoRoom::Yet) => return Step::Bucket(gfn),
-            Err(NoRoom::Crowded) => return Step::Crowded(gfn),
-        }
-        page.aim(entry, gfn.0 as u32);
-        cell.store(new, Ordering::Release);
-        inside.counters().leaf(Level::K4, 1);
-    } else {
-        loop {
-            if long_mode::frame(old) != hfn {
-                return Step::Failed(FaultError::BackingChanged);
-            }
-            if old == new {
-                return Step::Spurious;
-            }
-            match cell.compare_exchange(old, new, Ordering::AcqRel, Ordering::Acquire) {
-                Ok(_) => break,
-                Err(now) => old = now,
-            }
-        }
-        if long_mode::is_writable(old) && !write {
-            bucket.note_protected(inside);
-        }
+    if let Err(step) = install(inside, &mut bucket, Level::K4, (page, place), gfn, cell, new) {
+        return step;
     }
     if write {
         note_write(inside, logged, gfn);
@@ -418,6 +401,49 @@ pub(super) fn fill<H: Host>(
         open(inside, &bucket, gfn);
     }
     Step::Fixed
+}
+
+/// Makes the leaf `new` of `level`, for `gfn` or from there on, in `cell`, which is that place of that page; or changes the
+/// one of the same frame that is there. Under the page's lock.
+#[inline(always)]
+pub(super) fn install<H: Host>(
+    inside: Inside<'_, H>,
+    bucket: &mut Bucket,
+    level: Level,
+    (page, place): (&Page, Place),
+    gfn: Gfn,
+    cell: &AtomicU64,
+    new: u64,
+) -> Result<(), Step> {
+    let mut old = load_for_update(cell);
+    if old == ABSENT {
+        // It stays so: nobody makes leaves here but under the page's lock.
+        match bucket.mapped(level, gfn, place) {
+            Ok(()) => {}
+            Err(NoRoom::Yet) => return Err(Step::Bucket(level, gfn)),
+            Err(NoRoom::Crowded) => return Err(Step::Crowded(gfn)),
+        }
+        page.aim(place.entry(), gfn.0 as u32);
+        store_beside_looks(cell, new);
+        inside.counters().leaf(level, 1);
+        return Ok(());
+    }
+    loop {
+        if long_mode::frame(old) != long_mode::frame(new) {
+            return Err(Step::Failed(FaultError::BackingChanged));
+        }
+        if old == new {
+            return Err(Step::Spurious);
+        }
+        match cell.compare_exchange(old, new, Ordering::AcqRel, Ordering::Acquire) {
+            Ok(_) => break,
+            Err(now) => old = now,
+        }
+    }
+    if long_mode::is_writable(old) && !long_mode::is_writable(new) {
+        bucket.note_protected(inside);
+    }
+    Ok(())
 }
 
 /// Makes leaves for neighbours that the guest has used before and whose memory is at hand. Best effort: whatever is in the
@@ -450,7 +476,7 @@ pub(super) fn prefetch<H: Host + GuestMemory>(
         while let Some((other, Leaf { gfn, mut bits }, backing)) = found
             && inside.shadow.buckets.number(gfn) == number
         {
-            if bucket.mapped(gfn, Place::new(index, other)).is_ok() {
+            if bucket.mapped(Level::K4, gfn, Place::new(index, other)).is_ok() {
                 let writable = at_once && backing.writable;
                 if bits & WRITE != 0 && !(writable && bucket.may_write(inside, gfn) == Written::Free) {
                     bits &= !WRITE;
@@ -458,7 +484,7 @@ pub(super) fn prefetch<H: Host + GuestMemory>(
                 let new = long_mode::leaf(bits, backing.hfn, backing.writable, backing.memory);
                 page.aim(other, gfn.0 as u32);
                 // Nobody makes leaves here but under the page's lock, which this holds.
-                entries[other].store(long_mode::aged(new), Ordering::Release);
+                store_beside_looks(&entries[other], long_mode::aged(new));
                 made += 1;
             }
             found = next(other + 1);

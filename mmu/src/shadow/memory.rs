@@ -12,7 +12,7 @@
 use super::table::Inside;
 use super::{GFN_LIMIT, Shadow};
 use crate::Mmu;
-use crate::addr::{Gfn, GfnRange, Gpa, Hfn, PAGE_SHIFT};
+use crate::addr::{Gfn, GfnRange, Gpa, Hfn, Level, PAGE_SHIFT};
 use crate::format::MemoryType;
 use crate::guest::{Marked, Tables, Width};
 use crate::host::{Access, GuestMemory, Host, Page};
@@ -62,14 +62,27 @@ impl Backed {
     /// Whether writes to the frame are tracked. Inside the lock, where the answer counts: see `slots::track`.
     #[inline]
     pub(super) fn is_tracked<H: Host>(&self, inside: Inside<'_, H>) -> bool {
-        self.tracked && self.looks_tracked(inside)
+        self.tracked && self.looks_tracked(inside, GfnRange::block(Level::K4, self.gfn))
     }
 
     #[cold]
-    fn looks_tracked<H: Host>(&self, inside: Inside<'_, H>) -> bool {
+    fn looks_tracked<H: Host>(&self, inside: Inside<'_, H>, block: GfnRange) -> bool {
         let slot = inside.mmu.slots.read(inside.shared).find(AddressSpace::Main, self.gfn);
-        let block = GfnRange { start: self.gfn, end: Gfn(self.gfn.0 + 1) };
         slot.is_some_and(|slot| slot.tracked().is_some_and(|tracked| tracked.touches(slot.range().start, block)))
+    }
+
+    /// What one leaf for all of `block`, which holds the frame, would map, its first page: if the block is backed in one
+    /// piece, and nobody watches writes to it. As [`Backed::still_holds`], for the block.
+    pub(super) fn block<H: Host>(&self, inside: Inside<'_, H>, block: GfnRange) -> Option<Page> {
+        let first = self.run.covers(block).then(|| self.at(block.start))?;
+        let overtaken = inside.mmu.notify.must_retry(self.snapshot, block);
+        let overtaken = overtaken && !mutants::is(Mutant::ShadowLargeFreshInPart);
+        let watched = self.logged || self.tracked && self.looks_tracked(inside, block);
+        (first.0.is_multiple_of(block.pages()) && !overtaken && !watched).then_some(Page {
+            hfn: first,
+            writable: self.writable,
+            memory: self.memory,
+        })
     }
 
     /// What stands behind other frames of the slot, unless anything at all is being invalidated or was. As

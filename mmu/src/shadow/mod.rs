@@ -24,6 +24,9 @@
 //! for each leaf the frame that it was made for, so that its removal finds the reverse map that it was entered in,
 //! whatever the guest has done to its tables since. The CPU sets marks at any time: changes are compare-and-swaps.
 //!
+//! Leaves are of 4 KiB or, in pages of level 2, of 2 MiB ([`large`]). All frames of a block of 2 MiB are one bucket's, so
+//! that both are made and go under the same lock.
+//!
 //! # When a table is in step
 //! A shadow page is *in step* with the guest's table if each of its entries is what would be made of the guest's now. It
 //! stays so because no leaf maps the table writable. The guest's first write faults, and then, under the table's bucket
@@ -32,7 +35,8 @@
 //!
 //! Two decisions are made under the bucket lock of a frame G, and so exclude each other:
 //! - a shadow page for the table G becomes visible, and all leaves of G lose their right to write;
-//! - a leaf of G becomes writable, if no shadow page of G is in step.
+//! - a leaf of G becomes writable, if no shadow page of G is in step; one of 2 MiB, if no frame of its block has a shadow
+//!   page at all.
 //!
 //! After the first, vCPUs flush; only then the page counts as in step, after a look at the guest's entries. Every entry
 //! is made of what the guest's entry says *under the page's lock*: bringing in step takes the same lock, so an entry made
@@ -52,7 +56,7 @@
 //! the exclusive lock; pages of older epochs are found by nobody and are zapped beside running vCPUs.
 //!
 //! # Limits
-//! Guest frames below 2^32 (16 TiB), leaves of 4 KiB, the main address space, guests' tables as CR3 names them (not yet
+//! Guest frames below 2^32 (16 TiB), no leaves of 1 GiB, the main address space, guests' tables as CR3 names them (not yet
 //! those of a nested hypervisor).
 
 pub(crate) mod age;
@@ -61,6 +65,7 @@ mod code;
 mod fault;
 pub(crate) mod hold;
 mod invlpg;
+pub(crate) mod large;
 mod leaves;
 mod memory;
 mod near;

@@ -95,7 +95,8 @@ pub(super) struct Page {
     frame: AtomicU64,
     /// The host frame of the guest's table.
     guest: AtomicU64,
-    /// What each entry that is present leads to: the number of the page below, or the frame that a leaf maps.
+    /// What each entry that is present leads to: the number of the page below, or the frame that a leaf maps, its first one.
+    /// Which of the two, the entry says; who reads both without the page's lock may read them of different times.
     targets: OnceBox<[AtomicU32; ENTRIES]>,
     links: LeafLock<Links>,
 }
@@ -314,9 +315,10 @@ impl Arena {
         &chunk.0[(index % CHUNK) as usize]
     }
 
-    /// The page at a place that may never have been given out.
+    /// The page at a place that may never have been given out, or be none.
+    #[inline]
     pub(super) fn known(&self, index: u32) -> Option<&Page> {
-        Some(&self.chunks[(index / CHUNK) as usize].get()?.0[(index % CHUNK) as usize])
+        Some(&self.chunks.get((index / CHUNK) as usize)?.get()?.0[(index % CHUNK) as usize])
     }
 
     /// Every page that ever was, with its place.

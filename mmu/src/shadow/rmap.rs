@@ -1,4 +1,4 @@
-//! Reverse maps: which entries map a guest frame.
+//! Reverse maps: which entries map a guest frame, or a block of them.
 //!
 //! One word a frame: nothing, one place, or the number of a node. Words come in chunks, of the frames of one run; a chunk
 //! exists once one of its frames was mapped. A node holds up to 14 places and leads to the next; only the first may have
@@ -13,7 +13,7 @@ use alloc::vec::Vec;
 use super::page::Place;
 use crate::OutOfMemory;
 
-/// Frames of a run: neighbours, whose words make a chunk.
+/// Frames of a run: neighbours, whose words make a chunk. (Of blocks, as many make one.)
 pub(super) const RUN: usize = if cfg!(any(feature = "loom", feature = "shuttle")) { 2 } else { 64 };
 const NODE: usize = 14;
 /// Marks a word that names a node.
@@ -209,6 +209,11 @@ impl Rmap {
         });
         let many = nodes.flat_map(|node| node.places[..usize::from(node.count)].iter().map(|place| Place(*place)));
         single.into_iter().chain(many)
+    }
+
+    /// Chunks that there are.
+    pub(super) fn chunks(&self) -> usize {
+        self.chunks.len()
     }
 
     /// The keys of the `from`-th chunk; `None` past the last.

@@ -48,14 +48,15 @@
 use alloc::vec::Vec;
 
 use super::bucket::Bucket;
+use super::large;
 use super::leaves::{Leaves, Reading};
 use super::order::{Looks, Order, PageGuard};
 use super::page::{Handle, Page, Place, STALE, UNSYNC};
 use super::role::{Meaning, Source};
 use super::table::Inside;
-use crate::addr::{ENTRIES, Gfn};
+use crate::addr::{ENTRIES, Gfn, Level};
 use crate::events::Counter;
-use crate::format::long_mode::ABSENT;
+use crate::format::long_mode::{self, ABSENT};
 use crate::guest::{Judged, Mode, Width};
 use crate::host::{GuestMemory, Host};
 use crate::leaf_lock::LeafLock;
@@ -414,7 +415,7 @@ fn compare_leaf<H: Host>(
         if let Some(leaf) = reading.leaf(raw).filter(|_| mutants::is(Mutant::ShadowUnmappedByGuestEntry)) {
             guard.page.aim(entry, leaf.gfn.0 as u32);
         }
-        unmap(inside, guard, entry);
+        unmap(inside, guard, Level::K4, entry);
     }
 }
 
@@ -432,11 +433,11 @@ pub(super) fn compare<H: Host + GuestMemory>(
     let (Leaves::Guest(reading), Some(entries)) = (Leaves::of(page, mode), inside.entries(page)) else { return };
     let there = load_for_update(&entries[entry]);
     if there != ABSENT && !reading.gives(reading.load(inside, page.guest(), entry), there, page.target(entry)) {
-        unmap(inside, guard, entry);
+        unmap(inside, guard, Level::K4, entry);
     }
 }
 
-/// Compares one entry above level 1.
+/// Compares one entry above level 1: a link, or a large leaf.
 fn compare_link<H: Host + GuestMemory>(
     inside: Inside<'_, H>,
     guard: &mut PageGuard<'_, '_>,
@@ -445,18 +446,38 @@ fn compare_link<H: Host + GuestMemory>(
 ) {
     let page = guard.page;
     let Some(entries) = inside.entries(page) else { return };
-    if load_for_update(&entries[entry]) == ABSENT {
+    let there = load_for_update(&entries[entry]);
+    if there == ABSENT {
         return;
     }
-    let meaning = page.role().meaning(page.gfn(), entry, judge(inside, page, mode, entry));
-    let below = inside.page(page.target(entry));
-    if meaning != Meaning::Child(below.identity()) || below.life() & 1 == 0 {
-        unlink(inside, guard, entry);
+    let Meaning::Child(child) = page.role().meaning(page.gfn(), entry, judge(inside, page, mode, entry)) else {
+        return clear(inside, guard, entry);
+    };
+    let stays = match long_mode::next_table(there) {
+        Some(_) => {
+            let below = inside.page(page.target(entry));
+            child == below.identity() && below.life() & 1 == 1
+        }
+        None => large::gives(child, there, page.target(entry)),
+    };
+    if !stays {
+        clear(inside, guard, entry);
+    }
+}
+
+/// Removes what is in `entry` of a page above level 1, if there is anything: a link, or a large leaf.
+pub(super) fn clear<H: Host>(inside: Inside<'_, H>, guard: &mut PageGuard<'_, '_>, entry: usize) {
+    let Some(entries) = inside.entries(guard.page) else { return };
+    // Under the page's lock a link stays one, and what is absent stays so. (A leaf may go.)
+    match load_for_update(&entries[entry]) {
+        ABSENT => {}
+        there if long_mode::next_table(there).is_some() => unlink(inside, guard, entry),
+        _ => unmap(inside, guard, Level::M2, entry),
     }
 }
 
 /// Removes the link of `entry` to the page below, if there is one.
-pub(super) fn unlink<H: Host>(inside: Inside<'_, H>, guard: &mut PageGuard<'_, '_>, entry: usize) {
+fn unlink<H: Host>(inside: Inside<'_, H>, guard: &mut PageGuard<'_, '_>, entry: usize) {
     let Some(entries) = inside.entries(guard.page) else { return };
     if entries[entry].swap(ABSENT, Ordering::AcqRel) == ABSENT {
         return;
@@ -467,9 +488,9 @@ pub(super) fn unlink<H: Host>(inside: Inside<'_, H>, guard: &mut PageGuard<'_, '
     guard.child(inside, below).links.parents.retain(|parent| *parent != place);
 }
 
-/// Removes the leaf of `entry`, if there is one.
-pub(super) fn unmap<H: Host>(inside: Inside<'_, H>, guard: &mut PageGuard<'_, '_>, entry: usize) {
+/// Removes the leaf of `level` in `entry`, if there is one.
+pub(super) fn unmap<H: Host>(inside: Inside<'_, H>, guard: &mut PageGuard<'_, '_>, level: Level, entry: usize) {
     let gfn = Gfn(u64::from(guard.page.target(entry)));
     let place = Place::new(guard.index, entry);
-    guard.bucket(inside, gfn).unmap(inside, gfn, place);
+    guard.bucket(inside, gfn).unmap(inside, level, gfn, place);
 }

@@ -53,14 +53,18 @@ impl<'g, H: Host> Inside<'g, H> {
         Some(unsafe { entries.as_ref() })
     }
 
-    /// The leaf for `linear` under the page `root`, which is alive, as the CPU would find it; absent or not. `None` where the
-    /// way to it ends before.
+    /// The leaf for `linear` under the page `root`, which is alive, as the CPU would find it, absent or not; of a larger one
+    /// the part. `None` where the way to it ends before.
     #[inline]
     pub(super) fn leaf(self, root: &Page, linear: u64) -> Option<u64> {
         let role = root.role();
         let mut raw = load_for_update(&self.entries(root)?[role.index(linear)]);
         for level in (1..role.level()).rev() {
-            let table = self.mmu.host.table(long_mode::next_table(raw)?).cast::<[AtomicU64; ENTRIES]>();
+            let Some(next) = long_mode::next_table(raw) else {
+                long_mode::mapped(raw)?;
+                return Some(long_mode::part(raw, (linear >> PAGE_SHIFT) as usize & (ENTRIES - 1)));
+            };
+            let table = self.mmu.host.table(next).cast::<[AtomicU64; ENTRIES]>();
             // SAFETY: as in `entries`. The link was read inside the lock, in the table of a live page or in one that such a
             // link led to, and before a page's frame is taken out of it the links to it are removed (`zap`).
             let entries = unsafe { table.as_ref() };

@@ -33,7 +33,7 @@ use super::role::{Identity, Source};
 use super::sync::{all_in_step, below_in_step};
 use super::table::Inside;
 use super::zap::zap_page;
-use crate::addr::{Gpa, Hfn, Hpa};
+use crate::addr::{GfnRange, Gpa, Hfn, Hpa, Level};
 use crate::events::Counter;
 use crate::format::long_mode::Top;
 use crate::guest::{Controls, Mode, PageFault, Refused, Request, Translation, walk};
@@ -560,7 +560,7 @@ fn serve<H: Host + GuestMemory>(
         Step::Fixed | Step::Spurious | Step::Tracked => {}
         Step::Retry => mmu.host.relax(),
         Step::Blanks => quota::top_up(mmu, shadow, ticket, debts, blanks)?,
-        Step::Bucket(gfn) => shadow.buckets.of(gfn).lock(relax).reserve(gfn)?,
+        Step::Bucket(level, gfn) => shadow.buckets.of(gfn).lock(relax).reserve(level, gfn)?,
         Step::Parents(index) => {
             let mut links = shadow.arena.page(index).links().lock(relax);
             links.parents.try_reserve(1).map_err(OutOfMemory::from)?;
@@ -571,7 +571,7 @@ fn serve<H: Host + GuestMemory>(
         }),
         Step::ListFull => hold(mmu, shadow, ticket, debts, |inside, order, _| all_in_step(inside, order)),
         Step::Crowded(gfn) => hold(mmu, shadow, ticket, debts, |inside, order, _| {
-            order.bucket(inside, gfn).unmap_all(inside, gfn);
+            order.bucket(inside, gfn).unmap_range(inside, GfnRange::block(Level::K4, gfn));
         }),
         Step::Failed(error) => return Err(error),
     }

@@ -11,7 +11,7 @@
 //! A CPU that walks a parent's entry in between finds a table without entries, and faults.
 //!
 //! # Frames
-//! Memory that is taken from the guest: all leaves of its frames go, through their reverse maps, and all shadow pages
+//! Memory that is taken from the guest: all leaves of its frames go, through their reverse maps, large ones as a whole, and all shadow pages
 //! that stand for one of its frames as a table, for what they were made of is going. Pages of old epochs are not
 //! different. The flush is not left to others here: it is done before the lock is left.
 
@@ -19,18 +19,17 @@ use super::Shadow;
 use super::hold::{Debts, hold};
 use super::order::Order;
 use super::page::{Handle, Page, Place};
-use super::rmap::RUN;
 use super::role::Source;
-use super::sync::{unlink, unmap};
+use super::sync::{clear, unmap};
 use super::table::Inside;
 use crate::Mmu;
 use crate::OutOfMemory;
-use crate::addr::{Gfn, GfnRange};
+use crate::addr::{Gfn, GfnRange, Level};
 use crate::format::long_mode::{self, ABSENT, Top};
 use crate::host::Host;
 use crate::lock::Ticket;
 use crate::mutants::{self, Mutant};
-use crate::sync::{Ordering, load_for_update};
+use crate::sync::{load_for_update, store_beside_looks};
 
 /// What a worker keeps for its work on shadow pages.
 #[derive(Debug)]
@@ -59,8 +58,8 @@ pub(crate) fn zap_page<H: Host>(
         let empty = inside.entries(page).is_none_or(|entries| load_for_update(&entries[entry]) == ABSENT);
         match role.level() {
             _ if empty => {}
-            1 => unmap(inside, &mut guard, entry),
-            _ => unlink(inside, &mut guard, entry),
+            1 => unmap(inside, &mut guard, Level::K4, entry),
+            _ => clear(inside, &mut guard, entry),
         }
     }
     page.end();
@@ -90,17 +89,17 @@ fn forget<H: Host>(inside: Inside<'_, H>, order: &mut Order<'_>, parent: Place, 
         && guard.page.target(parent.entry()) == handle.index
         && long_mode::next_table(load_for_update(cell)) == page.frame(inside.shared);
     if leads_here {
-        cell.store(ABSENT, Ordering::Release);
+        store_beside_looks(cell, ABSENT);
     }
 }
 
-/// The runs that `range` is made of: the number of each one's bucket, and its frames.
-pub(super) fn runs(shadow: &Shadow, range: GfnRange) -> impl Iterator<Item = (usize, GfnRange)> {
-    let (first, end) = (range.start.0 / RUN as u64, range.end.min(super::GFN_LIMIT).0.div_ceil(RUN as u64));
-    (first..end).map(move |run| {
-        let (start, end) = (Gfn(run * RUN as u64), Gfn((run + 1) * RUN as u64));
-        let run = GfnRange { start: start.max(range.start), end: end.min(range.end) };
-        (shadow.buckets.number(run.start), run)
+/// What `range` has of each block of 2 MiB: the number of the block's bucket, and the frames.
+pub(super) fn blocks(shadow: &Shadow, range: GfnRange) -> impl Iterator<Item = (usize, GfnRange)> {
+    let (pages, end) = (Level::M2.pages(), range.end.min(super::GFN_LIMIT));
+    (range.start.0 / pages..end.0.div_ceil(pages)).map(move |block| {
+        let block = GfnRange::block(Level::M2, Gfn(block * pages));
+        let part = GfnRange { start: block.start.max(range.start), end: block.end.min(end) };
+        (shadow.buckets.number(part.start), part)
     })
 }
 
@@ -118,13 +117,12 @@ pub(crate) fn zap_range<H: Host>(
     if range.is_empty() {
         return 0;
     }
-    // A few runs are looked up; for many, all buckets are gone through.
-    if range.pages() / RUN as u64 <= 2 * shadow.buckets.all().len() as u64 {
-        for (number, run) in runs(shadow, range) {
-            zap_pages(mmu, shadow, ticket, debts, number, run);
+    // A few blocks are looked up; for many, all buckets are gone through.
+    if range.pages() / Level::M2.pages() <= 2 * shadow.buckets.all().len() as u64 {
+        for (number, part) in blocks(shadow, range) {
+            zap_pages(mmu, shadow, ticket, debts, number, part);
             hold(mmu, shadow, ticket, &mut debts.0, |inside, order, _| {
-                let mut bucket = order.numbered(inside, number);
-                leaves += (run.start.0..run.end.0).map(|gfn| bucket.unmap_all(inside, Gfn(gfn))).sum::<u64>();
+                leaves += order.numbered(inside, number).unmap_range(inside, part);
             });
         }
     } else {
@@ -222,7 +220,7 @@ pub(crate) fn zap_obsolete<H: Host>(mmu: &Mmu<H>, shadow: &Shadow, ticket: &mut 
     }
 }
 
-/// Takes the right to write from all leaves of `gfns`. The flush is the caller's.
+/// Takes the right to write from all leaves that map one of `gfns`, large ones as a whole. The flush is the caller's.
 pub(crate) fn write_protect<H: Host>(
     mmu: &Mmu<H>,
     shadow: &Shadow,
@@ -232,11 +230,11 @@ pub(crate) fn write_protect<H: Host>(
 ) {
     let mut gfns = gfns.take_while(|gfn| *gfn < super::GFN_LIMIT).peekable();
     while let Some(first) = gfns.peek().copied() {
-        // One run a hold.
+        // One block a hold.
         let number = shadow.buckets.number(first);
         hold(mmu, shadow, ticket, &mut debts.0, |inside, order, _| {
             let mut bucket = order.numbered(inside, number);
-            while let Some(gfn) = gfns.next_if(|gfn| gfn.0 / RUN as u64 == first.0 / RUN as u64) {
+            while let Some(gfn) = gfns.next_if(|gfn| Level::M2.align_down(*gfn) == Level::M2.align_down(first)) {
                 bucket.write_protect(inside, gfn);
             }
         });

@@ -9,6 +9,7 @@ use crate::host::Host;
 use crate::lock::Shared;
 use crate::mutants::{self, Mutant};
 use crate::reclaim::synchronize;
+use crate::shadow;
 use crate::slots::dirty::{DirtyLog, DirtyPages, LogConfig, LogError, LogStart, Tracking, WORD};
 use crate::slots::{AddressSpace, Memslot, SlotError, SlotId, Trackable};
 use crate::tdp::collapse::{Collapsed, collapse};
@@ -213,7 +214,7 @@ impl<H: Host> Worker<H> {
         self.mmu.slots.read(&inside).mark_dirty(space, range);
         drop(inside);
         if let Some(shadow) = self.mmu.shadow.get() {
-            crate::shadow::zap::zap_tables(&self.mmu, shadow, &mut self.ticket, &mut self.shadow, range);
+            shadow::zap::zap_tables(&self.mmu, shadow, &mut self.ticket, &mut self.shadow, range);
         }
     }
 
@@ -252,19 +253,25 @@ impl<H: Host> Worker<H> {
     }
 
     /// Splits every huge leaf of a slot, in steps that yield. Fails when there are no tables for it; what was split by then
-    /// stays so.
+    /// stays so. In shadow tables they are removed: the next faults decide again.
     pub fn split(&mut self, id: SlotId) -> Result<(), SlotError> {
         let mmu = Arc::clone(&self.mmu);
         let updates = mmu.updates.lock(|| mmu.host.relax());
         let slot = updates.get(id)?;
         let mut all = SplitAll::default();
         sweep(&mmu, &mut self.ticket, slot.space(), slot.range(), &mut all);
-        Ok(all.spares.release(&mmu, &self.ticket)?)
+        let Self { ticket, shadow: debts, .. } = self;
+        if let Some(shadow) = mmu.shadow.get().filter(|_| slot.space() == AddressSpace::Main) {
+            shadow::large::remove(&mmu, shadow, ticket, debts, slot.range());
+        }
+        Ok(all.spares.release(&mmu, ticket)?)
     }
 
     /// Makes huge leaves where the tables of a slot say nothing that one could not say, and the backing agrees: after its
     /// log was stopped, what was split is whole again. In place, without a fault; vCPUs that touch a block at that moment
     /// fault once and are retried. Refused while the slot has a log.
+    ///
+    /// In shadow tables the small ones are removed where that is so, for faults to make large ones; these are not counted.
     pub fn collapse(&mut self, id: SlotId) -> Result<Collapsed, LogError> {
         let mmu = Arc::clone(&self.mmu);
         let updates = mmu.updates.lock(|| mmu.host.relax());
@@ -272,7 +279,11 @@ impl<H: Host> Worker<H> {
         if slot.log().is_some() {
             return Err(LogError::Running);
         }
-        Ok(collapse(&mmu, &mut self.ticket, &mut self.batch, &slot))
+        let Self { ticket, batch, shadow: debts, .. } = self;
+        if let Some(shadow) = mmu.shadow.get().filter(|_| slot.space() == AddressSpace::Main) {
+            shadow::large::collapse(&mmu, shadow, ticket, debts, &slot);
+        }
+        Ok(collapse(&mmu, ticket, batch, &slot))
     }
 
     /// Brings what is known of writes up to now into the log.
@@ -316,7 +327,7 @@ impl<H: Host> Worker<H> {
     /// Arms pages where shadow paging maps them: there it is always the write right that tells.
     fn arm_shadow(&mut self, gfns: impl Iterator<Item = Gfn>) {
         if let Some(shadow) = self.mmu.shadow.get() {
-            crate::shadow::zap::write_protect(&self.mmu, shadow, &mut self.ticket, &mut self.shadow, gfns);
+            shadow::zap::write_protect(&self.mmu, shadow, &mut self.ticket, &mut self.shadow, gfns);
         }
     }
 }
