@@ -51,8 +51,8 @@ pub(crate) struct Bucket {
     pages: Vec<(u32, u32)>,
     /// Leaves of 4 KiB, by frame.
     rmap: Rmap,
-    /// Leaves of 2 MiB, by block.
-    large: Rmap,
+    /// Leaves of 2 MiB, by block; made when there is to be one.
+    large: Option<Box<Rmap>>,
     /// When a right to write was last taken away.
     protected: Moment,
 }
@@ -79,6 +79,15 @@ fn number(key: Key) -> u64 {
 #[inline(always)]
 fn key_at(level: Level, gfn: Gfn) -> Key {
     if level == Level::K4 { key(gfn.0) } else { key(gfn.0 >> BLOCK_SHIFT) }
+}
+
+/// What `range` has of each run.
+fn runs(range: GfnRange) -> impl Iterator<Item = GfnRange> {
+    let (first, end) = (range.start.0 >> RUN_SHIFT, range.end.0.div_ceil(RUN as u64));
+    (first..end).map(move |run| {
+        let (start, end) = (Gfn(run << RUN_SHIFT), Gfn((run + 1) << RUN_SHIFT));
+        GfnRange { start: start.max(range.start), end: end.min(range.end) }
+    })
 }
 
 impl Buckets {
@@ -117,39 +126,40 @@ impl Buckets {
         for bucket in self.all() {
             let bucket = bucket.lock(&relax);
             bytes += bucket.pages.capacity() * size_of::<(u32, u32)>();
-            rmaps += bucket.rmap.bytes() + bucket.large.bytes();
+            rmaps += bucket.rmap.bytes() + bucket.large.as_ref().map_or(0, |map| size_of::<Rmap>() + map.bytes());
         }
         (bytes as u64, rmaps as u64)
     }
 
     /// Entries in all reverse maps.
     pub(super) fn mappings(&self, relax: impl Fn()) -> u64 {
-        let of = |bucket: &Bucket| bucket.rmap.count() + bucket.large.count();
+        let of = |bucket: &Bucket| bucket.rmap.count() + bucket.large.as_ref().map_or(0, |map| map.count());
         self.all().map(|bucket| of(&bucket.lock(&relax))).sum()
     }
 }
 
 impl Bucket {
     fn new() -> Self {
-        Self { pages: Vec::new(), rmap: Rmap::new(), large: Rmap::new(), protected: Moment::NEVER }
+        Self { pages: Vec::new(), rmap: Rmap::new(), large: None, protected: Moment::NEVER }
     }
 
     #[inline(always)]
-    fn map(&mut self, level: Level) -> &mut Rmap {
-        if level == Level::K4 { &mut self.rmap } else { &mut self.large }
+    fn map(&mut self, level: Level) -> Option<&mut Rmap> {
+        if level == Level::K4 { Some(&mut self.rmap) } else { self.large.as_deref_mut() }
     }
 
-    /// The places of all leaves that map `gfn`, of either size.
+    /// The places of the leaves of 2 MiB that map `gfn`.
     #[inline]
-    fn places(&self, gfn: Gfn) -> impl Iterator<Item = Place> {
-        let small = self.rmap.places(key_at(Level::K4, gfn));
-        small.chain(self.large.places(key_at(Level::M2, gfn)))
+    fn large_places(&self, gfn: Gfn) -> impl Iterator<Item = Place> {
+        self.large.iter().flat_map(move |map| map.places(key_at(Level::M2, gfn)))
     }
 
     /// Makes room for a page of a frame, and for a place of a leaf of `level` that maps it. Outside the MMU lock.
     pub(super) fn reserve(&mut self, level: Level, gfn: Gfn) -> Result<(), OutOfMemory> {
         self.pages.try_reserve(1)?;
-        self.map(level).reserve(key_at(level, gfn))
+        let map =
+            if level == Level::K4 { &mut self.rmap } else { self.large.get_or_insert_with(|| Box::new(Rmap::new())) };
+        map.reserve(key_at(level, gfn))
     }
 
     /// Whether a page can be added without an allocation.
@@ -231,10 +241,11 @@ impl Bucket {
     /// Enters a leaf of `level` that is about to be made at `place`, for `gfn` or from there on.
     #[inline(always)]
     pub(super) fn mapped(&mut self, level: Level, gfn: Gfn, place: Place) -> Result<(), NoRoom> {
-        self.map(level).add(key_at(level, gfn), place)
+        self.map(level).map_or(Err(NoRoom::Yet), |map| map.add(key_at(level, gfn), place))
     }
 
     /// Removes the leaf of `level` at `place`, which maps `gfn`, if there is one. Whether there was.
+    #[inline(always)]
     pub(super) fn unmap<H: Host>(&mut self, inside: Inside<'_, H>, level: Level, gfn: Gfn, place: Place) -> bool {
         let Some(cell) = inside.entry(place) else { return false };
         let old = cell.swap(ABSENT, Ordering::AcqRel);
@@ -244,7 +255,7 @@ impl Bucket {
         if long_mode::is_writable(old) {
             self.protected = inside.mmu.tlb.moment();
         }
-        let found = self.map(level).remove(key_at(level, gfn), place);
+        let found = self.map(level).is_some_and(|map| map.remove(key_at(level, gfn), place));
         // The leaf was entered for the frame that its page remembers, and nothing but this removes it.
         assert!(found, "a leaf of {gfn:?} was not in its reverse map");
         inside.counters().leaf(level, 1u64.wrapping_neg());
@@ -255,7 +266,7 @@ impl Bucket {
     /// Removes all leaves of `level` that map `gfn`; how many.
     fn unmap_level<H: Host>(&mut self, inside: Inside<'_, H>, level: Level, gfn: Gfn) -> u64 {
         let mut count = 0;
-        while let Some(place) = self.map(level).first(key_at(level, gfn)) {
+        while let Some(place) = self.map(level).and_then(|map| map.first(key_at(level, gfn))) {
             let present = self.unmap(inside, level, gfn, place);
             assert!(present, "an entry in the reverse map of {gfn:?} is absent");
             count += 1;
@@ -270,8 +281,13 @@ impl Bucket {
 
     /// Removes all leaves that map a frame of `range`, which lies in one block; how many.
     pub(super) fn unmap_range<H: Host>(&mut self, inside: Inside<'_, H>, range: GfnRange) -> u64 {
-        let large = self.unmap_level(inside, Level::M2, range.start);
-        large + (range.start.0..range.end.0).map(|gfn| self.unmap_level(inside, Level::K4, Gfn(gfn))).sum::<u64>()
+        let mut count = self.unmap_level(inside, Level::M2, range.start);
+        for run in runs(range) {
+            if self.rmap.has(key_at(Level::K4, run.start)) {
+                count += (run.start.0..run.end.0).map(|gfn| self.unmap_level(inside, Level::K4, Gfn(gfn))).sum::<u64>();
+            }
+        }
+        count
     }
 
     /// Removes the leaves that map frames of `range` and are in the `from`-th chunk, of both reverse maps; how many, `None`
@@ -282,25 +298,35 @@ impl Bucket {
             let frames = keys.map(|key| Gfn(number(key))).filter(|gfn| range.contains(*gfn));
             frames.map(|gfn| self.unmap_level(inside, Level::K4, gfn)).sum()
         } else {
-            let keys = self.large.keys(from - self.rmap.chunks())?;
+            let keys = self.large.as_ref()?.keys(from - self.rmap.chunks())?;
             let blocks = keys.map(|key| Gfn(number(key) << BLOCK_SHIFT));
             let blocks = blocks.filter(|gfn| GfnRange::block(Level::M2, *gfn).overlaps(range));
             blocks.map(|gfn| self.unmap_level(inside, Level::M2, gfn)).sum()
         })
     }
 
-    /// Takes the right to write from all leaves that map `gfn`; whether any had it.
-    pub(super) fn write_protect<H: Host>(&mut self, inside: Inside<'_, H>, gfn: Gfn) -> bool {
-        let mut any = false;
-        for place in self.places(gfn) {
-            any |= inside
-                .entry(place)
-                .is_some_and(|cell| change(cell, long_mode::is_writable, long_mode::write_protected));
+    /// Takes the right to write from all leaves that map one of `gfns`, which lie in the block of `block`.
+    pub(super) fn write_protect<H: Host>(
+        &mut self,
+        inside: Inside<'_, H>,
+        block: Gfn,
+        gfns: impl Iterator<Item = Gfn>,
+    ) {
+        let protect = |place| {
+            inside.entry(place).is_some_and(|cell| change(cell, long_mode::is_writable, long_mode::write_protected))
+        };
+        let mut any = self.large_places(block).fold(false, |any, place| any | protect(place));
+        for gfn in gfns {
+            any = self.rmap.places(key_at(Level::K4, gfn)).fold(any, |any, place| any | protect(place));
         }
         if any {
             self.protected = inside.mmu.tlb.moment();
         }
-        any
+    }
+
+    /// Whether nothing is known of its frames.
+    pub(super) fn is_empty(&self) -> bool {
+        self.pages.is_empty() && self.rmap.chunks() == 0 && self.large.is_none()
     }
 
     /// Adds the ages of the leaves of `range`, which lies in one block, to `age`.
@@ -318,9 +344,11 @@ impl Bucket {
                 let _ = cell.compare_exchange(raw, long_mode::aged(raw), Ordering::AcqRel, Ordering::Acquire);
             }
         };
-        self.large.places(key_at(Level::M2, range.start)).for_each(|place| look(place, range.pages()));
-        for gfn in (range.start.0..range.end.0).map(Gfn) {
-            self.rmap.places(key_at(Level::K4, gfn)).for_each(|place| look(place, 1));
+        self.large_places(range.start).for_each(|place| look(place, range.pages()));
+        for run in runs(range).filter(|run| self.rmap.has(key_at(Level::K4, run.start))) {
+            for gfn in (run.start.0..run.end.0).map(Gfn) {
+                self.rmap.places(key_at(Level::K4, gfn)).for_each(|place| look(place, 1));
+            }
         }
     }
 

@@ -345,7 +345,7 @@ fn leaf<H: Host + GuestMemory>(
         if mutants::is(Mutant::ShadowLeafOverwritten) {
             entries[entry].store(ABSENT, Ordering::Release);
         }
-        unmap(inside, &mut guard, Level::K4, entry);
+        unmap(inside, &mut guard, entry);
     }
     let step = fill(inside, &mut guard, entry, want.access, &want.target.page(), leaf);
     if step == Step::Fixed {

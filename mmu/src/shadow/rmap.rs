@@ -9,6 +9,7 @@
 
 use alloc::boxed::Box;
 use alloc::vec::Vec;
+use core::cell::Cell;
 
 use super::page::Place;
 use crate::OutOfMemory;
@@ -37,8 +38,8 @@ struct Node {
 pub(super) struct Rmap {
     /// Sorted by number.
     chunks: Vec<(u32, Box<[u32; RUN]>)>,
-    /// Which of them was in use last.
-    last: usize,
+    /// Which of them was in use last: whoever goes through frames comes back to it.
+    last: Cell<usize>,
     nodes: Vec<Node>,
     /// First of the free nodes, which are linked.
     free: u32,
@@ -62,15 +63,27 @@ pub(super) enum NoRoom {
 
 impl Rmap {
     pub(super) const fn new() -> Self {
-        Self { chunks: Vec::new(), last: 0, nodes: Vec::new(), free: NONE }
+        Self { chunks: Vec::new(), last: Cell::new(0), nodes: Vec::new(), free: NONE }
     }
 
     #[inline]
     fn chunk(&self, number: u32) -> Result<usize, usize> {
-        match self.chunks.get(self.last) {
-            Some((last, _)) if *last == number => Ok(self.last),
-            _ => self.chunks.binary_search_by_key(&number, |(number, _)| *number),
+        let last = self.last.get();
+        match self.chunks.get(last) {
+            Some((found, _)) if *found == number => Ok(last),
+            _ => self.search(number),
         }
+    }
+
+    fn search(&self, number: u32) -> Result<usize, usize> {
+        let found = self.chunks.binary_search_by_key(&number, |(number, _)| *number)?;
+        self.last.set(found);
+        Ok(found)
+    }
+
+    /// Whether a frame of the run of this one was ever mapped.
+    pub(super) fn has(&self, key: Key) -> bool {
+        self.chunk(key.chunk).is_ok()
     }
 
     fn word(&self, key: Key) -> u32 {
@@ -107,7 +120,6 @@ impl Rmap {
     #[inline]
     pub(super) fn add(&mut self, key: Key, place: Place) -> Result<(), NoRoom> {
         let chunk = self.chunk(key.chunk).map_err(|_| NoRoom::Yet)?;
-        self.last = chunk;
         let word = &mut self.chunks[chunk].1[key.word];
         if *word == 0 {
             *word = place.0 + 1;

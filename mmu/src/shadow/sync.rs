@@ -315,7 +315,7 @@ pub(super) fn in_step<H: Host + GuestMemory>(inside: Inside<'_, H>, order: &mut 
         // not this life any more.
         if page.is(*handle) {
             page.clear(UNSYNC);
-            bucket.write_protect(inside, gfn);
+            bucket.write_protect(inside, gfn, core::iter::once(gfn));
             latest = latest.max(bucket.protected());
         }
     }
@@ -415,7 +415,7 @@ fn compare_leaf<H: Host>(
         if let Some(leaf) = reading.leaf(raw).filter(|_| mutants::is(Mutant::ShadowUnmappedByGuestEntry)) {
             guard.page.aim(entry, leaf.gfn.0 as u32);
         }
-        unmap(inside, guard, Level::K4, entry);
+        unmap(inside, guard, entry);
     }
 }
 
@@ -433,7 +433,7 @@ pub(super) fn compare<H: Host + GuestMemory>(
     let (Leaves::Guest(reading), Some(entries)) = (Leaves::of(page, mode), inside.entries(page)) else { return };
     let there = load_for_update(&entries[entry]);
     if there != ABSENT && !reading.gives(reading.load(inside, page.guest(), entry), there, page.target(entry)) {
-        unmap(inside, guard, Level::K4, entry);
+        unmap(inside, guard, entry);
     }
 }
 
@@ -472,7 +472,7 @@ pub(super) fn clear<H: Host>(inside: Inside<'_, H>, guard: &mut PageGuard<'_, '_
     match load_for_update(&entries[entry]) {
         ABSENT => {}
         there if long_mode::next_table(there).is_some() => unlink(inside, guard, entry),
-        _ => unmap(inside, guard, Level::M2, entry),
+        _ => unmap_at(inside, guard, Level::M2, entry),
     }
 }
 
@@ -488,8 +488,13 @@ fn unlink<H: Host>(inside: Inside<'_, H>, guard: &mut PageGuard<'_, '_>, entry: 
     guard.child(inside, below).links.parents.retain(|parent| *parent != place);
 }
 
-/// Removes the leaf of `level` in `entry`, if there is one.
-pub(super) fn unmap<H: Host>(inside: Inside<'_, H>, guard: &mut PageGuard<'_, '_>, level: Level, entry: usize) {
+/// Removes the leaf of 4 KiB in `entry`, if there is one.
+pub(super) fn unmap<H: Host>(inside: Inside<'_, H>, guard: &mut PageGuard<'_, '_>, entry: usize) {
+    unmap_at(inside, guard, Level::K4, entry);
+}
+
+#[inline(always)]
+fn unmap_at<H: Host>(inside: Inside<'_, H>, guard: &mut PageGuard<'_, '_>, level: Level, entry: usize) {
     let gfn = Gfn(u64::from(guard.page.target(entry)));
     let place = Place::new(guard.index, entry);
     guard.bucket(inside, gfn).unmap(inside, level, gfn, place);

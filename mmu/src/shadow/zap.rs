@@ -58,7 +58,7 @@ pub(crate) fn zap_page<H: Host>(
         let empty = inside.entries(page).is_none_or(|entries| load_for_update(&entries[entry]) == ABSENT);
         match role.level() {
             _ if empty => {}
-            1 => unmap(inside, &mut guard, Level::K4, entry),
+            1 => unmap(inside, &mut guard, entry),
             _ => clear(inside, &mut guard, entry),
         }
     }
@@ -127,6 +127,10 @@ pub(crate) fn zap_range<H: Host>(
         }
     } else {
         for number in 0..shadow.buckets.all().len() {
+            // Most are, of a guest that is not large.
+            if hold(mmu, shadow, ticket, &mut debts.0, |inside, order, _| order.numbered(inside, number).is_empty()) {
+                continue;
+            }
             zap_pages(mmu, shadow, ticket, debts, number, range);
             let mut chunk = 0;
             while hold(mmu, shadow, ticket, &mut debts.0, |inside, order, _| {
@@ -233,10 +237,9 @@ pub(crate) fn write_protect<H: Host>(
         // One block a hold.
         let number = shadow.buckets.number(first);
         hold(mmu, shadow, ticket, &mut debts.0, |inside, order, _| {
-            let mut bucket = order.numbered(inside, number);
-            while let Some(gfn) = gfns.next_if(|gfn| Level::M2.align_down(*gfn) == Level::M2.align_down(first)) {
-                bucket.write_protect(inside, gfn);
-            }
+            let block = GfnRange::block(Level::M2, first);
+            let here = core::iter::from_fn(|| gfns.next_if(|gfn| block.contains(*gfn)));
+            order.numbered(inside, number).write_protect(inside, first, here);
         });
     }
 }
