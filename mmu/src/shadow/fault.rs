@@ -27,8 +27,8 @@ use super::large;
 use super::leaves::{Leaf, Leaves};
 use super::memory::{Backed, Neighbours, SeenSlot, TargetPage, note_write};
 use super::near::Near;
-use super::order::{Order, PageGuard};
-use super::page::{Blank, Handle, Page, Place, STALE, UNSYNC};
+use super::order::{BucketGuard, Order, PageGuard};
+use super::page::{Blank, GROUP, Handle, Page, Place, STALE, UNSYNC};
 use super::rmap::NoRoom;
 use super::role::{Identity, Meaning, Role, Source};
 use super::sync::{TOGETHER, below_in_step, clear, in_step, judge, may_link, open, unmap};
@@ -281,6 +281,7 @@ fn link<H: Host + GuestMemory>(
         return Ok(there);
     }
     clear(inside, &mut guard, entry);
+    guard.links.note(entry);
     let mut under = guard.future_child(inside, below).ok_or(Step::Retry)?;
     if !is_wanted(under.page, child) {
         return Err(Step::Retry);
@@ -369,6 +370,7 @@ pub(super) fn fill<H: Host>(
     let (page, place) = (guard.page, Place::new(guard.index, entry));
     let Some(entries) = inside.entries(page) else { return Step::Retry };
     let cell = &entries[entry];
+    guard.links.note(entry);
     let mut bucket = guard.bucket(inside, gfn);
     let TargetPage { page: BackingPage { hfn, writable, memory }, logged } = *target;
     if !writable || access != Access::Write && logged {
@@ -457,39 +459,43 @@ pub(super) fn prefetch<H: Host + GuestMemory>(
 ) {
     let (page, index) = (guard.page, guard.index);
     let Some(entries) = inside.entries(page) else { return };
-    let end = (entry & !(PREFETCH - 1)) + PREFETCH;
-    let next = |from: usize| {
-        (from..end.min(ENTRIES)).filter(|other| load_for_update(&entries[*other]) == ABSENT).find_map(|other| {
-            let leaf = leaves.leaf(inside, page, other)?;
-            Some((other, leaf, neighbours.page(leaf.gfn)?))
-        })
-    };
+    let start = entry & !(PREFETCH - 1);
+    let end = (start + PREFETCH).min(ENTRIES);
+    (start..end).step_by(GROUP).for_each(|entry| guard.links.note(entry));
     // A page whose writes are logged is given for writing when it is written, and not before; which of a slot's pages are
     // tracked is asked then as well.
     let at_once = !neighbours.are_watched();
-    let mut found = next(entry & !(PREFETCH - 1));
+    // Most neighbours lead to neighbours, whose bucket is the same.
+    let mut held: Option<(usize, BucketGuard<'_, '_>)> = None;
     let mut made = 0;
-    while let Some((_, Leaf { gfn: first, .. }, _)) = found {
-        let number = inside.shadow.buckets.number(first);
-        let mut bucket = guard.numbered(inside, number);
-        // Most neighbours lead to neighbours, whose bucket is the same.
-        while let Some((other, Leaf { gfn, mut bits }, backing)) = found
-            && inside.shadow.buckets.number(gfn) == number
-        {
-            if bucket.mapped(Level::K4, gfn, Place::new(index, other)).is_ok() {
-                let writable = at_once && backing.writable;
-                if bits & WRITE != 0 && !(writable && bucket.may_write(inside, gfn) == Written::Free) {
-                    bits &= !WRITE;
-                }
-                let new = long_mode::leaf(bits, backing.hfn, backing.writable, backing.memory);
-                page.aim(other, gfn.0 as u32);
-                // Nobody makes leaves here but under the page's lock, which this holds.
-                store_beside_looks(&entries[other], long_mode::aged(new));
-                made += 1;
-            }
-            found = next(other + 1);
+    for (other, cell) in (start..end).zip(&entries[start..end]) {
+        if load_for_update(cell) != ABSENT {
+            continue;
         }
+        let Some(Leaf { gfn, mut bits }) = leaves.leaf(inside, page, other) else { continue };
+        let Some(backing) = neighbours.page(gfn) else { continue };
+        let number = inside.shadow.buckets.number(gfn);
+        if held.as_ref().is_none_or(|(other, _)| *other != number) {
+            #[expect(unused_assignments, reason = "the other lock is let go before this one is taken")]
+            {
+                held = None;
+            }
+            held = Some((number, guard.numbered(inside, number)));
+        }
+        let Some((_, bucket)) = &mut held else { return };
+        if bucket.mapped(Level::K4, gfn, Place::new(index, other)).is_err() {
+            continue;
+        }
+        if bits & WRITE != 0 && !(at_once && backing.writable && bucket.may_write(inside, gfn) == Written::Free) {
+            bits &= !WRITE;
+        }
+        let new = long_mode::leaf(bits, backing.hfn, backing.writable, backing.memory);
+        page.aim(other, gfn.0 as u32);
+        // Nobody makes leaves here but under the page's lock, which this holds.
+        store_beside_looks(cell, long_mode::aged(new));
+        made += 1;
     }
+    drop(held);
     inside.counters().leaf(Level::K4, made);
     inside.counters().add(Counter::Prefetched, made);
 }

@@ -114,6 +114,7 @@ pub(super) fn map<H: Host + GuestMemory>(
         clear(inside, &mut guard, entry);
     }
     let place = Place::new(guard.index, entry);
+    guard.links.note(entry);
     let mut bucket = guard.bucket(inside, child.gfn);
     if !bucket.may_be_large(inside, block) {
         return None;

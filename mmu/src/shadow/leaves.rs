@@ -58,11 +58,18 @@ pub(super) struct Glance {
 }
 
 impl Glance {
-    /// Whether `raw` gives exactly what the leaf `there`, made for frame `target`, does. `false` says nothing: a leaf may
-    /// give less than its entry.
+    /// How `raw` differs from what gives exactly what the leaf `there`, made for frame `target`, does: for
+    /// [`Glance::is_change`], which may be asked of several differences at once.
     #[inline]
-    pub(super) fn is_unchanged(self, raw: u64, there: u64, target: u32) -> bool {
-        (raw ^ u64::from(target) << 12 ^ there & self.same) & self.all == self.set
+    pub(super) fn difference(self, raw: u64, there: u64, target: u32) -> u64 {
+        raw ^ u64::from(target) << 12 ^ there & self.same ^ self.set
+    }
+
+    /// Whether any of the differences that `difference` was put together of counts. `true` says nothing: a leaf may give less
+    /// than its entry.
+    #[inline]
+    pub(super) fn is_change(self, difference: u64) -> bool {
+        difference & self.all != 0
     }
 }
 
@@ -234,7 +241,8 @@ mod tests {
                 _ => false,
             };
             prop_assert_eq!(reading.gives(raw, there, target), expected);
-            let unchanged = reading.glance().is_unchanged(raw, there, target);
+            let glance = reading.glance();
+            let unchanged = !glance.is_change(glance.difference(raw, there, target));
             let above = role.access();
             let possible = (above.user || !user) && (above.write || !write) && (above.execute || !execute);
             prop_assert!(expected || !unchanged || !possible, "a glance is no look");
@@ -242,7 +250,7 @@ mod tests {
             if let Some(leaf) = reading.leaf(raw) {
                 let made = long_mode::leaf(leaf.bits, Hfn(5), true, WB);
                 let plain = leaf.bits & WRITE != 0 || raw & (WRITE | WRITE << DIRTY_TO_WRITE) == 0;
-                prop_assert!(!plain || reading.glance().is_unchanged(raw, made, leaf.gfn.0 as u32));
+                prop_assert!(!plain || !glance.is_change(glance.difference(raw, made, leaf.gfn.0 as u32)));
             }
         }
     }

@@ -68,11 +68,63 @@ impl Place {
     }
 }
 
+/// Neighbouring entries that are noted together as made.
+pub(super) const GROUP: usize = if ENTRIES < 64 { 1 } else { ENTRIES / 64 };
+
 /// What is behind a page's lock besides the right to change its links.
 #[derive(Debug, Default)]
 pub(super) struct Links {
     /// The entries that lead to this page.
     pub(super) parents: Vec<Place>,
+    /// The groups of [`GROUP`] entries in which one may be present, a bit each; in the others all are absent. Entries are
+    /// made under this lock, and noted here before; they may go without it.
+    groups: u64,
+}
+
+impl Links {
+    /// Entry `entry` is about to be made.
+    #[inline]
+    pub(super) fn note(&mut self, entry: usize) {
+        self.groups |= 1 << (entry / GROUP);
+    }
+
+    /// The groups in which an entry may be present, each by its first entry.
+    pub(super) fn groups(&self) -> Groups {
+        Groups(self.groups)
+    }
+
+    /// All entries of the group that begins with `first` are absent, and stay so for as long as the lock is held.
+    pub(super) fn note_empty(&mut self, first: usize) {
+        self.groups &= !(1 << (first / GROUP));
+    }
+
+    /// All entries of the page are absent, and will be.
+    pub(super) fn note_all_empty(&mut self) {
+        self.groups = 0;
+    }
+}
+
+/// The first entries of groups.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Groups(u64);
+
+impl Groups {
+    /// Whether the group that begins with `first` is one of them.
+    pub(super) const fn contain(self, first: usize) -> bool {
+        self.0 >> (first / GROUP) & 1 != 0
+    }
+}
+
+impl Iterator for Groups {
+    type Item = usize;
+
+    #[inline]
+    fn next(&mut self) -> Option<usize> {
+        let group = self.0.trailing_zeros() as usize;
+        // Clears the lowest bit.
+        self.0 &= self.0.wrapping_sub(1);
+        (group < 64).then_some(group * GROUP)
+    }
 }
 
 /// One shadow page. On lines of its own, for its lock is written at each leaf that is made in it, and its neighbour in the

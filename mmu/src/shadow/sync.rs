@@ -51,7 +51,7 @@ use super::bucket::Bucket;
 use super::large;
 use super::leaves::{Leaves, Reading};
 use super::order::{Looks, Order, PageGuard};
-use super::page::{Handle, Page, Place, STALE, UNSYNC};
+use super::page::{GROUP, Handle, Page, Place, STALE, UNSYNC};
 use super::role::{Meaning, Source};
 use super::table::Inside;
 use crate::addr::{ENTRIES, Gfn, Level};
@@ -70,8 +70,6 @@ const LIST: usize = 64;
 /// places, all of them roots in use (PAE has 128 in a frame): bringing others in step would never make room for them.
 pub(super) const TOGETHER: usize = LIST / 2;
 
-/// Entries of a table that are compared by one round of the loop.
-const UNROLLED: usize = if ENTRIES < 4 { ENTRIES } else { 4 };
 /// Ways up that a look follows at a time. With more, it takes the page for one that is reached.
 const WAYS: usize = 16;
 
@@ -357,7 +355,7 @@ pub(super) fn compare_all<H: Host + GuestMemory>(inside: Inside<'_, H>, guard: &
     let (page, role) = (guard.page, guard.page.role());
     let mode = role.mode(inside.shadow.cpu);
     if role.level() > 1 {
-        return (0..role.entries()).for_each(|entry| compare_link(inside, guard, &mode, entry));
+        return compare_links(inside, guard, &mode);
     }
     let Leaves::Guest(reading) = Leaves::of(page, &mode) else { return };
     let guest = page.guest();
@@ -372,7 +370,18 @@ pub(super) fn compare_all<H: Host + GuestMemory>(inside: Inside<'_, H>, guard: &
     }
 }
 
-fn compare_leaves<H: Host>(
+/// The entries of a page that are made, group by group: those of the others are absent.
+fn made<'e>(
+    entries: &'e [AtomicU64; ENTRIES],
+    guard: &PageGuard<'_, '_>,
+) -> impl Iterator<Item = (usize, &'e [AtomicU64; GROUP])> + use<'e> {
+    let groups = guard.links.groups();
+    let others = || (0..ENTRIES).filter(|entry| !groups.contain(entry / GROUP * GROUP));
+    debug_assert!(others().all(|entry| load_for_update(&entries[entry]) == ABSENT), "an entry was made and not noted");
+    groups.filter_map(|first| Some((first, entries[first..].first_chunk()?)))
+}
+
+fn compare_leaves<H: Host + GuestMemory>(
     inside: Inside<'_, H>,
     guard: &mut PageGuard<'_, '_>,
     reading: &Reading,
@@ -381,39 +390,61 @@ fn compare_leaves<H: Host>(
     let page = guard.page;
     let (Some(entries), Some(targets)) = (inside.entries(page), page.targets()) else { return };
     let glance = reading.glance();
-    let chunks = entries.as_chunks::<UNROLLED>().0.iter().zip(targets.as_chunks::<UNROLLED>().0);
-    for (at, (entries, targets)) in (0..).step_by(UNROLLED).zip(chunks) {
-        // They may lose rights from here on, but get none: leaves are made under the page's lock.
-        let there = entries.each_ref().map(load_for_update);
-        // In a page that was just made all are absent.
-        if there.iter().all(|there| *there == ABSENT) {
+    for (first, entries) in made(entries, guard) {
+        let Some(targets) = targets[first..].first_chunk::<GROUP>() else { return };
+        let (mut difference, mut any) = (0, ABSENT);
+        for (entry, (there, target)) in (first..).zip(entries.iter().zip(targets)) {
+            // It may lose rights from here on, but gets none: leaves are made under the page's lock.
+            let there = load_for_update(there);
+            difference |= glance.difference(load(entry), there, target.load(Ordering::Relaxed));
+            any |= there;
+        }
+        // Most are there and as they were.
+        if !glance.is_change(difference) {
             continue;
         }
-        for (entry, (there, target)) in (at..).zip(there.into_iter().zip(targets)) {
-            let (raw, target) = (load(entry), target.load(Ordering::Relaxed));
-            // Most are there and as they were. (One that is not there gives nothing, whatever a glance sees in it.)
-            if !glance.is_unchanged(raw, there, target) {
-                compare_leaf(inside, guard, reading, entry, raw, there, target);
-            }
+        if any == ABSENT {
+            guard.links.note_empty(first);
+            continue;
+        }
+        for entry in first..first + GROUP {
+            compare_leaf(inside, guard, reading, entry);
         }
     }
 }
 
-/// Removes the leaf `there` of `entry`, made for frame `target`, if there is one and the guest's entry `raw` would not give
-/// it.
+fn compare_links<H: Host + GuestMemory>(inside: Inside<'_, H>, guard: &mut PageGuard<'_, '_>, mode: &Mode) {
+    let Some(entries) = inside.entries(guard.page) else { return };
+    for (first, entries) in made(entries, guard) {
+        for (entry, there) in (first..).zip(entries) {
+            if load_for_update(there) != ABSENT {
+                compare_link(inside, guard, mode, entry);
+            }
+        }
+        if entries.iter().all(|there| load_for_update(there) == ABSENT) {
+            guard.links.note_empty(first);
+        }
+    }
+}
+
+/// Removes the leaf of `entry`, if there is one and the guest's entry would not give it.
 #[inline(never)]
-fn compare_leaf<H: Host>(
+fn compare_leaf<H: Host + GuestMemory>(
     inside: Inside<'_, H>,
     guard: &mut PageGuard<'_, '_>,
     reading: &Reading,
     entry: usize,
-    raw: u64,
-    there: u64,
-    target: u32,
 ) {
-    if there != ABSENT && !reading.gives(raw, there, target) {
+    let page = guard.page;
+    let Some(entries) = inside.entries(page) else { return };
+    let (there, target) = (load_for_update(&entries[entry]), page.target(entry));
+    if there == ABSENT {
+        return;
+    }
+    let raw = reading.load(inside, page.guest(), entry);
+    if !reading.gives(raw, there, target) {
         if let Some(leaf) = reading.leaf(raw).filter(|_| mutants::is(Mutant::ShadowUnmappedByGuestEntry)) {
-            guard.page.aim(entry, leaf.gfn.0 as u32);
+            page.aim(entry, leaf.gfn.0 as u32);
         }
         unmap(inside, guard, entry);
     }
@@ -427,17 +458,17 @@ pub(super) fn compare<H: Host + GuestMemory>(
     entry: usize,
 ) {
     let page = guard.page;
-    if page.role().level() > 1 {
-        return compare_link(inside, guard, mode, entry);
+    if page.role().level() == 1 {
+        let Leaves::Guest(reading) = Leaves::of(page, mode) else { return };
+        return compare_leaf(inside, guard, &reading, entry);
     }
-    let (Leaves::Guest(reading), Some(entries)) = (Leaves::of(page, mode), inside.entries(page)) else { return };
-    let there = load_for_update(&entries[entry]);
-    if there != ABSENT && !reading.gives(reading.load(inside, page.guest(), entry), there, page.target(entry)) {
-        unmap(inside, guard, entry);
+    let is_there = |entries: &[AtomicU64; ENTRIES]| load_for_update(&entries[entry]) != ABSENT;
+    if inside.entries(page).is_some_and(is_there) {
+        compare_link(inside, guard, mode, entry);
     }
 }
 
-/// Compares one entry above level 1: a link, or a large leaf.
+/// Compares one entry above level 1, which is there: a link, or a large leaf.
 fn compare_link<H: Host + GuestMemory>(
     inside: Inside<'_, H>,
     guard: &mut PageGuard<'_, '_>,

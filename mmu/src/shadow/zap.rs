@@ -18,7 +18,7 @@
 use super::Shadow;
 use super::hold::{Debts, hold};
 use super::order::Order;
-use super::page::{Handle, Page, Place};
+use super::page::{GROUP, Handle, Page, Place};
 use super::role::Source;
 use super::sync::{clear, unmap};
 use super::table::Inside;
@@ -54,7 +54,7 @@ pub(crate) fn zap_page<H: Host>(
 ) -> bool {
     let Some(mut guard) = order.alive(inside, handle) else { return false };
     let (page, role) = (guard.page, guard.page.role());
-    for entry in 0..role.entries() {
+    for entry in guard.links.groups().flat_map(|first| first..first + GROUP) {
         let empty = inside.entries(page).is_none_or(|entries| load_for_update(&entries[entry]) == ABSENT);
         match role.level() {
             _ if empty => {}
@@ -62,6 +62,7 @@ pub(crate) fn zap_page<H: Host>(
             _ => clear(inside, &mut guard, entry),
         }
     }
+    guard.links.note_all_empty();
     page.end();
     let parents = core::mem::take(&mut guard.links.parents);
     drop(guard);
