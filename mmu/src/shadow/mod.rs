@@ -67,6 +67,7 @@ pub(crate) mod hold;
 mod invlpg;
 pub(crate) mod large;
 mod leaves;
+mod listed;
 mod memory;
 mod near;
 pub(crate) mod order;
@@ -87,9 +88,9 @@ use crate::host::Host;
 use crate::sync::{AtomicU32, Ordering};
 use crate::{Mmu, OutOfMemory};
 use bucket::Buckets;
+use listed::OutOfStep;
 use page::Arena;
 use quota::Hand;
-use sync::OutOfStep;
 
 /// What shadow paging is made for. Fixed for its life.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

@@ -141,6 +141,8 @@ pub(super) struct Page {
     writes: AtomicU32,
     /// vCPUs that keep it as a root.
     loads: AtomicU32,
+    /// Where it is on the list of pages out of step ([`super::listed`]); 0: it is not.
+    place: AtomicU32,
     /// Of the pages out of step, those with numbers up to this are not below ([`super::sync`]).
     in_step_to: AtomicU64,
     /// 0: none.
@@ -164,6 +166,7 @@ impl Page {
             marks: zero(),
             writes: zero(),
             loads: zero(),
+            place: zero(),
             in_step_to: AtomicU64::new(0),
             frame: AtomicU64::new(0),
             guest: AtomicU64::new(0),
@@ -266,6 +269,16 @@ impl Page {
 
     pub(super) fn count_unload(&self) {
         self.loads.fetch_sub(1, Ordering::AcqRel);
+    }
+
+    /// Where it is on the list of pages out of step; 0: it is not.
+    pub(super) fn place(&self) -> u32 {
+        self.place.load(Ordering::Relaxed)
+    }
+
+    /// Under the list's lock.
+    pub(super) fn set_place(&self, place: u32) {
+        self.place.store(place, Ordering::Relaxed);
     }
 
     /// Of the pages out of step, those with numbers up to this are not below.

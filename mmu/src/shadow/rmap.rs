@@ -21,6 +21,9 @@ const NODE: usize = 14;
 const MANY: u32 = 1 << 31;
 /// No node.
 const NONE: u32 = u32::MAX;
+/// Nodes that are made at a time: as many as a fault may need, which maps neighbours as well. They are mostly mapped in the
+/// same places.
+const NODES: usize = if cfg!(any(feature = "loom", feature = "shuttle")) { 1 } else { 8 };
 /// Full nodes of a crowded frame: about a thousand places.
 const CROWD: u16 = 72;
 
@@ -103,9 +106,11 @@ impl Rmap {
             self.chunks.insert(position, (key.chunk, Box::new([0; RUN])));
         }
         if self.free == NONE && self.word(key) != 0 {
-            self.nodes.try_reserve(1)?;
-            self.free = self.nodes.len() as u32;
-            self.nodes.push(Node { places: [0; NODE], next: NONE, count: 0, depth: 0 });
+            self.nodes.try_reserve(NODES)?;
+            for _ in 0..NODES {
+                let next = core::mem::replace(&mut self.free, self.nodes.len() as u32);
+                self.nodes.push(Node { places: [0; NODE], next, count: 0, depth: 0 });
+            }
         }
         Ok(())
     }

@@ -45,11 +45,10 @@
 //! Entries are made under the page's lock of what the guest's entry says under that lock. If that was before step 3, step
 //! 3 sees the entry. If it was after, it read what step 3 reads or something newer.
 
-use alloc::vec::Vec;
-
 use super::bucket::Bucket;
 use super::large;
 use super::leaves::{Leaves, Reading};
+use super::listed::LIST;
 use super::order::{Looks, Order, PageGuard};
 use super::page::{GROUP, Handle, Page, Place, STALE, UNSYNC};
 use super::role::{Meaning, Source};
@@ -59,122 +58,16 @@ use crate::events::Counter;
 use crate::format::long_mode::{self, ABSENT};
 use crate::guest::{Judged, Mode, Width};
 use crate::host::{GuestMemory, Host};
-use crate::leaf_lock::LeafLock;
 use crate::mutants::{self, Mutant};
-use crate::sync::{AtomicU32, AtomicU64, Ordering, load_for_update};
+use crate::sync::{AtomicU64, Ordering, load_for_update};
 use crate::tlb::Moment;
 
-/// Pages out of step at most. More, and the fault that would add one brings the others in step first.
-const LIST: usize = 64;
 /// Pages that a frame may have when it is opened; those beyond are zapped first. A frame can have more pages than the list has
 /// places, all of them roots in use (PAE has 128 in a frame): bringing others in step would never make room for them.
 pub(super) const TOGETHER: usize = LIST / 2;
 
 /// Ways up that a look follows at a time. With more, it takes the page for one that is reached.
 const WAYS: usize = 16;
-
-/// A page on the list, with its number there.
-#[derive(Clone, Copy, Debug)]
-struct Listed {
-    page: Handle,
-    number: u64,
-}
-
-/// Some pages of the list, and up to which number they were chosen.
-struct Chosen {
-    pages: [Handle; LIST],
-    count: usize,
-    up_to: u64,
-}
-
-impl Chosen {
-    fn pages(&self) -> &[Handle] {
-        &self.pages[..self.count]
-    }
-}
-
-/// The list of pages out of step.
-#[derive(Debug)]
-pub(super) struct OutOfStep {
-    pages: LeafLock<Vec<Listed>>,
-    /// How many are on it; written under its lock. Who finds none has nothing to bring in step: what the guest wrote
-    /// before it asked to forget was writable before, and on the list before that.
-    count: AtomicU32,
-    /// The highest number that was given; written under the lock.
-    latest: AtomicU64,
-}
-
-impl OutOfStep {
-    pub(super) fn new() -> Self {
-        let pages = LeafLock::new(Vec::with_capacity(LIST));
-        Self { pages, count: AtomicU32::new(0), latest: AtomicU64::new(0) }
-    }
-
-    /// Puts a page on the list, with a new number if it was there; whether there was room. Under its bucket lock.
-    fn add<H: Host>(&self, inside: Inside<'_, H>, handle: Handle) -> bool {
-        let mut pages = self.pages.lock(inside.relax());
-        if let Some(listed) = pages.iter_mut().find(|listed| listed.page == handle) {
-            listed.number = self.next_number();
-            return true;
-        }
-        // Pages that died on the list are of no concern to anybody.
-        pages.retain(|other| inside.page(other.page.index).is(other.page));
-        let room = pages.len() < LIST;
-        if room {
-            pages.push(Listed { page: handle, number: self.next_number() });
-        }
-        self.count.store(pages.len() as u32, Ordering::Release);
-        room
-    }
-
-    /// Gives a page that is on the list a new number. Under the page's lock.
-    fn renew<H: Host>(&self, inside: Inside<'_, H>, handle: Handle) {
-        let mut pages = self.pages.lock(inside.relax());
-        if let Some(listed) = pages.iter_mut().find(|listed| listed.page == handle) {
-            listed.number = self.next_number();
-        }
-    }
-
-    /// Under the lock. A read-modify-write, as is the look in [`OutOfStep::has_news`]: of two, one sees the other, and what
-    /// was done before it.
-    fn next_number(&self) -> u64 {
-        self.latest.fetch_add(1, Ordering::AcqRel) + 1
-    }
-
-    fn remove<H: Host>(&self, inside: Inside<'_, H>, handle: Handle) {
-        let mut pages = self.pages.lock(inside.relax());
-        pages.retain(|other| other.page != handle);
-        self.count.store(pages.len() as u32, Ordering::Release);
-    }
-
-    /// Whether no page is on the list.
-    #[inline]
-    pub(super) fn is_empty(&self) -> bool {
-        self.count.load(Ordering::Acquire) == 0
-    }
-
-    /// The highest number that was given.
-    pub(super) fn latest(&self) -> u64 {
-        self.latest.load(Ordering::Acquire)
-    }
-
-    /// Whether there may be something on the list that was not looked at from `page`.
-    #[inline]
-    pub(super) fn has_news(&self, page: &Page) -> bool {
-        !self.is_empty() && self.latest.fetch_add(0, Ordering::AcqRel) > page.in_step_to()
-    }
-
-    /// Pages on the list with higher numbers than `seen`.
-    fn since<H: Host>(&self, inside: Inside<'_, H>, seen: u64) -> Chosen {
-        let pages = self.pages.lock(inside.relax());
-        let mut chosen = Chosen { pages: [Handle { index: 0, life: 0 }; LIST], count: 0, up_to: self.latest() };
-        for listed in pages.iter().filter(|listed| listed.number > seen) {
-            chosen.pages[chosen.count] = listed.page;
-            chosen.count += 1;
-        }
-        chosen
-    }
-}
 
 /// Whether a way of links leads from the page at `top` to `page`, or to too many pages to tell.
 ///
@@ -323,18 +216,17 @@ pub(super) fn in_step<H: Host + GuestMemory>(inside: Inside<'_, H>, order: &mut 
     for handle in pages {
         if let Some(mut guard) = order.alive(inside, *handle) {
             compare_all(inside, &mut guard);
-            let mut bucket = guard.bucket(inside, inside.page(handle.index).gfn());
-            in_step_now(inside, &mut bucket, *handle);
+            let page = guard.page;
+            in_step_now(inside, &mut guard.bucket(inside, page.gfn()), page);
         }
     }
 }
 
 /// Step 4.
-fn in_step_now<H: Host>(inside: Inside<'_, H>, _bucket: &mut Bucket, handle: Handle) {
-    let page = inside.page(handle.index);
+fn in_step_now<H: Host>(inside: Inside<'_, H>, _bucket: &mut Bucket, page: &Page) {
     if !page.has(UNSYNC) {
         page.clear(STALE);
-        inside.shadow.out_of_step.remove(inside, handle);
+        inside.shadow.out_of_step.remove(inside, page);
     }
 }
 

@@ -74,7 +74,10 @@ pub(crate) fn zap_page<H: Host>(
     guard.links.parents = parents;
     guard.links.parents.clear();
     drop(guard);
-    order.bucket(inside, page.gfn()).remove_page(handle.index);
+    let mut bucket = order.bucket(inside, page.gfn());
+    bucket.remove_page(handle.index);
+    inside.shadow.out_of_step.remove(inside, page);
+    drop(bucket);
     let may_be_root = role.level() >= 4 || role.top() == Top::Pointers;
     debts.unlinked(page.take_frame(), may_be_root);
     inside.shadow.arena.put(handle.index, inside.relax());
