@@ -31,7 +31,7 @@ use super::order::{BucketGuard, Order, PageGuard};
 use super::page::{Blank, GROUP, Handle, Page, Place, STALE, UNSYNC};
 use super::rmap::NoRoom;
 use super::role::{Identity, Meaning, Role, Source};
-use super::sync::{TOGETHER, below_in_step, clear, in_step, judge, may_link, open, unmap};
+use super::sync::{Busy, TOGETHER, below_in_step, clear, in_step, judge, may_link, open, unmap};
 use super::table::Inside;
 use crate::addr::{ENTRIES, Gfn, INDEX_BITS, Level, PAGE_SHIFT};
 
@@ -269,7 +269,7 @@ fn link<H: Host + GuestMemory>(
     settle(inside, order, below);
     let late = mutants::is(Mutant::ShadowLinkedOutOfStep);
     if child.role.level() > 1 && !late {
-        below_in_step(inside, order, below);
+        below_in_step(inside, order, below, Busy::Protect);
     }
     let mut guard = order.alive(inside, at).ok_or(Step::Retry)?;
     let (page, place) = (guard.page, Place::new(at.index, entry));

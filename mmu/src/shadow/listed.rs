@@ -119,9 +119,9 @@ impl OutOfStep {
     }
 
     /// Gives a page that is on the list a new number. Under the page's lock.
-    pub(super) fn renew<H: Host>(&self, inside: Inside<'_, H>, handle: Handle) {
+    pub(super) fn renew<H: Host>(&self, inside: Inside<'_, H>, index: u32) {
         let mut ring = self.ring.lock(inside.relax());
-        let place = inside.page(handle.index).place();
+        let place = inside.page(index).place();
         if place != HEAD {
             ring.take_out(place);
             ring.put_first(place, self.next_number());

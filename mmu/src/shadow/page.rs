@@ -40,6 +40,9 @@ pub(super) const STALE: u32 = 2;
 /// A fault went through the page since the quota last looked.
 const USED: u32 = 4;
 
+/// Looks for which a page stays open that was opened before.
+const PATIENCE: u32 = 8;
+
 /// A page in one of its lives.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) struct Handle {
@@ -113,6 +116,11 @@ impl Groups {
     pub(super) const fn contain(self, first: usize) -> bool {
         self.0 >> (first / GROUP) & 1 != 0
     }
+
+    /// How many they are.
+    pub(super) const fn len(self) -> usize {
+        self.0.count_ones() as usize
+    }
 }
 
 impl Iterator for Groups {
@@ -139,6 +147,8 @@ pub(super) struct Page {
     marks: AtomicU32,
     /// Times that the guest's table became writable since a fault last went through the page.
     writes: AtomicU32,
+    /// 0: the guest's table was never opened; otherwise one more than the looks for which it may stay open.
+    patience: AtomicU32,
     /// vCPUs that keep it as a root.
     loads: AtomicU32,
     /// Where it is on the list of pages out of step ([`super::listed`]); 0: it is not.
@@ -165,6 +175,7 @@ impl Page {
             epoch: zero(),
             marks: zero(),
             writes: zero(),
+            patience: zero(),
             loads: zero(),
             place: zero(),
             in_step_to: AtomicU64::new(0),
@@ -259,6 +270,23 @@ impl Page {
         self.writes.load(Ordering::Relaxed)
     }
 
+    /// The guest's table becomes writable. Under its bucket lock.
+    pub(super) fn note_open(&self) {
+        let first = self.patience.load(Ordering::Relaxed) == 0;
+        self.patience.store(if first { 1 } else { 1 + PATIENCE }, Ordering::Relaxed);
+    }
+
+    /// Whether it was opened again a short while ago.
+    #[inline]
+    pub(super) fn is_busy(&self) -> bool {
+        self.patience.load(Ordering::Relaxed) > 1
+    }
+
+    /// It is looked at and stays open, once more. (A count that is lost changes what a look costs, and nothing else.)
+    pub(super) fn count_look(&self) {
+        self.patience.store(self.patience.load(Ordering::Relaxed).saturating_sub(1).max(1), Ordering::Relaxed);
+    }
+
     pub(super) fn loads(&self) -> u32 {
         self.loads.load(Ordering::Acquire)
     }
@@ -323,6 +351,7 @@ impl Page {
         // A page without a guest's table behind it is never out of step.
         self.marks.store(if guest.is_some() { STALE | USED } else { USED }, Ordering::Relaxed);
         self.writes.store(0, Ordering::Relaxed);
+        self.patience.store(0, Ordering::Relaxed);
         self.frame.store(frame.0, Ordering::Release);
         self.life.fetch_add(1, Ordering::AcqRel) + 1
     }

@@ -24,6 +24,9 @@
 //! - *A link to a page of leaves* that is out of step is made nevertheless, as its table may be written all the time: it is
 //!   entered, the page gets a new number, and then all its entries are compared. Whoever looked at the list before that
 //!   loaded CR3 before the comparison; whoever looks later finds the new number, and the link.
+//! - *A load of CR3 that leaves a page of leaves open*, because the guest writes it between any two loads and each time
+//!   that it is opened is a fault, does the same: the page gets a new number, and then all its entries are compared. What it
+//!   has seen ends before that number, so the next load finds the page again.
 //! - *A page whose life begins* has no link, and has seen what there is.
 //!
 //! A look may find a way that is not there (any more, or where there are too many to tell): then a page is brought in step
@@ -66,6 +69,8 @@ use crate::tlb::Moment;
 /// places, all of them roots in use (PAE has 128 in a frame): bringing others in step would never make room for them.
 pub(super) const TOGETHER: usize = LIST / 2;
 
+/// Groups of entries of a page that may be left open.
+const FEW: usize = 8;
 /// Ways up that a look follows at a time. With more, it takes the page for one that is reached.
 const WAYS: usize = 16;
 
@@ -112,8 +117,22 @@ fn is_reached<H: Host>(inside: Inside<'_, H>, looks: &mut impl Looks, top: u32, 
     false
 }
 
+/// What becomes of pages of leaves that the guest writes again and again.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Busy {
+    /// They are brought in step as all others, for a link is to be made above them.
+    Protect,
+    /// They stay open, and are compared as they are.
+    LeaveOpen,
+}
+
 /// Brings everything in step that the root `top`, or another page, reaches.
-pub(super) fn below_in_step<H: Host + GuestMemory>(inside: Inside<'_, H>, order: &mut Order<'_>, top: Handle) {
+pub(super) fn below_in_step<H: Host + GuestMemory>(
+    inside: Inside<'_, H>,
+    order: &mut Order<'_>,
+    top: Handle,
+    busy: Busy,
+) {
     let page = inside.page(top.index);
     if !inside.shadow.out_of_step.has_news(page) {
         return;
@@ -122,7 +141,9 @@ pub(super) fn below_in_step<H: Host + GuestMemory>(inside: Inside<'_, H>, order:
     let mut reached = 0;
     for place in 0..news.count {
         let handle = news.pages[place];
-        if is_reached(inside, order, top.index, handle) {
+        if is_reached(inside, order, top.index, handle)
+            && !(busy == Busy::LeaveOpen && compare_busy(inside, order, handle))
+        {
             news.pages[reached] = handle;
             reached += 1;
         }
@@ -146,10 +167,7 @@ pub(super) fn may_link<H: Host + GuestMemory>(inside: Inside<'_, H>, guard: &mut
             if !page.has(UNSYNC) {
                 return false;
             }
-            if !mutants::is(Mutant::ShadowLinkUnnoticed) {
-                out_of_step.renew(inside, Handle { index: top, life: page.life() });
-            }
-            compare_all(inside, guard);
+            compare_open(inside, guard);
         }
         return true;
     }
@@ -162,6 +180,34 @@ pub(super) fn may_link<H: Host + GuestMemory>(inside: Inside<'_, H>, guard: &mut
         page.note_in_step_to(news.up_to);
     }
     reaches_none
+}
+
+/// Compares all entries of a page of leaves that stays open. Whoever looked at the list before has asked for nothing newer
+/// than what is read now, and whoever looks later finds the new number.
+fn compare_open<H: Host + GuestMemory>(inside: Inside<'_, H>, guard: &mut PageGuard<'_, '_>) {
+    if !mutants::is(Mutant::ShadowLinkUnnoticed) {
+        inside.shadow.out_of_step.renew(inside, guard.index);
+    }
+    compare_all(inside, guard);
+}
+
+/// Compares a page and leaves it open, if that is worth while: whether it was.
+///
+/// To compare a few entries costs less than the fault that would open the page again. But it is done at each load of a root
+/// that reaches the page, so a page is left open for some loads only, and only if it was opened before.
+fn compare_busy<H: Host + GuestMemory>(inside: Inside<'_, H>, order: &mut Order<'_>, handle: Handle) -> bool {
+    let page = inside.page(handle.index);
+    if !page.is_busy() {
+        return false;
+    }
+    let Some(mut guard) = order.alive(inside, handle) else { return false };
+    // Somebody may be protecting it: then it is not for sure yet that it is open.
+    let leave = page.role().level() == 1 && page.has(UNSYNC) && guard.links.groups().len() <= FEW;
+    if leave {
+        page.count_look();
+        compare_open(inside, &mut guard);
+    }
+    leave
 }
 
 /// Marks all pages of `gfn` that are in step as out of it, so that a leaf of it may become writable; `false` if the list
@@ -177,6 +223,7 @@ pub(super) fn open<H: Host>(inside: Inside<'_, H>, bucket: &Bucket, gfn: Gfn) ->
         if handle.life & 1 == 0 || inside.shadow.out_of_step.add(inside, handle) {
             page.set(UNSYNC | STALE);
             page.count_write();
+            page.note_open();
             inside.counters().add(Counter::Unsynced, 1);
             return true;
         }

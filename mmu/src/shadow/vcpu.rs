@@ -30,7 +30,7 @@ use super::near;
 use super::page::Handle;
 use super::quota;
 use super::role::{Identity, Source};
-use super::sync::{all_in_step, below_in_step};
+use super::sync::{Busy, all_in_step, below_in_step};
 use super::table::Inside;
 use super::zap::zap_page;
 use crate::addr::{GfnRange, Gpa, Hfn, Hpa, Level};
@@ -311,7 +311,9 @@ impl<H: Host + GuestMemory> ShadowVcpu<H> {
             {
                 let shadow = mmu.shadow.get().ok_or(FaultError::NoRoot)?;
                 if shadow.out_of_step.has_news(shadow.arena.page(root.handle.index)) {
-                    hold(mmu, shadow, ticket, debts, |inside, order, _| below_in_step(inside, order, root.handle));
+                    hold(mmu, shadow, ticket, debts, |inside, order, _| {
+                        below_in_step(inside, order, root.handle, Busy::LeaveOpen)
+                    });
                 }
             }
             let Entered { must_flush, has_requests } = self.mmu.tlb.enter(self.id, &mut self.flushed);
