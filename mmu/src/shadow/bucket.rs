@@ -329,6 +329,13 @@ impl Bucket {
         self.pages.is_empty() && self.rmap.chunks() == 0 && self.large.is_none()
     }
 
+    /// Takes the right to write from one leaf, of a frame of this bucket, if it is there and has it.
+    pub(super) fn write_protect_leaf<H: Host>(&mut self, inside: Inside<'_, H>, cell: &AtomicU64) {
+        if change(cell, long_mode::is_writable, long_mode::write_protected) {
+            self.protected = inside.mmu.tlb.moment();
+        }
+    }
+
     /// Adds the ages of the leaves of `range`, which lies in one block, to `age`.
     pub(super) fn look_at_age<H: Host>(&self, inside: Inside<'_, H>, range: GfnRange, clear: Clear, age: &mut Age) {
         let mut look = |place, pages| {

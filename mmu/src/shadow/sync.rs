@@ -171,7 +171,7 @@ pub(super) fn may_link<H: Host + GuestMemory>(inside: Inside<'_, H>, guard: &mut
         }
         return true;
     }
-    if out_of_step.is_empty() || mutants::is(Mutant::ShadowLinkWithoutLook) {
+    if !out_of_step.has_news(page) || mutants::is(Mutant::ShadowLinkWithoutLook) {
         return true;
     }
     let news = out_of_step.since(inside, page.in_step_to());
@@ -366,7 +366,8 @@ fn compare_links<H: Host + GuestMemory>(inside: Inside<'_, H>, guard: &mut PageG
     }
 }
 
-/// Removes the leaf of `entry`, if there is one and the guest's entry would not give it.
+/// Removes the leaf of `entry`, if there is one and the guest's entry would not give it; or only its right to write, if that
+/// is all that it would not give: what is left is what would be made of the entry (a process that forks has many such).
 #[inline(never)]
 fn compare_leaf<H: Host + GuestMemory>(
     inside: Inside<'_, H>,
@@ -384,6 +385,8 @@ fn compare_leaf<H: Host + GuestMemory>(
     if !reading.gives(raw, there, target) {
         if let Some(leaf) = reading.leaf(raw).filter(|_| mutants::is(Mutant::ShadowUnmappedByGuestEntry)) {
             page.aim(entry, leaf.gfn.0 as u32);
+        } else if reading.gives(raw, long_mode::write_protected(there), target) {
+            return guard.bucket(inside, Gfn(u64::from(target))).write_protect_leaf(inside, &entries[entry]);
         }
         unmap(inside, guard, entry);
     }
