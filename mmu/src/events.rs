@@ -73,6 +73,9 @@ counters! {
     flush_requests = FlushRequest,
     /// TLB flushes carried out by vCPUs at entry.
     flushes = Flush,
+    /// Flushes that a shadowed guest asked for, by loading CR3 for one, and that took none: nothing was in the TLB that its
+    /// tables do not say.
+    flushes_spared = FlushSpared,
     /// Flushes that the embedder carried out by range, which asked nothing of vCPUs.
     flushes_by_range = FlushByRange,
     /// Kicks sent to vCPUs in guest mode.

@@ -111,6 +111,8 @@ pub enum Mutant {
     ShadowLargeFreshInPart,
     /// Neighbours are mapped while memory is being taken away.
     ShadowNeighboursNotFresh,
+    /// A vCPU that has flushed what it has by one tag takes its other tags for flushed.
+    ShadowTagKeptBehind,
 }
 
 #[cfg(any(feature = "loom", feature = "shuttle"))]

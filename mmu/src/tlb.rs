@@ -36,6 +36,13 @@
 //! A flush must reach *all* vCPUs, also those on other CPUs: `invlpg` on the own CPU, or a flush of the caller alone,
 //! is the bug that other hypervisors ship.
 //!
+//! # Several names in one TLB
+//! A vCPU on shadow tables has a tag for each of its roots ([`crate::shadow::tags`]). The generation that it compares at entry
+//! is that of the tag it is about to use, and what it says to others (`flushed`) is true of that one; its other tags may be
+//! behind, and are compared when they are used. Nothing that a flusher concludes needs more: no guest instruction runs by a
+//! tag before the tag is flushed for what was removed before. What a flush by `Flush::All` or a request to flush is owed by
+//! is each of the tags.
+//!
 //! A vCPU is expected to stay on its CPU, or to flush when it is moved: what another CPU's TLB holds of an earlier
 //! stay is the embedder's to flush.
 
@@ -168,35 +175,52 @@ impl Flushed {
 /// MMU_WRITABLE, and of bits that were taken. It outlives the holds of the lock in which it was run up.
 #[derive(Debug)]
 #[must_use = "what was learned must not be told before the flush"]
-pub(crate) struct Debt(bool);
+pub(crate) struct Debt {
+    flush: bool,
+    /// What shadow tables lose is under way ([`crate::shadow::withdrawn`]).
+    withdraws: bool,
+}
 
 impl Debt {
     /// Nothing, so far.
     pub(crate) fn nothing() -> Self {
-        Self(false)
+        Self { flush: false, withdraws: false }
     }
 
     /// A flush, whatever follows.
     pub(crate) fn flush() -> Self {
-        Self(true)
+        Self { flush: true, withdraws: false }
     }
 
     /// From here on, a flush.
     pub(crate) fn note(&mut self) {
-        self.0 = true;
+        self.flush = true;
+    }
+
+    /// From here on, a flush, for which shadow tables are about to lose rights.
+    pub(crate) fn withdraw(&mut self, shadow: &crate::shadow::Shadow) {
+        self.flush = true;
+        if !core::mem::replace(&mut self.withdraws, true) {
+            shadow.withdrawals.begin();
+        }
     }
 
     /// Pays. To be called outside the lock, or inside; it waits for vCPUs only.
     pub(crate) fn pay<H: Host>(mut self, mmu: &crate::Mmu<H>, counters: &SeatCounters) {
-        if core::mem::take(&mut self.0) && !mutants::is(Mutant::ProtectedWithoutFlush) {
+        if core::mem::take(&mut self.flush) && !mutants::is(Mutant::ProtectedWithoutFlush) {
             mmu.tlb.flush(&mmu.host, counters);
+        }
+        if self.withdraws
+            && let Some(shadow) = mmu.shadow.get()
+        {
+            shadow.withdrawals.end();
         }
     }
 }
 
 impl Drop for Debt {
     fn drop(&mut self) {
-        debug_assert!(!self.0, "a flush is owed and was not paid");
+        debug_assert!(!self.flush, "a flush is owed and was not paid");
     }
 }
 

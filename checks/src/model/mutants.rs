@@ -150,7 +150,7 @@ pub const CASES: &[Case] = &[
     shadow("shadow-linked-out-of-step", Mutant::ShadowLinkedOutOfStep, "link of what is out of step", 1),
     shadow_far("shadow-unsync-after-writable", Far::ShadowUnsyncAfterWritable, "a table becomes writable twice"),
     shadow_far("shadow-entry-not-read-again", Far::ShadowEntryNotReadAgain, "fault beside sync"),
-    shadow("shadow-page-without-flush", Mutant::ShadowPageWithoutFlush, "sync beside writes that go on", 2),
+    shadow_far("shadow-page-without-flush", Far::ShadowPageWithoutFlush, "sync beside writes that go on"),
     shadow_far("shadow-slot-not-zapped", Far::ShadowSlotNotZapped, "shadow fault beside slot delete"),
     shadow("shadow-unmapped-by-guest-entry", Mutant::ShadowUnmappedByGuestEntry, "unsync beside sync", 1),
     shadow("shadow-link-without-look", Mutant::ShadowLinkWithoutLook, "load of a root beside link below it", 2),
@@ -158,6 +158,7 @@ pub const CASES: &[Case] = &[
     shadow("shadow-large-over-table", Mutant::ShadowLargeOverTable, "large leaf beside link of a table under it", 1),
     shadow("shadow-large-fresh-in-part", Mutant::ShadowLargeFreshInPart, "large leaf beside invalidation of a part", 2),
     shadow_far("shadow-neighbours-not-fresh", Far::ShadowNeighboursNotFresh, "neighbours beside invalidation"),
+    shadow_far("shadow-tag-kept-behind", Far::ShadowTagKeptBehind, "loads of two roots beside invalidation"),
     shadow_far("shadow-leaf-overwritten", Far::ShadowLeafOverwritten, "a leaf of another frame"),
     // Some of them again, to show that the long scenarios can see.
     far("request-after-unlock-in-a-long-run", Far::RequestAfterUnlock, "fault beside zap-all"),

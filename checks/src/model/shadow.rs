@@ -212,6 +212,21 @@ pub const SHADOW_SCENARIOS: &[ShadowScenario] = &[
     ),
     large("large leaf beside invalidation of a part", &[], &[&[Load(LARGE[0]), Read(1), Read(0)], &[Move(TABLE)]]),
     large("large leaf beside zap-all", &[], &[&[Load(LARGE[0]), Write(1), Write(0)], &[ZapAll, Move(TABLE)]]),
+    scenario(
+        "loads of two roots beside invalidation",
+        &[Load(OTHER), Read(0), Read(4)],
+        &[&[Read(0), Load(OTHER), Read(0), Load(ROOT), Read(0)], &[Move(0)]],
+    ),
+    scenario(
+        "reload beside sync",
+        &[Read(0), MAP_BACK],
+        &[&[Read(0), Reload, Read(0)], &[REMAP, Reload, MAP_BACK, Reload]],
+    ),
+    scenario(
+        "reload, sync and zap",
+        &[Read(0), MAP_BACK],
+        &[&[Read(0), Reload, Read(0)], &[REMAP, Reload, MAP_BACK, Reload], &[Zap]],
+    ),
     scenario("zap beside link", &[Read(4)], &[&[Read(0)], &[Move(TABLE)]]),
     scenario("zap of a directory beside link", &[Read(4), Read(2)], &[&[Read(0)], &[Move(DIRECTORY)]]),
     scenario("zap of the root beside fault", &[Read(0)], &[&[Read(4)], &[Move(ROOT)]]),

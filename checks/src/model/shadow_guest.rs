@@ -1,7 +1,7 @@
 //! The CPU of a shadowed guest under a model checker, and one execution of a scenario.
 //!
-//! The CPU keeps every translation of the guest's that it found until it is told to flush, and uses it as long as it
-//! may. A turn in guest mode is one access; a kick ends it before.
+//! The CPU keeps every translation of the guest's that it found, by the tag under which it did, until it is told to flush,
+//! and uses it as long as it may. A turn in guest mode is one access; a kick ends it before.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -9,6 +9,7 @@ use std::sync::atomic::Ordering;
 use super::checker::library::addr::ENTRIES;
 use super::checker::library::guest::{Controls, Privilege, Request};
 use super::checker::library::host::TableFrames;
+use super::checker::library::shadow::tags::{Tag, TagFlush};
 use super::checker::library::shadow::vcpu::{ShadowOutcome, ShadowVcpu};
 use super::checker::library::{Access, Counters, FaultError, Gfn, GfnRange, Hfn, Mmu, VcpuId};
 use super::checker::{spawn, yield_now};
@@ -36,8 +37,9 @@ struct Guest {
     vcpu: ShadowVcpu<ShadowMachine>,
     /// The frame of its root.
     root: u64,
-    /// Page, frame, whether it can be written.
-    tlb: Vec<(u64, Hfn, bool)>,
+    /// By tag: page, frame, whether it can be written.
+    tlb: [Vec<(u64, Hfn, bool)>; Tag::COUNT],
+    tag: usize,
     /// When the guest last asked to forget everything, and each page.
     flushed: u64,
     pages: [u64; PAGES as usize],
@@ -49,7 +51,7 @@ impl Guest {
         vcpu.load_cr3(ROOT << 12, false);
         vcpu.set_controls(CONTROLS);
         let flushed = mmu.host().ghost().tick();
-        Self { vcpu, root: ROOT, tlb: Vec::new(), flushed, pages: [0; PAGES as usize] }
+        Self { vcpu, root: ROOT, tlb: Default::default(), tag: 0, flushed, pages: [0; PAGES as usize] }
     }
 
     fn step(&mut self, what: Do) {
@@ -94,7 +96,7 @@ impl Guest {
                 Ok(ShadowOutcome::Retry) => yield_now(),
                 Ok(ShadowOutcome::Inject(_)) => {
                     // A CPU forgets what it faulted on.
-                    self.tlb.retain(|(other, ..)| *other != page);
+                    self.tlb[self.tag].retain(|(other, ..)| *other != page);
                     return Done::Fault;
                 }
                 Ok(_) | Err(FaultError::OutOfTables | FaultError::Backing(_)) => return Done::Otherwise,
@@ -106,12 +108,16 @@ impl Guest {
 
     /// One turn in guest mode; whether the access was made.
     fn turn(&mut self, page: u64, access: Access, store: Option<(u32, u64)>) -> Result<bool, FaultError> {
-        let Self { vcpu, root, tlb, flushed, pages } = self;
+        let Self { vcpu, root, tlb, tag, flushed, pages } = self;
         let (mmu, id) = (Arc::clone(vcpu.mmu()), usize::from(vcpu.id().0));
         let machine = mmu.host();
         let mut inside = vcpu.enter()?;
-        if inside.take_flush() {
-            tlb.clear();
+        *tag = inside.tag().number();
+        let tlb = &mut tlb[*tag];
+        match inside.take_flush() {
+            Some(TagFlush::All) => tlb.clear(),
+            Some(TagFlush::Address(linear)) => tlb.retain(|(page, ..)| *page != linear >> 12),
+            None => {}
         }
         // A kick ends the turn at an instruction's boundary; an instruction takes its time.
         if machine.kicks[id].swap(false, Ordering::SeqCst) {

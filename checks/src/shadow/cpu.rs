@@ -1,12 +1,14 @@
 //! A CPU that walks shadow tables.
 //!
-//! It keeps every translation and every upper entry that it ever saw until it is told to flush, and prefers the stalest
-//! that it may use. Between two accesses it leaves guest mode, so that flushers elsewhere wait for one access at most.
+//! It keeps every translation and every upper entry that it ever saw until it is told to flush, each by the tag under which
+//! it was found, and prefers the stalest that it may use. Of an address that it is to forget it forgets the translation and
+//! no upper entry. Between two accesses it leaves guest mode, so that flushers elsewhere wait for one access at most.
 
 use std::collections::HashMap;
 use std::sync::atomic::Ordering;
 
 use nestling::guest::{Controls, Privilege, Request, Width};
+use nestling::shadow::tags::{Tag, TagFlush};
 use nestling::shadow::vcpu::{InShadow, ShadowFormat, ShadowOutcome, ShadowVcpu};
 use nestling::{Access, FaultError, Hfn};
 
@@ -58,6 +60,39 @@ struct Upper {
     life: u32,
 }
 
+/// What it has by one tag; oldest first.
+#[derive(Debug, Default)]
+struct Caches {
+    tlb: Vec<Cached>,
+    uppers: Vec<Upper>,
+}
+
+impl Caches {
+    fn forget(&mut self, flush: Option<TagFlush>) {
+        match flush {
+            Some(TagFlush::All) => *self = Self::default(),
+            Some(TagFlush::Address(linear)) => self.tlb.retain(|cached| !cached.maps(linear >> 12)),
+            None => {}
+        }
+    }
+}
+
+/// When a guest last asked to forget pages: of each size, those that hold the addresses that it named.
+#[derive(Debug, Default)]
+struct Pages(HashMap<(u32, u64), u64>);
+
+impl Pages {
+    fn forget(&mut self, paging: Paging, linear: u64, now: u64) {
+        self.0.extend((1..=3).map(|level| ((level, linear >> paging.page_shift(level)), now)));
+    }
+
+    /// Since when what a page of each level says of `linear` must be true.
+    fn since(&self, paging: Paging, linear: u64, flushed: u64) -> impl Fn(u32) -> u64 {
+        let of = [1, 2, 3].map(|level| self.0.get(&(level, linear >> paging.page_shift(level))).copied());
+        move |level| of.get(level as usize - 1).copied().flatten().map_or(flushed, |tick| tick.max(flushed))
+    }
+}
+
 /// See the module head.
 #[derive(Debug)]
 pub struct ShadowCpu {
@@ -65,12 +100,15 @@ pub struct ShadowCpu {
     pub vcpu: ShadowVcpu<ShadowMachine>,
     paging: Paging,
     rng: Rng,
-    /// Oldest first.
-    tlb: Vec<Cached>,
-    uppers: Vec<Upper>,
-    /// When the guest last asked this CPU to forget everything, and single pages.
+    /// By tag.
+    caches: [Caches; Tag::COUNT],
+    /// The tag that it ran by last.
+    tag: Option<Tag>,
+    /// When the guest last asked this CPU to forget everything, and single pages, by level.
     flushed: u64,
-    pages: HashMap<u64, u64>,
+    pages: Pages,
+    /// Turns without a flush under another tag than the turn before.
+    pub spared: u64,
     /// Whether nobody else runs, so that the guest's tables are what they are.
     pub alone: bool,
 }
@@ -89,10 +127,11 @@ impl ShadowCpu {
             vcpu,
             paging,
             rng: Rng::new(seed),
-            tlb: Vec::new(),
-            uppers: Vec::new(),
+            caches: Default::default(),
+            tag: None,
             flushed: 0,
-            pages: HashMap::new(),
+            pages: Pages::default(),
+            spared: 0,
             alone: false,
         };
         cpu.vcpu.load_cr3(paging.cr3, false);
@@ -112,7 +151,7 @@ impl ShadowCpu {
     /// The guest loads CR3.
     pub fn load_cr3(&mut self, cr3: u64) {
         self.flushed = self.now();
-        self.pages.clear();
+        self.pages = Pages::default();
         self.paging.cr3 = cr3;
         self.vcpu.load_cr3(cr3, false);
     }
@@ -120,7 +159,7 @@ impl ShadowCpu {
     /// The guest writes control registers.
     pub fn set_controls(&mut self, controls: Controls) {
         self.flushed = self.now();
-        self.pages.clear();
+        self.pages = Pages::default();
         self.paging.controls = controls;
         self.vcpu.set_controls(controls);
     }
@@ -128,8 +167,13 @@ impl ShadowCpu {
     /// The guest executes INVLPG.
     pub fn invlpg(&mut self, linear: u64) {
         let now = self.now();
-        self.pages.insert(linear >> 12, now);
+        self.pages.forget(self.paging, linear, now);
         self.vcpu.invlpg(linear);
+    }
+
+    /// Forgets what was told at an entry that the caller has made by itself.
+    pub fn forget(&mut self, tag: Tag, flush: Option<TagFlush>) {
+        self.caches[tag.number()].forget(flush);
     }
 
     /// One access; where it reaches memory, `store` is written there: offset, width, value.
@@ -157,7 +201,9 @@ impl ShadowCpu {
                         self.violate(text);
                     }
                     // A CPU forgets what it faulted on.
-                    self.tlb.retain(|cached| !cached.maps(question.linear >> 12));
+                    if let Some(tag) = self.tag {
+                        self.caches[tag.number()].tlb.retain(|cached| !cached.maps(question.linear >> 12));
+                    }
                     return Done::Fault;
                 }
                 Ok(_) => return Done::Elsewhere,
@@ -177,25 +223,26 @@ impl ShadowCpu {
 
     /// One turn in guest mode; whether the access reached memory.
     fn turn(&mut self, question: Question, store: Option<(u32, Width, u64)>) -> Result<bool, FaultError> {
-        let Self { vcpu, tlb, uppers, rng, paging, flushed, pages, .. } = self;
+        let Self { vcpu, caches, tag, rng, paging, flushed, pages, spared, .. } = self;
         let id = vcpu.id();
         let mmu = std::sync::Arc::clone(vcpu.mmu());
         let machine = mmu.host();
         let mut inside = vcpu.enter()?;
-        if inside.take_flush() {
-            tlb.clear();
-            uppers.clear();
-        }
-        let Some(hfn) = translate(machine, &inside, tlb, uppers, rng, *paging, question) else { return Ok(false) };
-        let page = question.linear >> 12;
-        let from = pages.get(&page).map_or(*flushed, |tick| (*tick).max(*flushed));
+        let (now, flush) = (inside.tag(), inside.take_flush());
+        let known = &mut caches[now.number()];
+        let before = tag.replace(now);
+        known.forget(flush);
+        *spared += u64::from(flush.is_none() && before.is_some_and(|before| before != now));
+        let Some(hfn) = translate(machine, &inside, known, rng, *paging, question) else { return Ok(false) };
+        let since = pages.since(*paging, question.linear, *flushed);
         {
             let mut record = machine.record();
-            if !paging.may(&record, from, question, hfn) {
+            if !paging.may(&record, &since, question, hfn) {
                 let owner = record.owner(hfn);
-                let way = paging.describe(&record, from, question.linear);
+                let way = paging.describe(&record, since(1), question.linear);
+                let from = [1, 2, 3].map(since);
                 record.violate(format!(
-                    "{id:?} reaches {hfn:?} ({owner:?}) by {question:x?} under {paging:x?}, flushed at {from}{way}"
+                    "{id:?} reaches {hfn:?} ({owner:?}) by {question:x?} under {paging:x?}, {now:?}, flushed at {from:?}{way}"
                 ));
             }
             if question.access == Access::Write && record.is_tracked(hfn) {
@@ -228,8 +275,7 @@ fn permits(paging: Paging, cached: &Cached, question: Question) -> bool {
 fn translate(
     machine: &ShadowMachine,
     inside: &InShadow<'_, ShadowMachine>,
-    tlb: &mut Vec<Cached>,
-    uppers: &mut Vec<Upper>,
+    Caches { tlb, uppers }: &mut Caches,
     rng: &mut Rng,
     paging: Paging,
     question: Question,

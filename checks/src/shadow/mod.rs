@@ -10,3 +10,4 @@ pub mod cpu;
 pub mod machine;
 pub mod oracle;
 pub mod program;
+pub mod small;

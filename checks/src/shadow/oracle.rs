@@ -5,6 +5,9 @@
 //! translation that no such walk leads to is wrong: it is made of something that the guest had changed before it
 //! flushed, or put an old lower entry under an upper one that is newer.
 //!
+//! INVLPG forgets the page that holds an address, of whatever size it is. So what a larger page says is to have been read
+//! after the last INVLPG of any address in it, while a page of 4 KiB in the same place may be older than that.
+//!
 //! The rules are written down here a second time, on purpose, and not shared with the library.
 
 use nestling::guest::{Controls, Privilege, Width};
@@ -101,16 +104,23 @@ impl Paging {
         }
     }
 
-    /// Whether a CPU that flushed at `from` may reach `hfn` by this access.
-    pub fn may(self, record: &Record, from: u64, question: Question, hfn: Hfn) -> bool {
+    /// log2 of what an entry of this level maps.
+    pub fn page_shift(self, level: u32) -> u32 {
+        let (_, bits, _) = self.shape();
+        12 + bits * (level - 1)
+    }
+
+    /// Whether a CPU may reach `hfn` by this access that has forgotten pages of each level, in this place, at the tick that
+    /// `since` says.
+    pub fn may(self, record: &Record, since: impl Fn(u32) -> u64, question: Question, hfn: Hfn) -> bool {
         let Some(wanted) = record.owner(hfn) else { return false };
-        self.any(record, from, question, false, |gfn| gfn == wanted)
+        (1..=3).any(|level| self.any(record, since(level), question, false, Some(level), |gfn| gfn == wanted))
     }
 
     /// Whether a CPU that begins a walk now finds something.
     pub fn succeeds_now(self, record: &mut Record, question: Question) -> bool {
         let from = record.tick();
-        self.any(record, from, question, true, |_| true)
+        self.any(record, from, question, true, None, |_| true)
     }
 
     /// What a CPU that flushed at `from` may have read on its way, for a report: the values of the first entry of each
@@ -136,14 +146,23 @@ impl Paging {
         text
     }
 
-    fn any(self, record: &Record, from: u64, question: Question, marks: bool, is: impl Fn(u64) -> bool) -> bool {
+    /// Whether a walk of entries that were read at `from` or later finds what is wanted, in a page of that size.
+    fn any(
+        self,
+        record: &Record,
+        from: u64,
+        question: Question,
+        marks: bool,
+        size: Option<u32>,
+        is: impl Fn(u64) -> bool,
+    ) -> bool {
         if !self.is_on() {
             return is((question.linear & 0xffff_ffff) >> 12);
         }
         let (levels, ..) = self.shape();
         let top = if levels == 3 { self.cr3 & 0xffff_ffe0 } else { self.cr3 & 0xf_ffff_ffff_f000 };
         let all = Rights { user: true, write: true, execute: true };
-        Walk { paging: self, record, question, is: &is, marks }.below(levels, top, from, all)
+        Walk { paging: self, record, question, is: &is, marks, size }.below(levels, top, from, all)
     }
 }
 
@@ -154,6 +173,8 @@ struct Walk<'a> {
     is: &'a dyn Fn(u64) -> bool,
     /// A walk that sets the marks it needs, and not one that was made of entries that have them.
     marks: bool,
+    /// The level of the entry at its end, if it is to be a certain one.
+    size: Option<u32>,
 }
 
 impl Walk<'_> {
@@ -191,6 +212,9 @@ impl Walk<'_> {
             let frame = if width == Width::Four { entry & 0xffff_f000 } else { entry & 0xf_ffff_ffff_f000 };
             if !large {
                 return (pointer || self.marks || entry & A != 0) && self.below(level - 1, frame, read, rights);
+            }
+            if self.size.is_some_and(|size| size != level) {
+                return false;
             }
             let marked = entry & A != 0 && (self.question.access != Access::Write || entry & D != 0);
             let offset = self.question.linear & ((1 << shift) - 1);

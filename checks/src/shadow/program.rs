@@ -215,6 +215,8 @@ pub struct Guest {
     pub cpu: ShadowCpu,
     map: Map,
     rng: Rng,
+    /// For the moment it rarely changes its tables, and often goes from one root to another.
+    calm: bool,
     /// Accesses that reached memory.
     pub reached: u64,
 }
@@ -225,13 +227,18 @@ impl Guest {
         let vcpu = mmu.shadow_vcpu(VcpuId(id)).expect("there is memory").expect("each vCPU is made once");
         let map = Map::new(layout);
         let paging = Paging { controls: layout.controls(), cr3: map.cr3(0) };
-        Self { cpu: ShadowCpu::new(vcpu, paging, seed ^ 0x5eed), map, rng: Rng::new(seed), reached: 0 }
+        Self { cpu: ShadowCpu::new(vcpu, paging, seed ^ 0x5eed), map, rng: Rng::new(seed), calm: false, reached: 0 }
     }
 
     /// One step of the program.
     pub fn step(&mut self) {
         let (map, rng) = (self.map, &mut self.rng);
-        match rng.below(32) {
+        self.calm ^= rng.once_in(150);
+        let what = match rng.below(32) {
+            16..28 if self.calm && !rng.once_in(16) => 32 + rng.below(2),
+            what => what,
+        };
+        match what {
             0..16 => {
                 let linear = map.address(rng);
                 let access = [Access::Read, Access::Read, Access::Write, Access::Execute][rng.below(4) as usize];
@@ -259,11 +266,11 @@ impl Guest {
                     self.cpu.vcpu.mmu().host().record().violate(text);
                 }
             }
-            26..29 => {
+            26..28 => {
                 let linear = map.address(rng);
                 self.cpu.invlpg(linear);
             }
-            29 => {
+            28 | 29 | 32 => {
                 let cr3 = map.cr3(rng.below(TABLES));
                 self.cpu.load_cr3(cr3);
             }
@@ -274,6 +281,11 @@ impl Guest {
                     _ => controls.cr4 ^= 1 << (20 + rng.below(2)),
                 }
                 self.cpu.set_controls(controls);
+            }
+            33 => {
+                let linear = map.frame(rng.below(SECOND), map.has_large() && rng.once_in(4));
+                let privilege = Privilege::Supervisor { ac: true };
+                self.access(Question { linear, access: Access::Read, privilege }, None);
             }
             _ => {
                 let paging = self.cpu.paging();

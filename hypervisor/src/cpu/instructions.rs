@@ -177,6 +177,16 @@ pub fn halt_forever() -> ! {
     }
 }
 
+/// Drops what this CPU's TLB has of a linear address under an ASID.
+///
+/// # Safety
+/// Ring 0 only; EFER.SVME must be set. The ASID is not the host's.
+#[inline]
+pub unsafe fn invlpga(linear: u64, asid: u32) {
+    // SAFETY: the caller vouches for SVM being on; a translation that is gone is found again in the tables.
+    unsafe { asm!("invlpga rax, ecx", in("rax") linear, in("ecx") asid, options(nostack, preserves_flags)) };
+}
+
 /// Sets or clears the global interrupt flag of SVM.
 ///
 /// # Safety

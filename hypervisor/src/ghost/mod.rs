@@ -53,8 +53,8 @@ mod seam {
     }
 
     /// A vCPU is about to run guest code.
-    pub fn entering(vcpu: usize, root: Hpa, flushes: bool) {
-        hold(GHOST.lock().entering(vcpu, root.hfn().0, flushes));
+    pub fn entering(vcpu: usize, tag: usize, root: Hpa, flushes: bool) {
+        hold(GHOST.lock().entering(vcpu, tag, root.hfn().0, flushes));
     }
 
     /// A vCPU has stopped running guest code.
@@ -92,7 +92,7 @@ mod seam {
 
     /// A vCPU is about to run guest code.
     #[inline(always)]
-    pub fn entering(_vcpu: usize, _root: Hpa, _flushes: bool) {}
+    pub fn entering(_vcpu: usize, _tag: usize, _root: Hpa, _flushes: bool) {}
 
     /// A vCPU has stopped running guest code.
     #[inline(always)]

@@ -5,7 +5,8 @@
 //!   table hangs, so of each leaf the guest frame and the root.
 //! - Of each vCPU: whether it is in guest mode, on which root, and when it last flushed. What its TLB holds can not be read,
 //!   so it counts as holding everything that it *may* hold: each translation under its root that was there at any moment
-//!   since it last flushed. A vCPU that changes its root flushes, so there is one root to think of.
+//!   since it last flushed. All of that by tag, where its TLB tells roots apart: one that enters on another root than the
+//!   one before by the same tag flushes, so there is one root of each tag to think of.
 //!
 //! # What it checks
 //! When memory has been taken from the guest, and before anybody else gets it ([`Ghost::gave_away`], [`Ghost::gone`]):
@@ -24,6 +25,7 @@ use alloc::string::String;
 use alloc::vec::Vec;
 
 use nestling::format::{Format, Npt, State};
+use nestling::shadow::tags::Tag;
 use nestling::{Gfn, GfnRange, Level};
 
 const INDEX_BITS: u32 = 9;
@@ -47,7 +49,7 @@ struct Ended {
     at: u64,
 }
 
-/// What is known of a vCPU.
+/// What is known of a vCPU, or of one of its tags.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 struct Vcpu {
     in_guest: bool,
@@ -71,7 +73,8 @@ pub struct Ghost {
     ended: Vec<Ended>,
     /// The youngest end of a translation to memory that was taken, by root: who enters must have flushed since.
     taken: BTreeMap<u64, u64>,
-    vcpus: Vec<Vcpu>,
+    /// Each as often as it may have tags.
+    vcpus: Vec<[Vcpu; Tag::COUNT]>,
     sweep_at: usize,
     checks: u64,
 }
@@ -156,7 +159,8 @@ impl Ghost {
         }
         if self.ended.len() >= self.sweep_at {
             let vcpus = &self.vcpus;
-            self.ended.retain(|ended| vcpus.iter().any(|vcpu| may_hold(vcpu, ended.leaf.root, ended.at)));
+            self.ended
+                .retain(|ended| vcpus.as_flattened().iter().any(|vcpu| may_hold(vcpu, ended.leaf.root, ended.at)));
             self.sweep_at = (2 * self.ended.len()).max(SWEEP);
         }
         self.ended.push(Ended { leaf, at: self.now });
@@ -190,14 +194,14 @@ impl Ghost {
     ///
     /// # Errors
     /// It should have flushed.
-    pub fn entering(&mut self, vcpu: usize, root: u64, flushes: bool) -> Result<(), Violation> {
+    pub fn entering(&mut self, vcpu: usize, tag: usize, root: u64, flushes: bool) -> Result<(), Violation> {
         if self.vcpus.len() <= vcpu {
-            self.vcpus.resize(vcpu + 1, Vcpu::default());
+            self.vcpus.resize(vcpu + 1, Default::default());
         }
         self.checks += 1;
-        let before = self.vcpus[vcpu];
+        let before = self.vcpus[vcpu][tag];
         let flushed = if flushes { self.now } else { before.flushed };
-        self.vcpus[vcpu] = Vcpu { in_guest: true, root, flushed };
+        self.vcpus[vcpu][tag] = Vcpu { in_guest: true, root, flushed };
         if flushes {
             return Ok(());
         }
@@ -215,8 +219,8 @@ impl Ghost {
 
     /// A vCPU has stopped running guest code.
     pub fn left(&mut self, vcpu: usize) {
-        if let Some(vcpu) = self.vcpus.get_mut(vcpu) {
-            vcpu.in_guest = false;
+        for tag in self.vcpus.get_mut(vcpu).into_iter().flatten() {
+            tag.in_guest = false;
         }
     }
 
@@ -257,8 +261,8 @@ impl Ghost {
         for ended in self.ended.iter().filter(|ended| wanted(&ended.leaf)) {
             let youngest = self.taken.entry(ended.leaf.root).or_default();
             *youngest = ended.at.max(*youngest);
-            for (number, vcpu) in self.vcpus.iter().enumerate() {
-                if vcpu.in_guest && may_hold(vcpu, ended.leaf.root, ended.at) {
+            for (number, vcpu) in in_guest(&self.vcpus) {
+                if may_hold(vcpu, ended.leaf.root, ended.at) {
                     return Err(format!(
                         "{what} is taken from the guest, and vCPU {number}, in guest mode, has not flushed since {}: it may \
                          hold {:x?}, which ended at {}",
@@ -279,7 +283,7 @@ impl Ghost {
         self.parents.remove(&frame);
         self.taken.remove(&frame);
         let unlinked = self.unlinked.remove(&frame);
-        for (number, vcpu) in self.vcpus.iter().enumerate().filter(|(_, vcpu)| vcpu.in_guest) {
+        for (number, vcpu) in in_guest(&self.vcpus) {
             if vcpu.root == frame {
                 return Err(format!("table {frame:#x} is freed, and vCPU {number} runs on it as its root"));
             }
@@ -294,6 +298,12 @@ impl Ghost {
         }
         Ok(())
     }
+}
+
+/// Those in guest mode, each by the tag that it runs by.
+fn in_guest(vcpus: &[[Vcpu; Tag::COUNT]]) -> impl Iterator<Item = (usize, &Vcpu)> {
+    let numbered = vcpus.iter().enumerate();
+    numbered.flat_map(|(number, tags)| tags.iter().filter(|vcpu| vcpu.in_guest).map(move |vcpu| (number, vcpu)))
 }
 
 /// Whether a vCPU's TLB may hold what there was under `root` until `at`.
@@ -336,14 +346,14 @@ mod tests {
     #[test]
     fn memory_is_taken_after_a_flush() {
         let mut ghost = mapped();
-        ghost.entering(0, ROOT, true).unwrap();
+        ghost.entering(0, 0, ROOT, true).unwrap();
         ghost.left(0);
         zap(&mut ghost);
-        ghost.entering(0, ROOT, true).unwrap();
+        ghost.entering(0, 0, ROOT, true).unwrap();
         ghost.gave_away(0x500, 1).unwrap();
         ghost.gone(GfnRange { start: Gfn(0), end: Gfn(512) }).unwrap();
         ghost.left(0);
-        ghost.entering(0, ROOT, false).unwrap();
+        ghost.entering(0, 0, ROOT, false).unwrap();
     }
 
     #[test]
@@ -363,7 +373,7 @@ mod tests {
     #[test]
     fn a_vcpu_that_was_not_flushed_is_found() {
         let mut ghost = mapped();
-        ghost.entering(1, ROOT, true).unwrap();
+        ghost.entering(1, 0, ROOT, true).unwrap();
         zap(&mut ghost);
         assert!(ghost.gave_away(0x500, 1).unwrap_err().contains("vCPU 1"));
         assert!(ghost.gone(GfnRange { start: Gfn(5), end: Gfn(6) }).unwrap_err().contains("vCPU 1"));
@@ -372,23 +382,40 @@ mod tests {
     #[test]
     fn a_vcpu_that_enters_without_a_flush_is_found() {
         let mut ghost = mapped();
-        ghost.entering(1, ROOT, true).unwrap();
+        ghost.entering(1, 0, ROOT, true).unwrap();
         ghost.left(1);
         zap(&mut ghost);
         // Nothing was promised yet: it may go on.
-        ghost.entering(1, ROOT, false).unwrap();
+        ghost.entering(1, 0, ROOT, false).unwrap();
         ghost.left(1);
         ghost.gave_away(0x500, 1).unwrap();
-        assert!(ghost.entering(1, ROOT, false).unwrap_err().contains("without a flush"));
+        assert!(ghost.entering(1, 0, ROOT, false).unwrap_err().contains("without a flush"));
         ghost.left(1);
-        ghost.entering(1, ROOT, true).unwrap();
-        assert!(ghost.entering(1, ROOT + 1, false).is_err(), "another root, and no flush");
+        ghost.entering(1, 0, ROOT, true).unwrap();
+        assert!(ghost.entering(1, 0, ROOT + 1, false).is_err(), "another root, and no flush");
+    }
+
+    #[test]
+    fn each_tag_is_flushed_by_itself() {
+        let mut ghost = mapped();
+        ghost.entering(0, 0, ROOT, true).unwrap();
+        ghost.left(0);
+        ghost.entering(0, 1, 0x90, true).unwrap();
+        // No flush for going back, as long as nothing was taken.
+        ghost.left(0);
+        ghost.entering(0, 0, ROOT, false).unwrap();
+        ghost.left(0);
+        zap(&mut ghost);
+        ghost.gave_away(0x500, 1).unwrap();
+        ghost.entering(0, 1, 0x90, true).unwrap();
+        ghost.left(0);
+        assert!(ghost.entering(0, 0, ROOT, false).unwrap_err().contains("without a flush"));
     }
 
     #[test]
     fn a_vcpu_on_another_root_does_not_count() {
         let mut ghost = mapped();
-        ghost.entering(0, 0x90, true).unwrap();
+        ghost.entering(0, 0, 0x90, true).unwrap();
         zap(&mut ghost);
         ghost.gave_away(0x500, 1).unwrap();
     }
@@ -396,7 +423,7 @@ mod tests {
     #[test]
     fn tables_are_freed_when_no_vcpu_walks_them() {
         let mut ghost = mapped();
-        ghost.entering(0, ROOT, true).unwrap();
+        ghost.entering(0, 0, ROOT, true).unwrap();
         ghost.changed(cell(0x12, 0), Level::M2, Npt::table(Hfn(0x13)), Npt::FROZEN);
         ghost.changed(cell(0x13, 5), Level::K4, leaf(0x500), Npt::DEAD);
         assert_eq!(ghost.ended.last().map(|ended| ended.leaf.root), Some(ROOT), "it was that root's");
@@ -404,7 +431,7 @@ mod tests {
         assert!(ghost.table_freed(0x13).unwrap_err().contains("unlinked"));
         assert!(ghost.table_freed(ROOT).unwrap_err().contains("root"));
         flushed.now = ghost.now;
-        flushed.entering(0, ROOT, true).unwrap();
+        flushed.entering(0, 0, ROOT, true).unwrap();
         flushed.table_freed(0x13).unwrap();
     }
 
@@ -423,10 +450,10 @@ mod tests {
     #[test]
     fn what_nobody_may_hold_is_forgotten() {
         let mut ghost = mapped();
-        ghost.entering(0, ROOT, true).unwrap();
+        ghost.entering(0, 0, ROOT, true).unwrap();
         for _ in 0..2 * SWEEP {
             zap(&mut ghost);
-            ghost.entering(0, ROOT, true).unwrap();
+            ghost.entering(0, 0, ROOT, true).unwrap();
             ghost.changed(cell(0x13, 5), Level::K4, Npt::ABSENT, leaf(0x500));
         }
         assert!(ghost.ended.len() <= SWEEP, "{}", ghost.ended.len());

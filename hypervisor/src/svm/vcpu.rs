@@ -24,6 +24,7 @@
 //! alone takes the mark back, when it has put the control block in its plain form again. So a mark too many costs some
 //! instructions; what must not be is a way to put in an event, to owe a flush or to mask NMIs without one.
 
+mod asid;
 mod event;
 mod floating;
 mod long_mode;
@@ -42,7 +43,7 @@ use nestling_control::message::Registers;
 
 use super::entry::{self, Switch};
 use super::permission::Maps;
-use super::vmcb::{Intercepts1, Intercepts2, Save, Segment, Vmcb, virtual_interrupt};
+use super::vmcb::{Intercepts1, Intercepts2, Save, Segment, TlbControl, Vmcb, virtual_interrupt};
 use super::{EFER_SVME, Features};
 use crate::cpu::extended;
 use crate::devices::saved::BadState;
@@ -68,7 +69,7 @@ const RFLAGS_FIXED: u64 = 1 << 1;
 const CR4_PKE: u64 = 1 << 22;
 const CR0_RESET: u64 = 0x6000_0010;
 const PAT_RESET: u64 = 0x0007_0406_0007_0406;
-/// The guest's ASID. One VM, one vCPU a CPU: the number only has to differ from the host's, 0.
+/// The guest's ASID, where it has one for all. One VM, one vCPU a CPU: the number only has to differ from the host's, 0.
 const ASID: u32 = 1;
 /// #DB and #AC, so that their delivery can't loop ([`Intercepted`]), #UD, behind which a hypercall of the other vendor may
 /// be, and #MC, which is the host's.
@@ -95,7 +96,8 @@ pub struct Vcpu<P = Nested> {
     /// The next entry's EVENTINJ.
     event: u64,
     nmi: NmiState,
-    flush: bool,
+    /// What the next entry asks of the TLB.
+    flush: TlbControl,
     /// Writes to CR8 exit.
     watch_task_priority: bool,
     /// What the next entry has to look at.
@@ -131,11 +133,11 @@ impl<P: Paging> Vcpu<P> {
             latched: None,
             event: 0,
             nmi: NmiState::Open,
-            flush: true,
+            flush: TlbControl::FlushAll,
             watch_task_priority: false,
             next: Entry::Unusual,
             long_mode_held: false,
-            paging: P::new(),
+            paging: P::new(features),
         };
         let control = &mut vcpu.vmcb_mut().control;
         control.intercepts_1 = (Intercepts1::INTR
@@ -205,9 +207,17 @@ impl<P: Paging> Vcpu<P> {
         self.owe_flush();
     }
 
-    /// The next entry flushes what the TLB holds of the guest.
+    /// The next entry flushes all that the TLB holds of the guest.
     fn owe_flush(&mut self) {
-        self.flush = true;
+        P::forget(self);
+        self.owe(if self.features.flush_by_asid() { TlbControl::FlushAsid } else { TlbControl::FlushAll });
+    }
+
+    /// The next entry asks that of the TLB, or more.
+    fn owe(&mut self, what: TlbControl) {
+        if self.flush != TlbControl::FlushAll {
+            self.flush = what;
+        }
         if self.next == Entry::Plain {
             self.next = Entry::Flushing;
         }

@@ -8,6 +8,7 @@ use core::fmt::Debug;
 
 use nestling::Hpa;
 use nestling::guest::{PageFault, Privilege};
+use nestling::shadow::tags::Tag;
 use nestling::shadow::vcpu::ShadowFormat;
 use nestling_control::message::Registers;
 use serde::{Deserialize, Serialize};
@@ -206,8 +207,15 @@ pub trait ShadowCpu: GuestCpu {
     /// Whether it runs 64-bit code in ring 0.
     fn runs_64_bit_kernel(&self) -> bool;
 
-    /// Sets the root of the shadow tables, and with it all that the CPU must know to walk them.
-    fn load_root(&mut self, root: Hpa, format: ShadowFormat);
+    /// Sets the root of the shadow tables, and with it all that the CPU must know to walk them; `tag` is what the TLB is to know
+    /// it by.
+    fn load_root(&mut self, root: Hpa, format: ShadowFormat, tag: Tag);
+
+    /// Drops the translations of the tag that is loaded before the guest's next instruction.
+    fn forget_tag(&mut self);
+
+    /// Drops that of one linear address at once. On the CPU that runs it.
+    fn forget_address(&mut self, linear: u64);
 
     /// On whose behalf the access was that met a page fault; `user` is what the error code says.
     fn privilege(&self, user: bool) -> Privilege;

@@ -25,6 +25,7 @@
 use alloc::sync::Arc;
 
 use nestling::guest::{Controls, FaultCode, PageFault, Request};
+use nestling::shadow::tags::TagFlush;
 use nestling::shadow::vcpu::{InShadow, ShadowOutcome, ShadowVcpu};
 use nestling::{Access, FaultError, Gpa, Hpa, Mmu, VcpuId};
 use nestling_control::message::DeathReason;
@@ -122,12 +123,27 @@ impl<C: ShadowCpu> Inside<C> for InShadow<'_, Machine> {
 
     #[inline]
     fn load(&self, cpu: &mut C) {
-        cpu.load_root(InShadow::root(self), self.format());
+        cpu.load_root(InShadow::root(self), self.format(), InShadow::tag(self));
     }
 
     #[inline]
-    fn take_flush(&mut self) -> bool {
-        InShadow::take_flush(self)
+    fn tag(&self) -> usize {
+        InShadow::tag(self).number()
+    }
+
+    #[inline]
+    fn flush(&mut self, cpu: &mut C) -> bool {
+        match self.take_flush() {
+            None => false,
+            Some(TagFlush::Address(linear)) => {
+                cpu.forget_address(linear);
+                false
+            }
+            Some(TagFlush::All) => {
+                cpu.forget_tag();
+                true
+            }
+        }
     }
 }
 

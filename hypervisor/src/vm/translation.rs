@@ -45,8 +45,11 @@ pub trait Inside<C> {
     /// Gives it to the CPU.
     fn load(&self, cpu: &mut C);
 
-    /// Whether the guest's translations must be flushed before it runs.
-    fn take_flush(&mut self) -> bool;
+    /// What the TLB knows the root by.
+    fn tag(&self) -> usize;
+
+    /// Has the CPU, which was given the root, forget what it must before the guest runs. Whether that is all of the tag.
+    fn flush(&mut self, cpu: &mut C) -> bool;
 }
 
 /// Nested tables.
@@ -82,9 +85,18 @@ impl<C: NestedCpu> Inside<C> for InGuest<'_, Machine> {
         cpu.set_root(InGuest::root(self));
     }
 
+    #[inline(always)]
+    fn tag(&self) -> usize {
+        0
+    }
+
     // One ASID serves all roots of the guest: whichever flush it is, it is this one.
     #[inline(always)]
-    fn take_flush(&mut self) -> bool {
-        InGuest::take_flush(self).is_some()
+    fn flush(&mut self, cpu: &mut C) -> bool {
+        let flushes = self.take_flush().is_some();
+        if flushes {
+            cpu.flush();
+        }
+        flushes
     }
 }

@@ -335,11 +335,8 @@ impl<C: GuestCpu> Vcpu<C> {
             return Ok(());
         }
         inside.load(&mut self.cpu);
-        let flushes = inside.take_flush();
-        ghost::entering(self.number, self.root, flushes);
-        if flushes {
-            self.cpu.flush();
-        }
+        let flushes = inside.flush(&mut self.cpu);
+        ghost::entering(self.number, inside.tag(), self.root, flushes);
         if core::mem::take(&mut self.leave_at_once) {
             // With interrupts off it stays pending, and ends the run behind the event's delivery (15.13.1, 15.20).
             embedder::kick(self.number);

@@ -134,6 +134,13 @@ pub(crate) const fn write_protected(raw: u64) -> u64 {
     raw & !W
 }
 
+/// Whether the leaf `new` in the place of `old`, of the same frame, lets anybody do less: rights that were added alone are
+/// nothing that a TLB would have to forget. (That a page has become the user's takes it from a supervisor under SMAP.)
+#[inline]
+pub(crate) const fn takes_away(old: u64, new: u64) -> bool {
+    (old ^ new) & (U | KEY) | old & !new & W | new & !old & NX != 0
+}
+
 /// Whether a leaf was used since it was made, or made old.
 #[inline]
 pub(crate) const fn is_young(raw: u64) -> bool {
@@ -176,6 +183,9 @@ mod tests {
             let whole = large(leaf(bits, Hfn(first), host_writable, memory));
             prop_assert_eq!((part(whole, index), next_table(whole)), (raw, None));
             prop_assert_eq!((mapped(whole), mapped(ABSENT)), (Some(Hfn(first)), None));
+            prop_assert!(!takes_away(raw, raw) && !takes_away(raw, raw | W) && !takes_away(raw, raw & !NX));
+            prop_assert_eq!((takes_away(raw, raw & !W), takes_away(raw, raw | NX)), (write, execute));
+            prop_assert!(takes_away(raw, raw ^ U) && takes_away(raw, raw ^ 1 << KEY_SHIFT));
             prop_assert_eq!(next_table(table(Hfn(hfn), Top::Usual)), Some(Hfn(hfn)));
             prop_assert_eq!(next_table(table(Hfn(hfn), Top::Pointers)), Some(Hfn(hfn)));
         }

@@ -31,7 +31,7 @@ use super::order::{BucketGuard, Order, PageGuard};
 use super::page::{Blank, GROUP, Handle, Page, Place, STALE, UNSYNC};
 use super::rmap::NoRoom;
 use super::role::{Identity, Meaning, Role, Source};
-use super::sync::{Busy, TOGETHER, below_in_step, clear, in_step, judge, may_link, open, unmap};
+use super::sync::{Busy, TOGETHER, below_in_step, clear, count, in_step, judge, may_link, open, unmap};
 use super::table::Inside;
 use crate::addr::{ENTRIES, Gfn, INDEX_BITS, Level, PAGE_SHIFT};
 
@@ -280,7 +280,7 @@ fn link<H: Host + GuestMemory>(
     if let Some(there) = follow(inside, page, entry, child) {
         return Ok(there);
     }
-    clear(inside, &mut guard, entry);
+    count(inside, clear(inside, &mut guard, entry));
     guard.links.note(entry);
     let mut under = guard.future_child(inside, below).ok_or(Step::Retry)?;
     if !is_wanted(under.page, child) {
@@ -346,7 +346,7 @@ fn leaf<H: Host + GuestMemory>(
         if mutants::is(Mutant::ShadowLeafOverwritten) {
             entries[entry].store(ABSENT, Ordering::Release);
         }
-        unmap(inside, &mut guard, entry);
+        count(inside, unmap(inside, &mut guard, entry));
     }
     let step = fill(inside, &mut guard, entry, want.access, &want.target.page(), leaf);
     if step == Step::Fixed {
@@ -373,7 +373,10 @@ pub(super) fn fill<H: Host>(
     guard.links.note(entry);
     let mut bucket = guard.bucket(inside, gfn);
     let TargetPage { page: BackingPage { hfn, writable, memory }, logged } = *target;
-    if !writable || access != Access::Write && logged {
+    let old = load_for_update(cell);
+    // What is logged is given for writing when it is written, and not taken back before the log is asked.
+    let unlogged = access != Access::Write && logged;
+    if !writable || unlogged && !long_mode::is_writable(old) {
         bits &= !WRITE;
     }
     let late = mutants::is(Mutant::ShadowUnsyncAfterWritable);
@@ -396,7 +399,7 @@ pub(super) fn fill<H: Host>(
     if let Err(step) = install(inside, &mut bucket, Level::K4, (page, place), gfn, cell, new) {
         return step;
     }
-    if write {
+    if write && !unlogged {
         note_write(inside, logged, gfn);
     }
     if late && write {
@@ -444,6 +447,9 @@ pub(super) fn install<H: Host>(
     }
     if long_mode::is_writable(old) && !long_mode::is_writable(new) {
         bucket.note_protected(inside);
+    }
+    if long_mode::takes_away(old, new) {
+        inside.shadow.withdrawals.note(level.number());
     }
     Ok(())
 }

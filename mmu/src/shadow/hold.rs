@@ -32,6 +32,8 @@ const FRAMES: usize = 256;
 pub(crate) struct Debts {
     flush: bool,
     roots: bool,
+    /// What is taken away in this hold is under way: see [`super::withdrawn`].
+    withdraws: bool,
     frames: Vec<Hfn>,
 }
 
@@ -39,12 +41,25 @@ impl Debts {
     pub(super) fn new() -> Result<Self, OutOfMemory> {
         let mut frames = Vec::new();
         frames.try_reserve_exact(FRAMES)?;
-        Ok(Self { flush: false, roots: false, frames })
+        Ok(Self { flush: false, roots: false, withdraws: false, frames })
     }
 
     /// The hold flushes all vCPUs at its end.
     pub(super) fn owe_flush(&mut self) {
         self.flush = true;
+    }
+
+    /// Something is about to be taken away for the host's reasons, for which the hold flushes at its end.
+    pub(super) fn withdraw(&mut self, shadow: &Shadow) {
+        self.flush = true;
+        if !core::mem::replace(&mut self.withdraws, true) {
+            shadow.withdrawals.begin();
+        }
+    }
+
+    /// Whether that was said in this hold.
+    pub(super) fn withdraws(&self) -> bool {
+        self.withdraws
     }
 
     /// A page's table is led to by nothing any more. vCPUs may still have it as a root, if it can be one.
@@ -85,6 +100,7 @@ impl<'d> Fresh<'d> {
 struct Hold<'a, H: Host> {
     shared: Option<Shared<'a, H>>,
     mmu: &'a Mmu<H>,
+    shadow: &'a Shadow,
     debts: &'a mut Debts,
 }
 
@@ -96,7 +112,7 @@ pub(super) fn hold<H: Host, R>(
     debts: &mut Debts,
     work: impl FnOnce(Inside<'_, H>, &mut Order<'_>, &mut Debts) -> R,
 ) -> R {
-    let mut hold = Hold { shared: Some(Shared::enter(mmu, ticket)), mmu, debts };
+    let mut hold = Hold { shared: Some(Shared::enter(mmu, ticket)), mmu, shadow, debts };
     let Hold { shared, debts, .. } = &mut hold;
     let shared = shared.as_ref().expect("the guard is there until drop");
     work(Inside { shared, mmu, shadow }, &mut Order::of_this_hold(), debts)
@@ -114,6 +130,9 @@ impl<H: Host> Drop for Hold<'_, H> {
         } else {
             self.mmu.tlb.flush(&self.mmu.host, counters)
         };
+        if core::mem::take(&mut self.debts.withdraws) {
+            self.shadow.withdrawals.end();
+        }
         drop(shared);
         if !self.debts.frames.is_empty() {
             self.mmu.reclaim.defer(self.mmu, &self.debts.frames, &flushed, counters);

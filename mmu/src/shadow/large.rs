@@ -43,7 +43,7 @@ use super::hold::{Fresh, hold};
 use super::order::Order;
 use super::page::{Handle, Page, Place};
 use super::role::{Identity, Meaning};
-use super::sync::{clear, judge};
+use super::sync::{clear, count, judge};
 use super::table::Inside;
 use super::zap::{ShadowDebts, blocks, zap_page};
 use crate::Mmu;
@@ -111,7 +111,7 @@ pub(super) fn map<H: Host + GuestMemory>(
         return None;
     }
     if long_mode::next_table(there).is_some() || u64::from(page.target(entry)) != child.gfn.0 {
-        clear(inside, &mut guard, entry);
+        count(inside, clear(inside, &mut guard, entry));
     }
     let place = Place::new(guard.index, entry);
     guard.links.note(entry);
@@ -179,8 +179,8 @@ fn is_whole<H: Host>(mmu: &Mmu<H>, slot: &Memslot, block: GfnRange) -> bool {
     })
 }
 
-/// Removes the large leaves of `range`. Nothing is flushed: what a TLB keeps of them says nothing else than what the next
-/// faults make.
+/// Removes the large leaves of `range`. What a TLB keeps of them says nothing else than what the next faults make, until the
+/// guest's entry becomes another one: who compares then must find the leaf, or know of its removal ([`super::withdrawn`]).
 pub(crate) fn remove<H: Host>(
     mmu: &Mmu<H>,
     shadow: &Shadow,
@@ -189,7 +189,8 @@ pub(crate) fn remove<H: Host>(
     range: GfnRange,
 ) {
     for (number, part) in blocks(shadow, range) {
-        hold(mmu, shadow, ticket, debts.debts(), |inside, order, _| {
+        hold(mmu, shadow, ticket, debts.debts(), |inside, order, debts| {
+            debts.withdraw(shadow);
             order.numbered(inside, number).unmap_large(inside, part.start);
         });
     }

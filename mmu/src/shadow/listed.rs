@@ -12,7 +12,7 @@ use super::page::{Handle, Page};
 use super::table::Inside;
 use crate::host::Host;
 use crate::leaf_lock::LeafLock;
-use crate::sync::{AtomicU32, AtomicU64, Ordering};
+use crate::sync::{AtomicU32, AtomicU64, Ordering, peek};
 
 /// Pages out of step at most. More, and the fault that would add one brings the others in step first.
 pub(super) const LIST: usize = 64;
@@ -83,7 +83,7 @@ impl Chosen {
 #[derive(Debug)]
 pub(super) struct OutOfStep {
     ring: LeafLock<Ring>,
-    /// How many are on it; written under its lock. Who finds none has nothing to bring in step: what the guest wrote
+    /// How many are on it; written under its lock, by exchanges for the reason of [`OutOfStep::is_empty`]. Who finds none has nothing to bring in step: what the guest wrote
     /// before it asked to forget was writable before, and on the list before that.
     count: AtomicU32,
     /// The highest number that was given; written under the lock.
@@ -106,7 +106,7 @@ impl OutOfStep {
                 ring.free = ring.at(place).older;
                 ring.at(place).page = handle;
                 page.set_place(place);
-                self.count.store(self.count.load(Ordering::Relaxed) + 1, Ordering::Release);
+                self.count.fetch_add(1, Ordering::AcqRel);
                 place
             }
             place => {
@@ -139,7 +139,7 @@ impl OutOfStep {
         ring.at(place).older = ring.free;
         ring.free = place;
         page.set_place(HEAD);
-        self.count.store(self.count.load(Ordering::Relaxed) - 1, Ordering::Release);
+        self.count.fetch_sub(1, Ordering::AcqRel);
     }
 
     /// Under the lock. A read-modify-write, as is the look in [`OutOfStep::has_news`]: of two, one sees the other, and what
@@ -148,10 +148,11 @@ impl OutOfStep {
         self.latest.fetch_add(1, Ordering::AcqRel) + 1
     }
 
-    /// Whether no page is on the list.
+    /// Whether no page is on the list. The newest answer: that another vCPU has put one there may be known to the guest
+    /// alone, which had that vCPU write the table and tell this one.
     #[inline]
     pub(super) fn is_empty(&self) -> bool {
-        self.count.load(Ordering::Acquire) == 0
+        peek(&self.count) == 0
     }
 
     /// The highest number that was given.

@@ -44,7 +44,8 @@
 //!
 //! # TLBs
 //! An absent entry may still be in some TLB; nobody concludes from an entry that it is not. What the guest may see of its
-//! own changes is its own business: it flushes, and each of its flushes ends in one of ours on that CPU. Whoever needs to
+//! own changes is its own business: it flushes, and each of its flushes ends in one of ours on that CPU, unless there is
+//! nothing in its TLB that the guest's tables do not say ([`tags`], [`withdrawn`]). Whoever needs to
 //! know that *no CPU writes to a frame* asks the frame's bucket, which remembers when a right to write was last taken
 //! away there, and flushes if no flush has begun and ended since. Whoever gives memory back to the host, or a table back
 //! to the embedder, always flushes.
@@ -77,7 +78,9 @@ mod rmap;
 mod role;
 mod sync;
 pub(crate) mod table;
+pub mod tags;
 pub mod vcpu;
+pub(crate) mod withdrawn;
 pub(crate) mod zap;
 
 use alloc::boxed::Box;
@@ -91,6 +94,7 @@ use bucket::Buckets;
 use listed::OutOfStep;
 use page::Arena;
 use quota::Hand;
+use withdrawn::Withdrawals;
 
 /// What shadow paging is made for. Fixed for its life.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -108,6 +112,7 @@ pub(crate) struct Shadow {
     arena: Arena,
     buckets: Buckets,
     out_of_step: OutOfStep,
+    pub(crate) withdrawals: Withdrawals,
     hand: Hand,
     /// Pages of another epoch are obsolete. Advanced under the exclusive lock.
     epoch: AtomicU32,
@@ -126,6 +131,7 @@ impl Shadow {
             arena: Arena::new(pages),
             buckets: Buckets::new(pages),
             out_of_step: OutOfStep::new(),
+            withdrawals: Withdrawals::new(),
             hand: Hand::new(),
             epoch: AtomicU32::new(0),
             cpu: config.cpu,

@@ -56,6 +56,7 @@ use super::order::{Looks, Order, PageGuard};
 use super::page::{GROUP, Handle, Page, Place, STALE, UNSYNC};
 use super::role::{Meaning, Source};
 use super::table::Inside;
+use super::withdrawn::Taken;
 use crate::addr::{ENTRIES, Gfn, Level};
 use crate::events::Counter;
 use crate::format::long_mode::{self, ABSENT};
@@ -245,6 +246,8 @@ pub(super) fn in_step<H: Host + GuestMemory>(inside: Inside<'_, H>, order: &mut 
         return;
     }
     let mut latest = Moment::NEVER;
+    let withdrawals = &inside.shadow.withdrawals;
+    withdrawals.begin();
     for handle in pages {
         let page = inside.page(handle.index);
         let gfn = page.gfn();
@@ -260,6 +263,7 @@ pub(super) fn in_step<H: Host + GuestMemory>(inside: Inside<'_, H>, order: &mut 
     if !inside.mmu.tlb.covers(latest) && !mutants::is(Mutant::ShadowPageWithoutFlush) {
         inside.mmu.tlb.flush(&inside.mmu.host, inside.counters());
     }
+    withdrawals.end();
     for handle in pages {
         if let Some(mut guard) = order.alive(inside, *handle) {
             compare_all(inside, &mut guard);
@@ -386,9 +390,10 @@ fn compare_leaf<H: Host + GuestMemory>(
         if let Some(leaf) = reading.leaf(raw).filter(|_| mutants::is(Mutant::ShadowUnmappedByGuestEntry)) {
             page.aim(entry, leaf.gfn.0 as u32);
         } else if reading.gives(raw, long_mode::write_protected(there), target) {
-            return guard.bucket(inside, Gfn(u64::from(target))).write_protect_leaf(inside, &entries[entry]);
+            guard.bucket(inside, Gfn(u64::from(target))).write_protect_leaf(inside, &entries[entry]);
+            return inside.shadow.withdrawals.note(page.role().level());
         }
-        unmap(inside, guard, entry);
+        count(inside, unmap(inside, guard, entry));
     }
 }
 
@@ -423,52 +428,66 @@ fn compare_link<H: Host + GuestMemory>(
     if there == ABSENT {
         return;
     }
-    let Meaning::Child(child) = page.role().meaning(page.gfn(), entry, judge(inside, page, mode, entry)) else {
-        return clear(inside, guard, entry);
-    };
-    let stays = match long_mode::next_table(there) {
-        Some(_) => {
-            let below = inside.page(page.target(entry));
-            child == below.identity() && below.life() & 1 == 1
-        }
-        None => large::gives(child, there, page.target(entry)),
+    let stays = match page.role().meaning(page.gfn(), entry, judge(inside, page, mode, entry)) {
+        Meaning::Child(child) => match long_mode::next_table(there) {
+            Some(_) => {
+                let below = inside.page(page.target(entry));
+                child == below.identity() && below.life() & 1 == 1
+            }
+            None => large::gives(child, there, page.target(entry)),
+        },
+        _ => false,
     };
     if !stays {
-        clear(inside, guard, entry);
+        count(inside, clear(inside, guard, entry));
+    }
+}
+
+/// Counts what was taken because the guest's entries give it no more, if it was there. Under the page's lock.
+pub(super) fn count<H: Host>(inside: Inside<'_, H>, taken: Option<Taken>) {
+    if let Some(taken) = taken {
+        taken.count(&inside.shadow.withdrawals);
     }
 }
 
 /// Removes what is in `entry` of a page above level 1, if there is anything: a link, or a large leaf.
-pub(super) fn clear<H: Host>(inside: Inside<'_, H>, guard: &mut PageGuard<'_, '_>, entry: usize) {
-    let Some(entries) = inside.entries(guard.page) else { return };
+#[must_use = "what was taken is counted, or under way"]
+pub(super) fn clear<H: Host>(inside: Inside<'_, H>, guard: &mut PageGuard<'_, '_>, entry: usize) -> Option<Taken> {
     // Under the page's lock a link stays one, and what is absent stays so. (A leaf may go.)
-    match load_for_update(&entries[entry]) {
-        ABSENT => {}
+    match load_for_update(&inside.entries(guard.page)?[entry]) {
+        ABSENT => None,
         there if long_mode::next_table(there).is_some() => unlink(inside, guard, entry),
         _ => unmap_at(inside, guard, Level::M2, entry),
     }
 }
 
 /// Removes the link of `entry` to the page below, if there is one.
-fn unlink<H: Host>(inside: Inside<'_, H>, guard: &mut PageGuard<'_, '_>, entry: usize) {
-    let Some(entries) = inside.entries(guard.page) else { return };
+fn unlink<H: Host>(inside: Inside<'_, H>, guard: &mut PageGuard<'_, '_>, entry: usize) -> Option<Taken> {
+    let entries = inside.entries(guard.page)?;
     if entries[entry].swap(ABSENT, Ordering::AcqRel) == ABSENT {
-        return;
+        return None;
     }
     let place = Place::new(guard.index, entry);
     let below = guard.page.target(entry);
     // Not there any more if the page below is dying: its list was taken, and whoever did that will find nothing here.
     guard.child(inside, below).links.parents.retain(|parent| *parent != place);
+    Some(Taken::of(guard.page.role().level()))
 }
 
 /// Removes the leaf of 4 KiB in `entry`, if there is one.
-pub(super) fn unmap<H: Host>(inside: Inside<'_, H>, guard: &mut PageGuard<'_, '_>, entry: usize) {
-    unmap_at(inside, guard, Level::K4, entry);
+#[must_use = "what was taken is counted, or under way"]
+pub(super) fn unmap<H: Host>(inside: Inside<'_, H>, guard: &mut PageGuard<'_, '_>, entry: usize) -> Option<Taken> {
+    unmap_at(inside, guard, Level::K4, entry)
 }
 
 #[inline(always)]
-fn unmap_at<H: Host>(inside: Inside<'_, H>, guard: &mut PageGuard<'_, '_>, level: Level, entry: usize) {
+fn unmap_at<H: Host>(
+    inside: Inside<'_, H>,
+    guard: &mut PageGuard<'_, '_>,
+    level: Level,
+    entry: usize,
+) -> Option<Taken> {
     let gfn = Gfn(u64::from(guard.page.target(entry)));
     let place = Place::new(guard.index, entry);
-    guard.bucket(inside, gfn).unmap(inside, level, gfn, place);
+    guard.bucket(inside, gfn).unmap(inside, level, gfn, place).then(|| Taken::of(level.number()))
 }

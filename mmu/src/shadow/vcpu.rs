@@ -13,8 +13,9 @@
 //! and keeps CR0.WP, EFER.NXE and CR0.PG set.
 //!
 //! # Turns
-//! As of [`crate::Vcpu`]: [`ShadowVcpu::enter`] gives the root to load and says whether the TLB must be flushed first. What
-//! the guest asked to forget is forgotten there, at the latest, before it runs again.
+//! As of [`crate::Vcpu`]: [`ShadowVcpu::enter`] gives the root to load, the tag under which the TLB is to know it, and what of
+//! that tag must be flushed first. What the guest asked to forget is forgotten there, at the latest, before it runs again.
+//! Who owns tags, and when they owe a flush: [`super::tags`].
 
 use alloc::sync::Arc;
 use alloc::vec::Vec;
@@ -32,6 +33,7 @@ use super::quota;
 use super::role::{Identity, Source};
 use super::sync::{Busy, all_in_step, below_in_step};
 use super::table::Inside;
+use super::tags::{PREVIOUS, Tag, TagFlush, Tags};
 use super::zap::zap_page;
 use crate::addr::{GfnRange, Gpa, Hfn, Hpa, Level};
 use crate::events::Counter;
@@ -39,12 +41,10 @@ use crate::format::long_mode::Top;
 use crate::guest::{Controls, Mode, PageFault, Refused, Request, Translation, walk};
 use crate::host::{Access, GuestMemory, Host, VcpuId};
 use crate::lock::{Shared, Ticket};
-use crate::tlb::Entered;
+use crate::tlb::{Entered, FLUSH, FLUSH_CURRENT, RELOAD};
 use crate::vcpu::FaultError;
 use crate::{Mmu, OutOfMemory};
 
-/// Previous roots kept.
-const PREVIOUS: usize = 3;
 /// Times that a fault comes back to the lock with what it lacked there, before the guest is let to try again.
 const ATTEMPTS: usize = 32;
 
@@ -106,6 +106,8 @@ struct Root {
     handle: Handle,
     /// Its table, for as long as that life lasts.
     frame: Hfn,
+    /// The vCPU's name for it.
+    tag: Tag,
 }
 
 /// One vCPU's part of shadow paging.
@@ -125,8 +127,7 @@ pub struct ShadowVcpu<H: Host + GuestMemory> {
     debts: Debts,
     remembered: Remembered,
     way: Way,
-    flushed: u64,
-    flush_owed: bool,
+    tags: Tags,
     /// The guest has asked to forget: pages are brought in step before it runs.
     sync_owed: bool,
 }
@@ -143,6 +144,7 @@ impl<H: Host + GuestMemory> fmt::Debug for ShadowVcpu<H> {
 pub struct InShadow<'a, H: Host + GuestMemory> {
     vcpu: &'a mut ShadowVcpu<H>,
     root: Hpa,
+    tag: Tag,
     format: ShadowFormat,
 }
 
@@ -159,12 +161,18 @@ impl<H: Host + GuestMemory> InShadow<'_, H> {
         self.format
     }
 
-    /// Whether all of the guest's translations in this CPU's TLB must be flushed before the guest runs, global ones too;
-    /// takes the obligation over, as [`crate::InGuest::take_flush`].
+    /// By which tag the TLB is to have what it finds below this root, and nothing else.
+    #[inline]
+    pub fn tag(&self) -> Tag {
+        self.tag
+    }
+
+    /// What this CPU's TLB must forget of what it has by the tag before the guest runs, if anything; takes the obligation over,
+    /// as [`crate::InGuest::take_flush`].
     #[inline]
     #[must_use = "the guest must not run before the flush"]
-    pub fn take_flush(&mut self) -> bool {
-        core::mem::take(&mut self.vcpu.flush_owed)
+    pub fn take_flush(&mut self) -> Option<TagFlush> {
+        self.vcpu.tags.take(self.tag)
     }
 }
 
@@ -202,9 +210,7 @@ impl<H: Host + GuestMemory> Mmu<H> {
             debts,
             remembered: Remembered::new(),
             way: Way::new(),
-            flushed: 0,
-            // This number may have been another vCPU's.
-            flush_owed: true,
+            tags: Tags::new(shadow.withdrawals.now()),
             sync_owed: true,
         }))
     }
@@ -238,8 +244,8 @@ impl<H: Host + GuestMemory> ShadowVcpu<H> {
 
     /// The guest has loaded CR3. `keeps` says that the load was one that keeps translations (bit 63, with CR4.PCIDE).
     ///
-    /// Even then pages are brought in step, unless it is the same value again: what was invalidated meanwhile for all
-    /// PCIDs must not come back with this root. And the TLB is flushed: all roots share one address-space number.
+    /// Even then pages are brought in step, and the root's tag is flushed if it must be, unless it is the same value again:
+    /// what was invalidated meanwhile for all PCIDs must not come back with this root.
     pub fn load_cr3(&mut self, cr3: u64, keeps: bool) {
         let same = cr3 == self.cr3;
         if !same {
@@ -254,22 +260,20 @@ impl<H: Host + GuestMemory> ShadowVcpu<H> {
 
     /// The guest has asked to forget all translations.
     pub fn flush(&mut self) {
-        self.flush_owed = true;
         self.sync_owed = true;
     }
 
     /// The guest has asked to forget the translation of one address.
     pub fn invlpg(&mut self, linear: u64) {
-        self.flush_owed = true;
-        let Self { mmu, ticket, debts, root: Some(root), .. } = self else { return };
+        let Self { mmu, ticket, debts, tags, root: Some(root), .. } = self else { return };
         let Some(shadow) = mmu.shadow.get() else { return };
-        if !shadow.out_of_step.has_news(shadow.arena.page(root.handle.index)) {
-            // Nothing that the root reaches is out of step.
-            return;
+        if shadow.out_of_step.has_news(shadow.arena.page(root.handle.index)) {
+            // Translations for all address spaces go by INVLPG (they are global): the others are brought in step when they
+            // are loaded, for each load does that.
+            hold(mmu, shadow, ticket, debts, |inside, order, _| invlpg(inside, order, root.handle, linear));
         }
-        // Translations for all address spaces go by INVLPG (they are global): the others are brought in step when they
-        // are loaded, for each load does that.
-        hold(mmu, shadow, ticket, debts, |inside, order, _| invlpg(inside, order, root.handle, linear));
+        // Else nothing that the root reaches is out of step.
+        tags.forget_address(root.tag, linear, shadow.withdrawals.now());
     }
 
     fn shadow(&self) -> &Shadow {
@@ -292,7 +296,8 @@ impl<H: Host + GuestMemory> ShadowVcpu<H> {
             self.previous[..=hole].rotate_right(1);
             self.previous[0] = Some(old);
         }
-        self.flush_owed = true;
+        // Whatever the guest wanted: see `tags` for why the tag it comes back to is asked.
+        self.sync_owed = true;
     }
 
     /// Gives a root up. The page may be dead, or another page by now: the count is of whoever keeps the place.
@@ -302,60 +307,72 @@ impl<H: Host + GuestMemory> ShadowVcpu<H> {
 
     /// Gets the vCPU ready to run guest code, as [`crate::Vcpu::enter`].
     pub fn enter(&mut self) -> Result<InShadow<'_, H>, FaultError> {
-        loop {
-            if self.root.is_none() {
+        let (root, format) = loop {
+            let Self { mmu, ticket, debts, tags, root: Some(root), .. } = self else {
                 self.load_root()?;
-            }
-            if core::mem::take(&mut self.sync_owed)
-                && let Self { mmu, ticket, debts, root: Some(root), .. } = self
-            {
-                let shadow = mmu.shadow.get().ok_or(FaultError::NoRoot)?;
+                continue;
+            };
+            let shadow = mmu.shadow.get().ok_or(FaultError::NoRoot)?;
+            let asked = core::mem::take(&mut self.sync_owed);
+            if asked {
                 if shadow.out_of_step.has_news(shadow.arena.page(root.handle.index)) {
                     hold(mmu, shadow, ticket, debts, |inside, order, _| {
                         below_in_step(inside, order, root.handle, Busy::LeaveOpen)
                     });
                 }
+                // Read when all is compared.
+                tags.forget(root.tag, shadow.withdrawals.now());
             }
-            let Entered { must_flush, has_requests } = self.mmu.tlb.enter(self.id, &mut self.flushed);
+            let Entered { must_flush, has_requests } = mmu.tlb.enter(self.id, tags.generation(root.tag));
             if must_flush {
-                self.ticket.counters().add(Counter::Flush, 1);
-                self.flush_owed = true;
+                ticket.counters().add(Counter::Flush, 1);
+                tags.flush(root.tag, shadow.withdrawals.now());
             }
-            let alive = |root: Root| self.shadow().arena.page(root.handle.index).is(root.handle);
+            if asked && !tags.owes(root.tag) {
+                ticket.counters().add(Counter::FlushSpared, 1);
+            }
             // A root may have ended without a request yet: whoever ended it has not come to its flush. To run on it would
             // be safe, and of no use.
-            if !has_requests && self.root.is_some_and(alive) {
-                break;
+            if !has_requests && shadow.arena.page(root.handle.index).is(root.handle) {
+                let role = root.identity.role;
+                let format = match (role.top(), role.level()) {
+                    (Top::Pointers, _) => ShadowFormat::Pae,
+                    (Top::Usual, 5) => ShadowFormat::Long5,
+                    (Top::Usual, _) => ShadowFormat::Long4,
+                };
+                break (*root, format);
             }
-            self.mmu.tlb.leave(self.id);
+            mmu.tlb.leave(self.id);
             self.serve_requests();
-        }
-        let root = self.root.ok_or(FaultError::NoRoot)?;
-        let format = match (root.identity.role.top(), root.identity.role.level()) {
-            (Top::Pointers, _) => ShadowFormat::Pae,
-            (Top::Usual, 5) => ShadowFormat::Long5,
-            (Top::Usual, _) => ShadowFormat::Long4,
         };
         // Should the page end from here on: its table is freed after a flush, which waits for this vCPU.
-        Ok(InShadow { vcpu: self, root: root.frame.hpa(), format })
+        Ok(InShadow { vcpu: self, root: root.frame.hpa(), tag: root.tag, format })
     }
 
     #[cold]
     fn serve_requests(&mut self) {
-        // Whatever the request: each root is judged by itself.
-        self.mmu.tlb.take_requests(self.id);
+        let requests = self.mmu.tlb.take_requests(self.id);
         let counters = self.ticket.counters();
         let Some(shadow) = self.mmu.shadow.get() else { return };
+        let now = shadow.withdrawals.now();
+        if requests & FLUSH_CURRENT != 0
+            && let Some(root) = self.root
+        {
+            self.tags.flush(root.tag, now);
+        }
+        if requests & FLUSH != 0 {
+            self.tags.flush_all(now);
+        }
+        // Whatever else is asked for: each root is judged by itself.
         for place in core::iter::once(&mut self.root).chain(&mut self.previous) {
             let obsolete = |root: &mut Root| {
                 let page = shadow.arena.page(root.handle.index);
-                !page.is(root.handle) || page.epoch() != shadow.epoch()
+                requests & RELOAD != 0 || !page.is(root.handle) || page.epoch() != shadow.epoch()
             };
             match place.take_if(obsolete) {
                 Some(root) => {
                     counters.add(Counter::RootFreed, 1);
                     shadow.arena.page(root.handle.index).count_unload();
-                    self.flush_owed = true;
                 }
                 None => counters.add(Counter::RootKept, u64::from(place.is_some())),
             }
@@ -367,7 +384,7 @@ impl<H: Host + GuestMemory> ShadowVcpu<H> {
     fn load_root(&mut self) -> Result<(), FaultError> {
         let mut wanted = self.identity;
         loop {
-            let Self { mmu, ticket, debts, blanks, remembered, .. } = self;
+            let Self { mmu, ticket, debts, blanks, remembered, previous, tags, .. } = self;
             let shadow = mmu.shadow.get().ok_or(FaultError::NoRoot)?;
             quota::top_up(mmu, shadow, ticket, debts, blanks)?;
             if wanted.role.top() == Top::Pointers {
@@ -396,11 +413,13 @@ impl<H: Host + GuestMemory> ShadowVcpu<H> {
                 let guard = order.alive(inside, handle).ok_or(Step::Retry)?;
                 let frame = guard.page.frame(inside.shared).ok_or(Step::Retry)?;
                 guard.page.count_load();
-                Ok(Root { identity: wanted, handle, frame })
+                Ok((handle, frame))
             });
             match step {
-                Ok(root) => {
-                    self.root = Some(root);
+                Ok((handle, frame)) => {
+                    let taken = previous.iter().flatten().map(|root| root.tag);
+                    let tag = tags.give(taken, shadow.withdrawals.now());
+                    self.root = Some(Root { identity: wanted, handle, frame, tag });
                     self.ticket.counters().add(Counter::RootMade, 1);
                     // What is out of step is not to be used under a root that did not have it.
                     self.flush();
@@ -572,7 +591,8 @@ fn serve<H: Host + GuestMemory>(
             zap_page(inside, order, debts, handle);
         }),
         Step::ListFull => hold(mmu, shadow, ticket, debts, |inside, order, _| all_in_step(inside, order)),
-        Step::Crowded(gfn) => hold(mmu, shadow, ticket, debts, |inside, order, _| {
+        Step::Crowded(gfn) => hold(mmu, shadow, ticket, debts, |inside, order, debts| {
+            debts.withdraw(shadow);
             order.bucket(inside, gfn).unmap_range(inside, GfnRange::block(Level::K4, gfn));
         }),
         Step::Failed(error) => return Err(error),

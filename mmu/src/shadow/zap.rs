@@ -30,6 +30,7 @@ use crate::host::Host;
 use crate::lock::Ticket;
 use crate::mutants::{self, Mutant};
 use crate::sync::{load_for_update, store_beside_looks};
+use crate::tlb::Debt;
 
 /// What a worker keeps for its work on shadow pages.
 #[derive(Debug)]
@@ -53,13 +54,17 @@ pub(crate) fn zap_page<H: Host>(
     handle: Handle,
 ) -> bool {
     let Some(mut guard) = order.alive(inside, handle) else { return false };
+    debts.withdraw(inside.shadow);
     let (page, role) = (guard.page, guard.page.role());
     for entry in guard.links.groups().flat_map(|first| first..first + GROUP) {
         let empty = inside.entries(page).is_none_or(|entries| load_for_update(&entries[entry]) == ABSENT);
-        match role.level() {
-            _ if empty => {}
+        let taken = match role.level() {
+            _ if empty => None,
             1 => unmap(inside, &mut guard, entry),
             _ => clear(inside, &mut guard, entry),
+        };
+        if let Some(taken) = taken {
+            taken.owed_by(debts);
         }
     }
     guard.links.note_all_empty();
@@ -121,6 +126,7 @@ pub(crate) fn zap_range<H: Host>(
     if range.is_empty() {
         return 0;
     }
+    shadow.withdrawals.begin();
     // A few blocks are looked up; for many, all buckets are gone through.
     if range.pages() / Level::M2.pages() <= 2 * shadow.buckets.all().len() as u64 {
         for (number, part) in blocks(shadow, range) {
@@ -149,6 +155,7 @@ pub(crate) fn zap_range<H: Host>(
     }
     // Always: leaves that went earlier, without a flush, may have led there.
     hold(mmu, shadow, ticket, &mut debts.0, |_, _, debts| debts.owe_flush());
+    shadow.withdrawals.end();
     leaves
 }
 
@@ -228,14 +235,17 @@ pub(crate) fn zap_obsolete<H: Host>(mmu: &Mmu<H>, shadow: &Shadow, ticket: &mut 
     }
 }
 
-/// Takes the right to write from all leaves that map one of `gfns`, large ones as a whole. The flush is the caller's.
+/// Takes the right to write from all leaves that map one of `gfns`, large ones as a whole. The flush is the caller's: this
+/// runs it up in `debt`.
 pub(crate) fn write_protect<H: Host>(
     mmu: &Mmu<H>,
     shadow: &Shadow,
     ticket: &mut Ticket,
     debts: &mut ShadowDebts,
     gfns: impl Iterator<Item = Gfn>,
+    debt: &mut Debt,
 ) {
+    debt.withdraw(shadow);
     let mut gfns = gfns.take_while(|gfn| *gfn < super::GFN_LIMIT).peekable();
     while let Some(first) = gfns.peek().copied() {
         // One block a hold.

@@ -78,7 +78,7 @@ impl<H: Host> Worker<H> {
             sweep(&mmu, &mut self.ticket, slot.space(), slot.range(), &mut arm);
             arm.end(&mmu, &self.ticket);
             let range = slot.range();
-            self.arm_shadow((range.start.0..range.end.0).map(Gfn));
+            self.arm_shadow((range.start.0..range.end.0).map(Gfn), &mut debt);
             debt.pay(&mmu, self.ticket.counters());
         }
         Ok(())
@@ -233,8 +233,8 @@ impl<H: Host> Worker<H> {
             synchronize(&mmu);
             write_protect(&mmu, &mut self.ticket, &mut self.batch, space, gfn);
             if space == AddressSpace::Main && self.mmu.shadow.get().is_some() {
-                let debt = Debt::flush();
-                self.arm_shadow(core::iter::once(gfn));
+                let mut debt = Debt::flush();
+                self.arm_shadow(core::iter::once(gfn), &mut debt);
                 debt.pay(&mmu, self.ticket.counters());
             }
         }
@@ -320,14 +320,14 @@ impl<H: Host> Worker<H> {
                     Some(number * WORD + bit)
                 })
             });
-            self.arm_shadow(bits.map(|page| Gfn(start.0 + page)));
+            self.arm_shadow(bits.map(|page| Gfn(start.0 + page)), debt);
         }
     }
 
     /// Arms pages where shadow paging maps them: there it is always the write right that tells.
-    fn arm_shadow(&mut self, gfns: impl Iterator<Item = Gfn>) {
+    fn arm_shadow(&mut self, gfns: impl Iterator<Item = Gfn>, debt: &mut Debt) {
         if let Some(shadow) = self.mmu.shadow.get() {
-            shadow::zap::write_protect(&self.mmu, shadow, &mut self.ticket, &mut self.shadow, gfns);
+            shadow::zap::write_protect(&self.mmu, shadow, &mut self.ticket, &mut self.shadow, gfns, debt);
         }
     }
 }

@@ -57,6 +57,7 @@ impl<P: Paging> Vcpu<P> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::TlbControl;
     use super::super::tests::vcpu_of;
     use super::*;
     use crate::svm::Features;
@@ -76,7 +77,7 @@ mod tests {
         assert_eq!((seen(&vcpu), vcpu.get(VmcbField::Efer)), ((false, false), EFER_LME));
         vcpu.write_cr0(CR0_PG | CR0_PE);
         assert_eq!((seen(&vcpu), vcpu.get(VmcbField::Efer)), ((true, true), EFER_LME | EFER_LMA));
-        assert!(vcpu.flush);
+        assert_ne!(vcpu.flush, TlbControl::Keep);
         vcpu.write_cr0(CR0_PE);
         assert_eq!((seen(&vcpu), vcpu.get(VmcbField::Efer)), ((false, false), EFER_LME));
         vcpu.set(VmcbField::Efer, 0);

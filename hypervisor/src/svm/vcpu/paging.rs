@@ -28,7 +28,10 @@ pub trait Paging: Debug + Send + Sized + 'static {
     const EXCEPTIONS: u32;
 
     /// The kind's own state, after reset.
-    fn new() -> Self;
+    fn new(features: Features) -> Self;
+
+    /// Forgets what it knows of the TLB, of which nothing that is the guest's is to be used any more.
+    fn forget(vcpu: &mut Vcpu<Self>);
 
     /// Sets the control block up for it.
     fn set_up(control: &mut Control, features: Features);
@@ -59,9 +62,12 @@ impl Paging for Nested {
     const WATCHES_FAULTS: bool = false;
     const EXCEPTIONS: u32 = 0;
 
-    fn new() -> Self {
+    fn new(_features: Features) -> Self {
         Self
     }
+
+    #[inline(always)]
+    fn forget(_vcpu: &mut Vcpu<Self>) {}
 
     fn set_up(control: &mut Control, _features: Features) {
         control.nested = NESTED_PAGING;

@@ -84,11 +84,7 @@ impl<P: Paging> Vcpu<P> {
     /// How the CPU is told what the next entry flushes, which is not owed any more then.
     #[inline]
     pub(super) fn take_flush(&mut self) -> TlbControl {
-        match (core::mem::take(&mut self.flush), self.features.flush_by_asid()) {
-            (false, _) => TlbControl::Keep,
-            (true, true) => TlbControl::FlushAsid,
-            (true, false) => TlbControl::FlushAll,
-        }
+        core::mem::replace(&mut self.flush, TlbControl::Keep)
     }
 
     /// Puts the control block in its plain form, if the next entry may be a plain one.
@@ -101,6 +97,6 @@ impl<P: Paging> Vcpu<P> {
         let others = self.paging.watched_writes();
         let control = &mut self.vmcb_mut().control;
         (control.cr_writes, control.event, control.tlb_control) = (others, 0, TlbControl::Keep as u32);
-        self.next = if self.flush { Entry::Flushing } else { Entry::Plain };
+        self.next = if self.flush == TlbControl::Keep { Entry::Plain } else { Entry::Flushing };
     }
 }

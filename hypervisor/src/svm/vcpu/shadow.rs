@@ -14,6 +14,10 @@
 //! The format is the library's to say, at each entry; what the guest has was told to it before. A control block with
 //! CR0.PG always set keeps what is told of QEMU's emulation in [`super::long_mode`] from happening.
 //!
+//! # ASIDs
+//! One for each root that the library has at hand ([`super::asid`]). What the CPU is told beside the root is told for all of
+//! them, so when that changes all are forgotten; what follows from a root's role (CR0.WP and the like) is in the tables.
+//!
 //! # What exits
 //! Page faults, always. Loads of CR3 and CR4, INVLPG and INVPCID, for what the guest wants forgotten must be compared. Reads
 //! of CR3. Reads and writes of CR0 only while the guest has PG or WP clear: otherwise it sees what there is, and what it
@@ -30,11 +34,14 @@
 
 use nestling::Hpa;
 use nestling::guest::{PageFault, Privilege};
+use nestling::shadow::tags::Tag;
 use nestling::shadow::vcpu::ShadowFormat;
 
-use super::super::vmcb::{Control, Intercepts1, Intercepts3};
+use super::super::vmcb::{Control, Intercepts1, Intercepts3, TlbControl};
+use super::asid::{Asids, Renewed};
 use super::paging::Paging;
 use super::{EFER_SVME, Entry, Features, NmiState, Vcpu, event};
+use crate::cpu::instructions;
 use crate::vm::exit::Exit;
 use crate::vm::guest_cpu::{PageFaultTaken, ShadowCpu};
 use crate::vm::shadow::ShadowMemory;
@@ -75,6 +82,9 @@ pub struct Shadowed {
     made_for: Option<ShadowFormat>,
     /// What the CPU was given for CR3.
     root: u64,
+    asids: Asids,
+    /// The tag whose ASID the control block has.
+    tag: Option<Tag>,
     watched_writes: u16,
     /// A register was set, and nobody has asked yet.
     set: bool,
@@ -113,8 +123,25 @@ impl Paging for Shadowed {
     const WATCHES_FAULTS: bool = true;
     const EXCEPTIONS: u32 = 1 << PAGE_FAULT;
 
-    fn new() -> Self {
-        Self { cr0: 0, cr3: 0, cr4: 0, efer: 0, made_for: None, root: 0, watched_writes: 0, set: true }
+    fn new(features: Features) -> Self {
+        let asids = Asids::new(features.asids);
+        Self {
+            cr0: 0,
+            cr3: 0,
+            cr4: 0,
+            efer: 0,
+            made_for: None,
+            root: 0,
+            asids,
+            tag: None,
+            watched_writes: 0,
+            set: true,
+        }
+    }
+
+    fn forget(vcpu: &mut Vcpu<Self>) {
+        vcpu.paging.asids.forget();
+        vcpu.paging.tag = None;
     }
 
     fn set_up(control: &mut Control, _features: Features) {
@@ -165,10 +192,31 @@ impl Vcpu<Shadowed> {
         let control = &mut self.vmcb_mut().control;
         control.cr_reads = CR3 | if same_cr0 { 0 } else { CR0 } | if same_cr4 { 0 } else { CR4 };
         let save = self.save_mut();
+        let same = (save.cr4, save.efer) == (cr4, efer);
         (save.cr4, save.efer) = (cr4, efer);
         // The control block is told there which writes exit.
         self.next = Entry::Unusual;
-        self.owe_flush();
+        if !same {
+            self.owe_flush();
+        }
+    }
+
+    /// Turns to another tag.
+    #[inline(never)]
+    fn turn_to(&mut self, tag: Tag) {
+        self.paging.tag = Some(tag);
+        match self.paging.asids.get(tag) {
+            Some(asid) => self.vmcb_mut().control.asid = asid,
+            None => self.renew(tag),
+        }
+    }
+
+    fn renew(&mut self, tag: Tag) {
+        let Renewed { asid, flush_all } = self.paging.asids.renew(tag);
+        self.vmcb_mut().control.asid = asid;
+        if flush_all {
+            self.owe(TlbControl::FlushAll);
+        }
     }
 }
 
@@ -202,13 +250,28 @@ impl ShadowCpu for Vcpu<Shadowed> {
     }
 
     #[inline]
-    fn load_root(&mut self, root: Hpa, format: ShadowFormat) {
+    fn load_root(&mut self, root: Hpa, format: ShadowFormat, tag: Tag) {
         if self.paging.made_for != Some(format) {
             self.compose(format);
         }
-        // Another root comes with a flush, if the library thinks that one is needed.
+        // A tag is of one root, until the library has it flushed.
+        if self.paging.tag != Some(tag) {
+            self.turn_to(tag);
+        }
         self.paging.root = root.0;
         self.save_mut().cr3 = root.0;
+    }
+
+    fn forget_tag(&mut self) {
+        if let Some(tag) = self.paging.tag {
+            self.renew(tag);
+        }
+    }
+
+    #[inline]
+    fn forget_address(&mut self, linear: u64) {
+        // SAFETY: SVM is on wherever a vCPU is run, and this is the CPU that runs it; the ASID is the guest's.
+        unsafe { instructions::invlpga(linear, self.vmcb().control.asid) };
     }
 
     fn privilege(&self, user: bool) -> Privilege {
@@ -269,7 +332,16 @@ mod tests {
     /// Sets registers and gets it ready, as an entry does.
     fn entered(vcpu: &mut Vcpu<Shadowed>, [cr0, cr3, cr4, efer]: [u64; 4], format: ShadowFormat) {
         vcpu.set_paging(PagingRegisters { cr0, cr3, cr4, efer });
-        vcpu.load_root(ROOT, format);
+        vcpu.load_root(ROOT, format, tag());
+    }
+
+    /// Its tags, as the library would give them.
+    fn tags() -> [Tag; Tag::COUNT] {
+        core::array::from_fn(|number| Tag::all().nth(number).unwrap())
+    }
+
+    fn tag() -> Tag {
+        tags()[0]
     }
 
     fn real(vcpu: &Vcpu<Shadowed>) -> [u64; 4] {
@@ -303,12 +375,12 @@ mod tests {
         // TS and MP it writes where they are; nothing is made anew for that.
         vcpu.save_mut().cr0 |= TS;
         assert_eq!(vcpu.paging().cr0, cr0 | TS);
-        vcpu.load_root(Hpa(0x6000), ShadowFormat::Long4);
+        vcpu.load_root(Hpa(0x6000), ShadowFormat::Long4, tag());
         assert_eq!(real(&vcpu)[..2], [cr0 | TS, 0x6000]);
         // Without WP its reads and writes are looked at, for the CPU keeps it.
         entered(&mut vcpu, [cr0 & !CR0_WP, 0x1000, cr4, efer], ShadowFormat::Long4);
         assert_eq!((real(&vcpu)[0], exiting(&vcpu)), (cr0, (CR0 | CR3, CR0 | CR3 | CR4)));
-        assert!(vcpu.flush);
+        assert_ne!(vcpu.flush, TlbControl::Keep);
     }
 
     #[test]
@@ -387,6 +459,52 @@ mod tests {
         assert_eq!(vcpu.save().rflags & super::super::RFLAGS_TF, 0);
         vcpu.raise(Raised::InvalidOpcode);
         assert_eq!(vcpu.vmcb().control.exceptions & 1 << PAGE_FAULT, 1 << PAGE_FAULT, "it goes on being watched");
+    }
+
+    /// The ASID that the next entry runs by, and what it asks of the TLB.
+    fn entry(vcpu: &mut Vcpu<Shadowed>) -> (u32, TlbControl) {
+        (vcpu.vmcb().control.asid, vcpu.take_flush())
+    }
+
+    #[test]
+    fn a_tag_has_an_asid_until_it_is_flushed_and_all_lose_theirs_when_there_are_no_more() {
+        use TlbControl::{FlushAll, Keep};
+        testing::machine();
+        let features = Features { asids: 5, ..Features::NONE };
+        let mut vcpu = Vcpu::<Shadowed>::new(features, &Maps::new().unwrap()).unwrap();
+        let load = |vcpu: &mut Vcpu<Shadowed>, number: usize| {
+            vcpu.load_root(ROOT, ShadowFormat::Long4, tags()[number]);
+            entry(vcpu)
+        };
+        assert_eq!(load(&mut vcpu, 0), (1, FlushAll), "nobody knows what was there");
+        assert_eq!(load(&mut vcpu, 1), (2, Keep));
+        assert_eq!(load(&mut vcpu, 0), (1, Keep));
+        vcpu.forget_tag();
+        assert_eq!(entry(&mut vcpu), (3, Keep), "nothing is in the TLB by this one");
+        assert_eq!((load(&mut vcpu, 1), load(&mut vcpu, 2)), ((2, Keep), (4, Keep)));
+        // There are no more: those of the others are given again, to others.
+        vcpu.forget_tag();
+        assert_eq!(entry(&mut vcpu), (1, FlushAll));
+        assert_eq!((load(&mut vcpu, 0), load(&mut vcpu, 1)), ((2, Keep), (3, Keep)));
+        // What all of them depend on changes.
+        vcpu.flush();
+        assert_eq!(load(&mut vcpu, 1), (1, FlushAll));
+        vcpu.set_paging(PagingRegisters { cr4: CR4_SMEP, cr0: CR0_OWN | PE, cr3: 0, efer: 0 });
+        assert_eq!(load(&mut vcpu, 0), (1, FlushAll));
+        // CR0.WP is in the tables.
+        vcpu.set_paging(PagingRegisters { cr4: CR4_SMEP, cr0: CR0_PG | PE, cr3: 0, efer: 0 });
+        assert_eq!(load(&mut vcpu, 1), (2, Keep));
+    }
+
+    #[test]
+    fn with_one_asid_every_other_tag_is_a_flush() {
+        let mut vcpu = vcpu();
+        for number in [0, 1, 0, 2, 2] {
+            let before = vcpu.paging.tag;
+            vcpu.load_root(ROOT, ShadowFormat::Long4, tags()[number]);
+            let all = if before == Some(tags()[number]) { TlbControl::Keep } else { TlbControl::FlushAll };
+            assert_eq!(entry(&mut vcpu), (1, all), "{number}");
+        }
     }
 
     #[test]

@@ -239,11 +239,11 @@ fn a_flush_is_owed_until_an_entry_asks_for_it() {
         vcpu.settle_control();
         assert_eq!(vcpu.next, Entry::Plain);
         way(&mut vcpu);
-        assert_eq!((vcpu.next, vcpu.flush), (Entry::Flushing, true));
+        assert_eq!((vcpu.next, vcpu.flush), (Entry::Flushing, TlbControl::FlushAll));
         vcpu.settle_control();
         assert_eq!(vcpu.next, Entry::Flushing, "it is still to come");
-        assert_eq!((vcpu.take_flush() as u32, vcpu.flush), (TlbControl::FlushAll as u32, false));
-        assert_eq!(vcpu.take_flush() as u32, TlbControl::Keep as u32);
+        assert_eq!((vcpu.take_flush(), vcpu.flush), (TlbControl::FlushAll, TlbControl::Keep));
+        assert_eq!(vcpu.take_flush(), TlbControl::Keep);
     }
 }
 
@@ -252,7 +252,7 @@ fn a_plain_entry_finds_nothing_of_the_one_before() {
     let mut vcpu = vcpu();
     let control = &mut vcpu.vmcb_mut().control;
     (control.event, control.tlb_control, control.cr_writes) = (event::VALID, TlbControl::FlushAll as u32, CR8);
-    vcpu.flush = false;
+    vcpu.flush = TlbControl::Keep;
     vcpu.settle_control();
     let control = &vcpu.vmcb().control;
     assert_eq!((control.event, control.tlb_control, control.cr_writes), (0, TlbControl::Keep as u32, 0));
