@@ -115,7 +115,7 @@ pub(super) fn hold<H: Host, R>(
     let mut hold = Hold { shared: Some(Shared::enter(mmu, ticket)), mmu, shadow, debts };
     let Hold { shared, debts, .. } = &mut hold;
     let shared = shared.as_ref().expect("the guard is there until drop");
-    work(Inside { shared, mmu, shadow }, &mut Order::of_this_hold(), debts)
+    work(Inside::new(shared, mmu, shadow), &mut Order::of_this_hold(), debts)
 }
 
 impl<H: Host> Drop for Hold<'_, H> {

@@ -9,6 +9,8 @@
 //! does not wait. Either counts only while nothing at all is being invalidated, nor was since the fault's own answer
 //! ([`Backed::neighbours`]); none begins before the lock is left, so what the backing says there stays true as long.
 
+use alloc::sync::Arc;
+
 use super::table::Inside;
 use super::{GFN_LIMIT, Shadow};
 use crate::Mmu;
@@ -19,7 +21,9 @@ use crate::host::{Access, GuestMemory, Host, Page};
 use crate::lock::{Shared, Ticket};
 use crate::mutants::{self, Mutant};
 use crate::notify::Snapshot;
+use crate::slots::dirty::Ring;
 use crate::slots::{AddressSpace, Slot, SlotFlags, SlotState};
+use crate::tdp::protect::Logged;
 use crate::vcpu::FaultError;
 
 /// Guest tables whose frames a vCPU remembers: those of one walk, and the last level of some more.
@@ -343,6 +347,8 @@ pub(super) struct GuestTables<'v, H: Host> {
     pub(super) shadow: &'v Shadow,
     pub(super) ticket: &'v mut Ticket,
     pub(super) remembered: &'v mut Remembered,
+    /// The vCPU's, if it has one: marks in the guest's tables are writes of its.
+    pub(super) ring: Option<&'v Arc<Ring>>,
     /// Why the last entry could not be read.
     pub(super) trouble: Option<Unbacked>,
 }
@@ -367,7 +373,7 @@ impl<H: Host + GuestMemory> GuestTables<'_, H> {
             };
             let inside = Shared::enter(self.mmu, self.ticket);
             if backed.still_holds(self.mmu, &inside) {
-                return Some(with(Inside { shared: &inside, mmu: self.mmu, shadow: self.shadow }, &backed));
+                return Some(with(Inside::new(&inside, self.mmu, self.shadow).noting(self.ring), &backed));
             }
             drop(inside);
             self.remembered.forget(gfn);
@@ -381,8 +387,16 @@ impl<H: Host + GuestMemory> GuestTables<'_, H> {
 /// why. (The slots are still those that said whether it is logged.)
 pub(super) fn note_write<H: Host>(inside: Inside<'_, H>, logged: bool, gfn: Gfn) {
     if logged {
-        let range = GfnRange { start: gfn, end: Gfn(gfn.0 + 1) };
-        inside.mmu.slots.read(inside.shared).mark_dirty(AddressSpace::Main, range);
+        log_write(inside, gfn);
+    }
+}
+
+/// In the slot's log, and in the vCPU's ring if that is news.
+fn log_write<H: Host>(inside: Inside<'_, H>, gfn: Gfn) {
+    let Some(slot) = inside.mmu.slots.read(inside.shared).find(AddressSpace::Main, gfn) else { return };
+    if let Some(log) = slot.log() {
+        let ring = inside.ring.map(|ring| (slot.id(), ring));
+        Logged { log, first: slot.range().start, ring }.mark(Level::K4, gfn);
     }
 }
 

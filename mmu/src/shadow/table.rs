@@ -2,6 +2,8 @@
 
 #![expect(unsafe_code, reason = "the frame number of a shadow page is followed to its table here")]
 
+use alloc::sync::Arc;
+
 use super::Shadow;
 use super::page::{Page, Place};
 use crate::Mmu;
@@ -10,6 +12,7 @@ use crate::events::SeatCounters;
 use crate::format::long_mode;
 use crate::host::Host;
 use crate::lock::Shared;
+use crate::slots::dirty::Ring;
 use crate::sync::{AtomicU64, load_for_update};
 
 /// Inside the MMU lock, with everything that work on shadow pages needs.
@@ -17,6 +20,8 @@ pub(crate) struct Inside<'g, H: Host> {
     pub(super) shared: &'g Shared<'g, H>,
     pub(super) mmu: &'g Mmu<H>,
     pub(super) shadow: &'g Shadow,
+    /// Where writes are noted besides the bitmaps: of the vCPU whose fault this is, if it has one.
+    pub(super) ring: Option<&'g Ring>,
 }
 
 impl<H: Host> Clone for Inside<'_, H> {
@@ -28,6 +33,16 @@ impl<H: Host> Clone for Inside<'_, H> {
 impl<H: Host> Copy for Inside<'_, H> {}
 
 impl<'g, H: Host> Inside<'g, H> {
+    /// For work that is not a vCPU's own.
+    pub(super) const fn new(shared: &'g Shared<'g, H>, mmu: &'g Mmu<H>, shadow: &'g Shadow) -> Self {
+        Self { shared, mmu, shadow, ring: None }
+    }
+
+    /// For a vCPU's fault.
+    pub(super) fn noting(self, ring: Option<&'g Arc<Ring>>) -> Self {
+        Self { ring: ring.map(|ring| &**ring), ..self }
+    }
+
     #[inline]
     pub(super) fn page(self, index: u32) -> &'g Page {
         self.shadow.arena.page(index)

@@ -41,6 +41,7 @@ use crate::format::long_mode::Top;
 use crate::guest::{Controls, Mode, PageFault, Refused, Request, Translation, walk};
 use crate::host::{Access, GuestMemory, Host, VcpuId};
 use crate::lock::{Shared, Ticket};
+use crate::slots::dirty::{DirtyRing, Ring};
 use crate::tlb::{Entered, FLUSH, FLUSH_CURRENT, RELOAD};
 use crate::vcpu::FaultError;
 use crate::{Mmu, OutOfMemory};
@@ -127,6 +128,8 @@ pub struct ShadowVcpu<H: Host + GuestMemory> {
     debts: Debts,
     remembered: Remembered,
     way: Way,
+    /// Where its writes go besides the bitmaps, if it has one.
+    ring: Option<Arc<Ring>>,
     tags: Tags,
     /// The guest has asked to forget: pages are brought in step before it runs.
     sync_owed: bool,
@@ -210,6 +213,7 @@ impl<H: Host + GuestMemory> Mmu<H> {
             debts,
             remembered: Remembered::new(),
             way: Way::new(),
+            ring: None,
             tags: Tags::new(shadow.withdrawals.now()),
             sync_owed: true,
         }))
@@ -305,8 +309,19 @@ impl<H: Host + GuestMemory> ShadowVcpu<H> {
         self.shadow().arena.page(root.handle.index).count_unload();
     }
 
+    /// Gives the vCPU a dirty ring, as [`crate::Vcpu::enable_dirty_ring`]. A fault may push more than one entry: where the
+    /// tables of the guest are logged, a mark that its walk sets in one of them is a write as well.
+    pub fn enable_dirty_ring(&mut self, entries: usize) -> Result<DirtyRing, OutOfMemory> {
+        let (ring, taking) = Ring::new(entries)?;
+        self.ring = Some(ring);
+        Ok(taking)
+    }
+
     /// Gets the vCPU ready to run guest code, as [`crate::Vcpu::enter`].
     pub fn enter(&mut self) -> Result<InShadow<'_, H>, FaultError> {
+        if self.ring.as_ref().is_some_and(|ring| ring.is_nearly_full()) {
+            return Err(FaultError::DirtyRingFull);
+        }
         let (root, format) = loop {
             let Self { mmu, ticket, debts, tags, root: Some(root), .. } = self else {
                 self.load_root()?;
@@ -433,9 +448,10 @@ impl<H: Host + GuestMemory> ShadowVcpu<H> {
     /// Translates one address as the guest's CPU would, by the guest's own tables, and marks them: for an embedder that
     /// executes an instruction.
     pub fn walk(&mut self, request: &Request) -> Result<Translation, Refused> {
-        let Self { mmu, ticket, remembered, mode, cr3, .. } = self;
+        let Self { mmu, ticket, remembered, ring, mode, cr3, .. } = self;
+        let ring = ring.as_ref();
         let shadow = mmu.shadow.get().ok_or(Refused::Changing)?;
-        walk(mode, *cr3, request, &mut GuestTables { mmu, shadow, ticket, remembered, trouble: None })
+        walk(mode, *cr3, request, &mut GuestTables { mmu, shadow, ticket, remembered, ring, trouble: None })
     }
 
     /// The eight bytes at `linear`, the lowest first, as the guest's CPU finds them there by the shadow tables: for an
@@ -446,7 +462,7 @@ impl<H: Host + GuestMemory> ShadowVcpu<H> {
         let Self { mmu, ticket, root: Some(root), .. } = self else { return None };
         let (mmu, shadow) = (&**mmu, mmu.shadow.get()?);
         let inside = &Shared::enter(mmu, ticket);
-        code::eight_bytes(Inside { shared: inside, mmu, shadow }, root.handle, linear)
+        code::eight_bytes(Inside::new(inside, mmu, shadow), root.handle, linear)
     }
 
     /// Handles a page fault that the guest's access has met in the shadow tables.
@@ -468,27 +484,29 @@ impl<H: Host + GuestMemory> ShadowVcpu<H> {
 
     /// Handles a fault near the last one, if it is one that needs no more than that.
     fn fix_near(&mut self, request: &Request) -> bool {
-        let Self { mmu, ticket, remembered, way, debts, mode, root: Some(root), .. } = self else { return false };
+        let Self { mmu, ticket, remembered, way, debts, ring, mode, root: Some(root), .. } = self else { return false };
         let (Some(near), Some(shadow)) = (&way.near, mmu.shadow.get()) else { return false };
         near.holds(root.handle, request.linear)
             && hold(mmu, shadow, ticket, debts, |inside, order, _| {
-                near::map(inside, order, near, mode, request, remembered)
+                near::map(inside.noting(ring.as_ref()), order, near, mode, request, remembered)
             })
     }
 
     fn handle(&mut self, request: &Request) -> Result<ShadowOutcome, FaultError> {
-        let Self { mmu, ticket, remembered, way, debts, blanks, mode, cr3, identity, root, .. } = self;
+        let Self { mmu, ticket, remembered, way, debts, blanks, ring, mode, cr3, identity, root, .. } = self;
+        let ring = ring.as_ref();
         // Borrowed: a reference counted once more is a line that all vCPUs write.
         let mmu: &Mmu<H> = mmu;
         let shadow = mmu.shadow.get().ok_or(FaultError::NoRoot)?;
         let current = root.ok_or(FaultError::NoRoot)?;
         let by_memory = {
             let inside = &Shared::enter(mmu, ticket);
-            walk(mode, *cr3, request, &mut Known { inside: Inside { shared: inside, mmu, shadow }, remembered })
+            let inside = Inside::new(inside, mmu, shadow).noting(ring);
+            walk(mode, *cr3, request, &mut Known { inside, remembered })
         };
         let walked = match by_memory {
             Err(Refused::NoMemory { .. } | Refused::Changing) => {
-                let mut tables = GuestTables { mmu, shadow, ticket, remembered, trouble: None };
+                let mut tables = GuestTables { mmu, shadow, ticket, remembered, ring, trouble: None };
                 let walked = walk(mode, *cr3, request, &mut tables);
                 (walked, tables.trouble)
             }
@@ -550,7 +568,7 @@ impl<H: Host + GuestMemory> ShadowVcpu<H> {
             let step = hold(mmu, shadow, ticket, debts, |inside, order, debts| {
                 let told = want.tables.iter().copied().flatten().chain([&want.target]);
                 match Fresh::check(debts, inside, Some(current.handle), told) {
-                    Some(fresh) => fault::map(inside, order, fresh, &want, way, blanks),
+                    Some(fresh) => fault::map(inside.noting(ring), order, fresh, &want, way, blanks),
                     None => Step::Retry,
                 }
             });

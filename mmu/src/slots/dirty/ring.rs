@@ -19,7 +19,8 @@ use crate::addr::Level;
 use crate::slots::SlotId;
 use crate::sync::{AtomicU64, Ordering, Padded};
 
-/// Entries that are kept free: a fault pushes at most one, and handling one exit may take a few faults.
+/// Entries that are kept free: a fault pushes at most one, and handling one exit may take a few faults. (In shadow tables it
+/// may push another one for each of the guest's tables that its walk marks, which happens once a table.)
 const RESERVED: u64 = 8;
 /// Where the second word of an entry has the level.
 const LEVEL_SHIFT: u32 = 56;
