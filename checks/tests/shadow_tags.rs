@@ -2,7 +2,7 @@
 
 use std::thread;
 
-use nestling::guest::{Privilege, Width};
+use nestling::guest::{Controls, Privilege, Width};
 use nestling::shadow::tags::{Tag, TagFlush};
 use nestling::slots::dirty::{LogConfig, LogStart, Tracking};
 use nestling::{Access, AddressSpace, Gfn, GfnRange, Request, SlotId, VcpuId, Wait, Worker};
@@ -258,5 +258,26 @@ fn requests_flush_one_tag_or_all() {
     worker.request(VcpuId(0), Request::Reload, Wait::No).expect("there is such a vCPU");
     assert_eq!(owed(&mut cpu).1, Some(TagFlush::All));
     assert_eq!(mmu.counters().roots_made, made + 1, "it is loaded anew");
+    end(mmu, worker, vec![cpu]);
+}
+
+/// A page of 4 MiB is two entries of ours.
+#[test]
+fn invlpg_of_an_address_forgets_both_halves_of_a_page_of_4_mib() {
+    const LEGACY: Controls = Controls { cr0: LONG.cr0, cr4: 1 << 4, efer: 0 };
+    // A directory: pages of 4 MiB, the first where the test looks, the second through which the guest writes.
+    let directory = 30;
+    let (mmu, worker) = machine(64);
+    let put = |entry: u32, value| mmu.host().prepare(Gfn(directory), entry * 4, Width::Four, value);
+    put(0, ALL | LARGE);
+    put(1, ALL | LARGE);
+    let mut cpu = cpu(&mmu, 0, LEGACY);
+    cpu.load_cr3(directory << 12);
+    assert_eq!(read(&mut cpu, DATA), Done::Memory);
+    let store = Some((0, Width::Four, 0));
+    assert_eq!(cpu.access(ask(1024 + directory, Access::Write, KERNEL), store), Done::Memory);
+    // In the other half, where nothing was used.
+    cpu.invlpg((512 + DATA) << 12);
+    assert_eq!(read(&mut cpu, DATA), Done::Fault);
     end(mmu, worker, vec![cpu]);
 }

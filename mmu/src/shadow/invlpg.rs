@@ -20,7 +20,12 @@ pub(super) fn invlpg<H: Host + GuestMemory>(inside: Inside<'_, H>, order: &mut O
         let (page, role) = (guard.page, guard.page.role());
         let entry = role.index(linear);
         if page.has(STALE) {
-            compare(inside, &mut guard, &role.mode(inside.shadow.cpu), entry);
+            let mode = role.mode(inside.shadow.cpu);
+            compare(inside, &mut guard, &mode, entry);
+            // The guest's page may have been larger than what our entry maps of it, and is forgotten as a whole.
+            if let Some(twin) = role.twin(entry) {
+                compare(inside, &mut guard, &mode, twin);
+            }
         }
         let Some(entries) = inside.entries(page) else { return };
         if role.level() == 1 || long_mode::next_table(load_for_update(&entries[entry])).is_none() {

@@ -249,6 +249,11 @@ impl Role {
         }
     }
 
+    /// The other entry that stands for the same entry of the guest's, where there are two: a page of 4 MiB is two of 2 MiB.
+    pub(super) const fn twin(self, index: usize) -> Option<usize> {
+        if self.is_legacy() && self.level() == 2 { Some(index ^ 1) } else { None }
+    }
+
     /// The role of a page below one of this role.
     fn below(self, rights: Rights, part: u32, direct: bool) -> Self {
         let mut word = self.0 & !(LEVEL | PART | DIRECT) | (self.0 & LEVEL) - 1 | part << PART_SHIFT;
@@ -393,7 +398,10 @@ mod tests {
         let table = Judged::Table { gfn: Gfn(8), rights: Rights::ALL };
         let half = child(quarter, quarter.role.index(linear), table);
         assert_eq!((half.gfn, half.role.guest_offset(half.role.index(linear))), (Gfn(8), 4));
-        let half = child(quarter, quarter.role.index(linear + 0x20_0000), table);
+        let (one, other) = (quarter.role.index(linear), quarter.role.index(linear + 0x20_0000));
+        assert_eq!((quarter.role.twin(one), quarter.role.twin(other)), (Some(other), Some(one)));
+        assert_eq!((root.role.twin(1), half.role.twin(1)), (None, None));
+        let half = child(quarter, other, table);
         assert_eq!(half.role.guest_offset(half.role.index(linear + 0x20_0000)), 513 * 4);
         // A page of 4 MiB is two runs of 2 MiB.
         let large = Judged::Page { gfn: Gfn(1024), rights: Rights::ALL, key: 0, dirty: true };

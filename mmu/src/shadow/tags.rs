@@ -39,8 +39,8 @@
 //! INVLPG forgets every translation that a CPU may have for the page that holds the address. Where that is a page of 4 KiB,
 //! the address goes. The guest's page may be larger, while our leaves below it are many, of which the TLB has some: the
 //! guest may rely on all of them going, by INVLPG of any address in it. But all leaves of a larger page of the guest's are
-//! below one entry of ours above level 1, which was removed when the guest's entry became another one, or was found to
-//! have: by this INVLPG's own look or by an earlier one. So where nothing above level 1 has been withdrawn since the tag's last flush, each
+//! below one entry of ours above level 1 (two for a page of 4 MiB, which are looked at together), which was removed when the
+//! guest's entry became another one, or was found to have: by this INVLPG's own look or by an earlier one. So where nothing above level 1 has been withdrawn since the tag's last flush, each
 //! larger page is what it was, and translations of it that stay are right; where something has, the tag is flushed. The same
 //! holds of what a CPU caches of upper entries: those that stay are right.
 //!
