@@ -1,5 +1,5 @@
-//! A vCPU that counts as in guest mode handles no fault: a flusher would wait for it to leave, while it may wait inside
-//! the lock for the flusher.
+//! A vCPU that counts as in guest mode handles no fault for which it may have to wait: a flusher would wait for it to leave,
+//! while it may wait inside the lock for the flusher.
 
 use crate::{Fault, FaultError, Host, Outcome, Vcpu};
 

@@ -3,7 +3,9 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use nestling::format::Npt;
-use nestling::{Access, AddressSpace, Flush, Gfn, GfnRange, Request, VcpuId, Wait};
+use nestling::{
+    Access, AddressSpace, Cause, Config, Fault, Flush, Gfn, GfnRange, Level, Outcome, Request, VcpuId, Wait,
+};
 use nestling_checks::machine::guest::{Done, GuestCpu, Manners};
 use nestling_checks::machine::{Build, Machine, current_root};
 use nestling_checks::scene::{add, assert_none, small, two_by_two};
@@ -59,6 +61,56 @@ fn in_guest_is_told_truly() {
     assert!(mmu.in_guest(VcpuId(1)) && !mmu.in_guest(VcpuId(0)) && !mmu.in_guest(VcpuId(77)));
     drop(turn);
     assert!(!mmu.in_guest(VcpuId(1)));
+}
+
+/// A fault that is handled within a turn: the vCPU stays in guest mode. What takes more than that is left alone.
+#[test]
+fn a_fault_is_fixed_within_a_turn() {
+    let mmu = small(Config { largest: Level::K4, ..two_by_two() });
+    add(&mmu, 0, START, 1024);
+    let mut cpu = GuestCpu::new(&mmu, VcpuId(0), 1, Manners::Right).with_patience(4);
+    assert_eq!(cpu.run_one(START, Access::Write), Done::Memory);
+    let write = |page| Fault { gpa: Gfn(START.0 + page).gpa(), access: Access::Write, cause: Cause::Translation };
+    let before = mmu.counters();
+    let mut turn = cpu.vcpu.enter().expect("there is a root");
+    // The backing does not have each page at hand each time.
+    let mut fix = |page| (0..3).any(|_| turn.fix_at_once(write(page)));
+    assert!(fix(1) && mmu.in_guest(VcpuId(0)));
+    assert!(!fix(1), "it is there");
+    assert!(!fix(512), "there is no table");
+    assert!(!turn.fix_at_once(Fault { cause: Cause::Reserved, ..write(2) }), "an entry says that there is no memory");
+    drop(turn);
+    assert_eq!(mmu.counters().faults_fixed, before.faults_fixed + 1);
+    // What was left alone is handled from the start, whichever it was.
+    for (page, outcome) in [(512, Outcome::Fixed { level: Level::K4 }), (1, Outcome::Spurious)] {
+        assert_eq!(cpu.vcpu.fault(write(page)), Ok(outcome));
+    }
+    assert!(cpu.vcpu.enter().expect("there is a root").take_flush().is_none());
+    assert_none(&mmu.host().violations());
+}
+
+/// A zap of everything holds the lock and waits for the vCPU, which does not come in, nor wait for it.
+#[test]
+fn nothing_is_fixed_within_a_turn_that_a_writer_waits_for() {
+    let mmu = small(Config { largest: Level::K4, ..two_by_two() });
+    add(&mmu, 0, START, 512);
+    let mut cpu = GuestCpu::new(&mmu, VcpuId(0), 1, Manners::Right).with_patience(4);
+    assert_eq!(cpu.run_one(START, Access::Write), Done::Memory);
+    let mut turn = cpu.vcpu.enter().expect("there is a root");
+    std::thread::scope(|scope| {
+        let zap = scope.spawn(|| mmu.worker().expect("a worker is free").zap_all());
+        while !mmu.host().is_kicked(VcpuId(0)) {
+            std::thread::yield_now();
+        }
+        let (access, cause) = (Access::Write, Cause::Translation);
+        let fault = |page| Fault { gpa: Gfn(START.0 + page).gpa(), access, cause };
+        assert!((1..8).all(|page| !turn.fix_at_once(fault(page))));
+        drop(turn);
+        zap.join().expect("it ends");
+    });
+    assert_eq!(mmu.counters().mapped_bytes(), [0; 3]);
+    assert_eq!(cpu.run_one(START, Access::Write), Done::Memory);
+    assert_none(&mmu.host().violations());
 }
 
 /// Which flush is owed: all when translations were taken away, what the root uses when the vCPU turned to another.

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use nestling::{Access, Config, Gfn, GfnRange, Level, Mmu, Role, SlotFlags, SlotId, SlotZap, VcpuId};
+use nestling::{Access, Cause, Config, Fault, Gfn, GfnRange, Level, Mmu, Role, SlotFlags, SlotId, SlotZap, VcpuId};
 use nestling_checks::machine::check_tables;
 use nestling_checks::machine::guest::{Done, GuestCpu, Manners};
 use nestling_checks::scene::{Amd, add, assert_none, small, two_by_two};
@@ -72,7 +72,10 @@ fn returns_too_early(config: Config, first: Taker, second: Taker) {
             }
         }
         let began = Instant::now();
+        // Nor does the vCPU wait for them: it is still in guest mode, and they wait for it.
+        let fault = Fault { gpa: START.gpa(), access: Access::Write, cause: Cause::Translation };
         while began.elapsed() < PATIENCE && returned.load(Ordering::SeqCst) == 0 {
+            assert!(!turn.fix_at_once(fault), "{first:?}, then {second:?}: the page came back");
             std::thread::yield_now();
         }
         let early = returned.load(Ordering::SeqCst);

@@ -1,8 +1,8 @@
 //! Dirty rings: where to look, while the bitmap is what is believed.
 
 use nestling::{
-    Access, Config, DirtyPages, FaultError, Gfn, Granularity, Level, LogConfig, LogStart, SlotId, Split, Tracking,
-    VcpuId,
+    Access, Cause, Config, DirtyPages, Fault, FaultError, Gfn, Granularity, Level, LogConfig, LogStart, SlotId, Split,
+    Tracking, VcpuId,
 };
 use nestling_checks::machine::guest::{Done, GuestCpu, Manners};
 use nestling_checks::scene::{Amd, add, assert_none, small, two_by_two};
@@ -74,6 +74,26 @@ fn a_nearly_full_ring_keeps_its_vcpu_out_and_loses_nothing() {
     worker.harvest_dirty(ID, 0, &mut bits).unwrap();
     assert_eq!(bits[3], 1 << 8);
     assert_none(&mmu.host().violations());
+}
+
+/// Whether there is room in a ring is asked at entry, so a vCPU that has one handles no fault without leaving.
+#[test]
+fn a_vcpu_with_a_ring_leaves_for_its_faults() {
+    for has_ring in [false, true] {
+        let mmu = small(Config { largest: Level::K4, ..two_by_two() });
+        add(&mmu, 0, START, 512);
+        let mut worker = mmu.worker().unwrap();
+        worker.start_log(ID, log(Granularity::Page)).unwrap();
+        let mut cpu = GuestCpu::new(&mmu, VcpuId(0), 1, Manners::Right).with_patience(4);
+        let ring = has_ring.then(|| cpu.vcpu.enable_dirty_ring(16).unwrap());
+        assert_eq!(cpu.run_one(START, Access::Write), Done::Memory);
+        worker.harvest_dirty(ID, 0, &mut [0; 8]).unwrap();
+        let mut turn = cpu.vcpu.enter().unwrap();
+        let fault = Fault { gpa: START.gpa(), access: Access::Write, cause: Cause::Translation };
+        assert_eq!(turn.fix_at_once(fault), !has_ring);
+        drop(turn);
+        drop(ring);
+    }
 }
 
 /// Entries of slots that are gone, or of pages that are not there, arm nothing and break nothing.

@@ -134,7 +134,7 @@ pub trait Backing {
     fn resolve(&self, slot: &Slot, gfn: Gfn, access: Access) -> Result<Extent, BackingError>;
 
     /// What [`Backing::resolve`] would say of `gfn` alone, where that can be told at once: without memory that would have
-    /// to be got first, and without waiting for anybody. `None` is always right.
+    /// to be got first, and without waiting for anybody: the vCPU that asks may be in guest mode. `None` is always right.
     ///
     /// The usual fault, of a page whose table is there already, asks this first and needs no more: an embedder that finds
     /// a frame faster than the run that it is in says so here. The others go on to `resolve`.

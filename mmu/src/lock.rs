@@ -18,8 +18,10 @@
 //!
 //! # Who may wait for whom
 //! A holder of the shared side may wait for a vCPU to leave guest mode (a flush), never for another holder. The
-//! exclusive side may wait for vCPUs as well: a vCPU that waits here is not in guest mode. Guards are not `Send`, and
-//! borrow their seat mutably: a thread cannot be inside twice, which would deadlock against a writer between the two.
+//! exclusive side may wait for vCPUs as well: a vCPU that waits here is not in guest mode. One that is in guest mode may
+//! come in ([`crate::InGuest::fix_at_once`]), but not wait for that: it enters by [`Shared::try_enter`], or not at all, and
+//! waits for nobody inside. Guards are not `Send`, and borrow their seat mutably: a thread cannot be inside twice, which
+//! would deadlock against a writer between the two.
 
 use core::marker::PhantomData;
 
@@ -142,6 +144,23 @@ impl<'a, H: Host> Shared<'a, H> {
             left = Self::step_back(mmu, ticket);
         }
         Self { mmu, seat: &ticket.seat.0, left, not_send: PhantomData }
+    }
+
+    /// As [`Shared::enter`] for who may not wait: `None` if a writer has announced itself.
+    #[inline]
+    pub(crate) fn try_enter(mmu: &'a Mmu<H>, ticket: &'a mut Ticket) -> Option<Self> {
+        if mutants::is(Mutant::GuestWaitsForWriter) {
+            return Some(Self::enter(mmu, ticket));
+        }
+        let left = ticket.mark + 2;
+        ticket.mark = left;
+        // As in `enter`.
+        ticket.seat.mark.store(left - 1, release_but_for(Mutant::EnterRelaxed));
+        mmu.host.light_fence();
+        // Leaves, if that is to be, as every guard does when it is dropped.
+        let inside = Self { mmu, seat: &ticket.seat.0, left, not_send: PhantomData };
+        let alone = mmu.lock.writer.load(Ordering::Acquire) != 0 && !mutants::is(Mutant::SharedWithoutLook);
+        (!alone).then_some(inside)
     }
 
     /// Leaves, waits for the writer to go, and enters again. What the mark becomes when that stay ends.

@@ -63,6 +63,8 @@ pub enum Mutant {
     LeaveRelaxed,
     /// A reader does not look for a writer.
     SharedWithoutLook,
+    /// A vCPU that fixes a fault in guest mode waits for a writer to go.
+    GuestWaitsForWriter,
     /// The exclusive side does not fence between its announcement and its look at the readers.
     ExclusiveWithoutFence,
     /// The exclusive side does not wait for readers.

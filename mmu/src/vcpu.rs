@@ -6,6 +6,24 @@
 //! soon as the guest has stopped: a flusher elsewhere may be waiting for that. [`Vcpu::fault`] handles a second-stage
 //! fault, between two turns.
 //!
+//! # A fault within a turn
+//! Most faults need no more than the short way below, and most of what they cost is then to leave guest mode and to enter
+//! it again. [`InGuest::fix_at_once`] spares them that: the vCPU goes on counting as in guest mode while it looks at the
+//! fault, and the embedder runs the guest on. To everyone else such a turn is one in which the guest ran through, and took
+//! some hundred instructions for that access. So nothing has to be looked at again before it goes on:
+//! - *The generation and requests.* Whoever advances the one or makes the other finds this vCPU in guest mode, kicks it,
+//!   and waits if it has to wait. The embedder holds kicks back until the guest runs, so that one which came meanwhile
+//!   ends the run at once, as it would have ended it without the fault. What the TLB had before the fault it may use until
+//!   then: nobody who took it away has returned.
+//! - *The flush* that entering told of was done before the guest first ran.
+//! - *The root* may have become invalid: the fault looks, inside the lock, and fills no such root, and then the guest
+//!   runs on as far as the kick lets it, on a root whose zapper waits for it.
+//!
+//! What it must not do is wait. A flusher waits for this vCPU, and may hold either side of the lock meanwhile. The short way
+//! waits for nothing: it does not come in if a writer is there, asks the backing only for what that has at hand, and
+//! changes one entry. A vCPU with a dirty ring has to be asked at each entry whether there is room; it handles no
+//! fault within a turn.
+//!
 //! # The life of a fault
 //! Slot (from memory if it is still the right one, else looked up) → snapshot of the invalidation sequence → backing,
 //! outside the lock → table cache topped up → inside the shared side: are slots, backing and root still what was
@@ -194,6 +212,8 @@ pub struct Vcpu<H: Host> {
     mmio: Option<(Gfn, u64)>,
     /// Where its writes go besides the bitmaps, if it has one.
     ring: Option<Arc<Ring>>,
+    /// The short way was tried for the last fault, in guest mode, and something is in it.
+    obstructed: bool,
     /// The TLB generation of the last flush.
     flushed: u64,
     /// What must be flushed before the guest runs.
@@ -239,6 +259,27 @@ impl<H: Host> InGuest<'_, H> {
     }
 }
 
+impl<H: Host> InGuest<'_, H> {
+    /// Handles a second-stage fault that the guest has just met, if that is done in a few steps and without waiting, and the
+    /// vCPU may go on as it is (module head). If not, nothing was done: it has to leave, and the fault is
+    /// [`Vcpu::fault`]'s.
+    ///
+    /// The embedder still holds back what it kicks with, and has done the flush that it was told of.
+    #[inline(always)]
+    pub fn fix_at_once(&mut self, fault: Fault) -> bool {
+        let vcpu = &mut *self.vcpu;
+        if vcpu.ring.is_some() {
+            return false;
+        }
+        if vcpu.fix_at_once(fault) {
+            vcpu.trace(fault, Outcome::Fixed { level: Level::K4 });
+            return true;
+        }
+        vcpu.obstructed = true;
+        false
+    }
+}
+
 impl<H: Host> Drop for InGuest<'_, H> {
     #[inline]
     fn drop(&mut self) {
@@ -265,6 +306,7 @@ impl<H: Host> Vcpu<H> {
             watched: Watched::NONE,
             mmio: None,
             ring: None,
+            obstructed: false,
             flushed: 0,
             flush_owed,
         })
@@ -365,21 +407,28 @@ impl<H: Host> Vcpu<H> {
     /// Handles a second-stage fault.
     #[inline]
     pub fn fault(&mut self, fault: Fault) -> Result<Outcome, FaultError> {
-        let result = match self.fix_at_once(fault) {
+        // Whichever fault it was that the short way was tried for: the long one is right for all.
+        let obstructed = core::mem::take(&mut self.obstructed);
+        let result = match !obstructed && self.fix_at_once(fault) {
             true => Ok(Outcome::Fixed { level: Level::K4 }),
             false => self.fix(fault),
         };
-        if H::TRACE
-            && let Ok(outcome) = result
-        {
-            self.mmu.host.trace(Event::Fault { gfn: fault.gpa.gfn(), outcome });
+        if let Ok(outcome) = result {
+            self.trace(fault, outcome);
         }
         result
     }
 
+    #[inline(always)]
+    fn trace(&self, fault: Fault, outcome: Outcome) {
+        if H::TRACE {
+            self.mmu.host.trace(Event::Fault { gfn: fault.gpa.gfn(), outcome });
+        }
+    }
+
     /// What nearly every fault is: the first use of a page whose table is there, or a write that only the log held back.
     /// Whether that was all, and is done and counted; if not, nothing was done, and what is in the way is for
-    /// [`Vcpu::fix`] to find out.
+    /// [`Vcpu::fix`] to find out. It waits for nobody: the vCPU may be in guest mode.
     #[inline(always)]
     fn fix_at_once(&mut self, fault: Fault) -> bool {
         let gfn = fault.gpa.gfn();
@@ -412,7 +461,7 @@ impl<H: Host> Vcpu<H> {
         if writes && !page.writable {
             return false;
         }
-        let inside = Shared::enter(mmu, &mut self.ticket);
+        let Some(inside) = Shared::try_enter(mmu, &mut self.ticket) else { return false };
         // From here on no update gets past its grace period and no invalidation begins before the guard is dropped. A
         // root that was invalidated is being emptied, and must not be filled again. One of a rarer role takes the longer
         // way, as whatever is not plain.
@@ -514,10 +563,12 @@ impl<H: Host> Vcpu<H> {
     /// Inside the lock like every fault: entering is two plain stores and the look for a writer, and it is the mark that
     /// keeps the tables. No invalidation has to be looked for: the entry maps what it mapped before, and one that is to
     /// go will be found by its zap, which flushes.
+    ///
+    /// `None` where anything is in the way, also if that is a writer: it waits for nobody.
     #[inline]
     fn fix_protected(&mut self, gfn: Gfn) -> Option<Outcome> {
         let (logged, root) = (self.watched.logged(self.ring.as_ref())?, self.roots.current()?);
-        let inside = Shared::enter(&self.mmu, &mut self.ticket);
+        let inside = Shared::try_enter(&self.mmu, &mut self.ticket)?;
         // The slot's log is still this one, and the slot is not read-only now.
         if self.mmu.slots.generation() != self.watched.hint.generation || !root.is_valid(&inside) {
             return None;

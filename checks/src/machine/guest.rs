@@ -6,12 +6,14 @@
 //! kick is answered **late**: some more instructions run after it was seen, and they prefer the stalest translations,
 //! as a CPU's may until it takes the interrupt.
 //!
+//! Half of the faults are handed in within the turn first, if they can be handled there.
+//!
 //! While in guest mode the CPU may also translate addresses that the guest does not use yet; it does, at random, and
 //! the TLB remembers them like all others.
 
 use std::sync::Arc;
 
-use nestling::{Access, Cause, Fault, FaultError, Flush, Gfn, Hpa, Mmu, Outcome, Role, Vcpu, VcpuId};
+use nestling::{Access, Cause, Fault, FaultError, Flush, Gfn, Hpa, InGuest, Level, Mmu, Outcome, Role, Vcpu, VcpuId};
 
 use super::cpu::Cpu;
 use super::cpu::tlb::{Found, Tlb};
@@ -148,6 +150,22 @@ impl<F: Cpu> Running<'_, F> {
         self.tlb.faulted(gfn);
         cause
     }
+
+    /// Hands the fault of an instruction in without leaving guest mode, unless the CPU has said that it left.
+    fn fix_at_once(
+        &self,
+        turn: &mut Option<InGuest<'_, Machine<F>>>,
+        Instruction { gfn, access }: Instruction,
+        cause: Cause,
+    ) -> bool {
+        let Some(turn) = turn else { return false };
+        let (ghost, space) = (|| self.mmu.host().ghost(), self.role.space());
+        let began = ghost().fault_begins(self.id, space, gfn, access);
+        let fixed = turn.fix_at_once(Fault { gpa: gfn.gpa(), access, cause });
+        let outcome = if fixed { Outcome::Fixed { level: Level::K4 } } else { Outcome::Retry };
+        ghost().fault_ended(self.id, space, gfn, access, began, &Ok(outcome));
+        fixed
+    }
 }
 
 impl<F: Cpu> GuestCpu<F> {
@@ -230,15 +248,24 @@ impl<F: Cpu> GuestCpu<F> {
             None => {}
         }
         let mut running = Running { id, mmu: &self.mmu, tlb: &mut self.tlb, rng: &mut self.rng, root, role };
-        let mut late = None;
+        let (mut late, mut stayed) = (None, false);
         loop {
-            if let Err(cause) = running.step(current) {
-                return Ok((current, Some(Stopped::Fault(cause))));
-            }
-            each(current, Done::Memory);
-            match code.next() {
-                Some(next) => current = next,
-                None => return Ok((current, None)),
+            match running.step(current) {
+                Ok(()) => {
+                    each(current, Done::Memory);
+                    stayed = false;
+                    match code.next() {
+                        Some(next) => current = next,
+                        None => return Ok((current, None)),
+                    }
+                }
+                // Once: whether it makes progress is for whoever counts the turns.
+                Err(cause)
+                    if !stayed && running.rng.once_in(2) && running.fix_at_once(&mut in_guest, current, cause) =>
+                {
+                    stayed = true;
+                }
+                Err(cause) => return Ok((current, Some(Stopped::Fault(cause)))),
             }
             if machine.is_kicked(id) {
                 if self.manners == Manners::LiesAboutLeaving {

@@ -60,6 +60,15 @@ pub(super) fn execute(scenario: &Scenario<'_>) -> Counters {
     counters
 }
 
+/// A guest that has met the slot, by a fault on the page beside this one, and stays in guest mode from now on if it can.
+fn staying(mmu: &Arc<Mmu<Machine>>, id: u16, page: u64) -> Guest {
+    let mut guest = Guest::new(mmu, id);
+    guest.load();
+    guest.fault(page ^ 1);
+    guest.stays = true;
+    guest
+}
+
 fn act(mmu: &Arc<Mmu<Machine>>, actor: Actor, id: u16) {
     match actor {
         Actor::Fault(page) => {
@@ -82,6 +91,8 @@ fn act(mmu: &Arc<Mmu<Machine>>, actor: Actor, id: u16) {
         Actor::Turn(page) => {
             Guest::new(mmu, id).turn(Some(Gfn(page)));
         }
+        Actor::RunStaying(page) => _ = staying(mmu, id, page).access(page, 3),
+        Actor::WriteStaying(page, times) => staying(mmu, id, page).write(page, times),
         Actor::LoadAndFree => Guest::new(mmu, id).load(),
         Actor::SwitchAndBack => {
             let mut guest = Guest::new(mmu, id);

@@ -303,11 +303,18 @@ pub(super) struct Guest {
     tlb: Option<(Gfn, Hfn, u64)>,
     /// What it may write without a look at the tables: a page that it found writable and dirty.
     writable: Option<Gfn>,
+    /// It has its faults handled in guest mode, if that is possible.
+    pub(super) stays: bool,
+}
+
+/// A write that met a fault.
+fn write_to(gfn: Gfn) -> Fault {
+    Fault { gpa: gfn.gpa(), access: Access::Write, cause: Cause::Translation }
 }
 
 impl Guest {
     pub(super) fn new(mmu: &Arc<Mmu<Machine>>, id: u16) -> Self {
-        Self { vcpu: mmu.vcpu(VcpuId(id)).unwrap(), tlb: None, writable: None }
+        Self { vcpu: mmu.vcpu(VcpuId(id)).unwrap(), tlb: None, writable: None, stays: false }
     }
 
     /// Loads a root and leaves again.
@@ -333,11 +340,14 @@ impl Guest {
             // An instruction takes its time: much may happen between the last look for a kick and its access.
             machine.kicks[id].load(Ordering::Relaxed);
             let cached = self.tlb.filter(|(cached, ..)| *cached == gfn).map(|(_, hfn, tick)| (hfn, tick));
+            let root = inside.root().hfn();
             let look = || {
                 let tick = machine.tick();
-                walk(machine, inside.root().hfn(), gfn).map(|hfn| (hfn, tick))
+                walk(machine, root, gfn).map(|hfn| (hfn, tick))
             };
-            let Some((hfn, tick)) = cached.or_else(look) else { return false };
+            let mut fix = || self.stays && inside.fix_at_once(write_to(gfn));
+            let found = cached.or_else(look).or_else(|| if fix() { look() } else { None });
+            let Some((hfn, tick)) = found else { return false };
             self.tlb = Some((gfn, hfn, tick));
             machine.touch(hfn, tick);
         }
@@ -352,6 +362,7 @@ impl Guest {
     /// Accesses one page of the slot after the other, `turns` times, with the TLB that it has.
     pub(super) fn wander(&mut self, turns: u64) {
         for turn in 0..turns {
+            self.stays = turn / PAGES % 2 == 1;
             // Zaps may get in the way for long: whether it makes progress is another scenario's question.
             self.access(turn % PAGES, 2);
         }
@@ -387,7 +398,10 @@ impl Guest {
                 return done;
             }
             machine.kicks[id].load(Ordering::Relaxed);
-            if self.writable != Some(gfn) && !walk_to_write(machine, inside.root().hfn(), gfn, sets_bits) {
+            let root = inside.root().hfn();
+            let walk = || walk_to_write(machine, root, gfn, sets_bits);
+            let mut fix = || self.stays && inside.fix_at_once(write_to(gfn));
+            if self.writable != Some(gfn) && !walk() && !(fix() && walk()) {
                 return done;
             }
             self.writable = Some(gfn);
@@ -409,8 +423,7 @@ impl Guest {
 
     /// Only faults.
     pub(super) fn fault(&mut self, gfn: u64) -> Outcome {
-        let fault = Fault { gpa: Gfn(gfn).gpa(), access: Access::Write, cause: Cause::Translation };
-        self.vcpu.fault(fault).unwrap()
+        self.vcpu.fault(write_to(Gfn(gfn))).unwrap()
     }
 }
 

@@ -131,6 +131,7 @@ pub const CASES: &[Case] = &[
     case("enter-relaxed", Mutant::EnterRelaxed, &["fault beside slot delete"], 3),
     case("leave-relaxed", Mutant::LeaveRelaxed, &[FAULTS_DELETE], 2),
     case("shared-without-look", Mutant::SharedWithoutLook, &[FAULTS_MOVE], 2),
+    case("guest-waits-for-writer", Mutant::GuestWaitsForWriter, &["guest that stays beside zap-all"], 2),
     case("requests-before-mode", Mutant::RequestsBeforeMode, &["zap-all, then invalidation beside one turn"], 3),
     case("dirty-bit-dropped-by-zap", Mutant::DirtyBitDroppedByZap, &["writes beside zap, by dirty bit"], 2),
     case("dirty-before-writable", Mutant::DirtyBeforeWritable, &[WRITES_HARVEST], 2),

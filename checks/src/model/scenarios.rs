@@ -64,6 +64,8 @@ pub enum Actor {
     RunSleepy(u64),
     /// The same, and once more later.
     RunTwice(u64),
+    /// A vCPU that accesses this page in the guest, and has its faults handled in guest mode as far as that is possible.
+    RunStaying(u64),
     /// A vCPU that enters once and accesses this page, if it is mapped.
     Turn(u64),
     /// A vCPU that loads a root and goes.
@@ -76,6 +78,8 @@ pub enum Actor {
     Wander(u64),
     /// A vCPU that writes this page so often.
     Write(u64, usize),
+    /// The same, and has its faults handled in guest mode as far as that is possible.
+    WriteStaying(u64, usize),
     /// The same, on tables without accessed and dirty bits.
     WriteWithoutAdBits(u64, usize),
     /// A worker.
@@ -121,7 +125,8 @@ impl Scenario<'_> {
 }
 
 use Actor::{
-    Fault, LoadAndFree, Often, Run, RunSleepy, RunTwice, SwitchAndBack, Turn, Wander, Write, WriteWithoutAdBits,
+    Fault, LoadAndFree, Often, Run, RunSleepy, RunStaying, RunTwice, SwitchAndBack, Turn, Wander, Write, WriteStaying,
+    WriteWithoutAdBits,
 };
 const ZAP: Actor = Actor::Work(Work::Zap);
 const ZAP_ALL: Actor = Actor::Work(Work::ZapAll);
@@ -175,6 +180,10 @@ pub const SCENARIOS: &[Scenario<'static>] = &[
     Scenario { name: "guest that faults beside zap-all", mapped: &[1], actors: &[Run(0), ZAP_ALL] },
     Scenario { name: "guest that faults beside slot delete", mapped: &[1], actors: &[RunSleepy(0), DELETE] },
     Scenario { name: "guest that faults beside invalidation", mapped: &[1], actors: &[Run(0), MOVE] },
+    Scenario { name: "guest that stays beside zap", mapped: &[1], actors: &[RunStaying(0), ZAP] },
+    Scenario { name: "guest that stays beside zap-all", mapped: &[1], actors: &[RunStaying(0), ZAP_ALL] },
+    Scenario { name: "guest that stays beside slot delete", mapped: &[1], actors: &[DELETE, RunStaying(0)] },
+    Scenario { name: "guest that stays beside invalidation", mapped: &[1], actors: &[RunStaying(0), MOVE] },
     Scenario { name: "guest that comes back beside invalidation", mapped: &[0], actors: &[RunTwice(0), MOVE] },
     Scenario { name: "guest, zap and zap in the zap", mapped: &[0], actors: &[Run(0), ZAP, ZAP_IN_ZAP] },
     Scenario { name: "guest beside two invalidations", mapped: &[1], actors: &[Run(0), MOVE_TWICE] },
@@ -193,6 +202,11 @@ pub const SCENARIOS: &[Scenario<'static>] = &[
         name: "writes beside harvest, by protection",
         mapped: &[0],
         actors: &[BY_PROTECTION, Write(0, 2), HARVEST],
+    },
+    Scenario {
+        name: "writes that stay beside harvest, by protection",
+        mapped: &[0, 1],
+        actors: &[BY_PROTECTION, WriteStaying(0, 2), HARVEST],
     },
     Scenario {
         name: "writes beside harvest, by dirty bit",

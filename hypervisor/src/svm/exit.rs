@@ -5,6 +5,9 @@ use nestling::{Access, Cause, Fault, Gpa};
 
 use crate::vm::exit::{Direction, Exit, Intercepted, PortAccess};
 
+/// EXITCODE of a nested page fault.
+pub const NESTED_FAULT: u64 = 0x400;
+
 /// Reads an exit: EXITCODE, EXITINFO1, EXITINFO2.
 #[inline]
 #[must_use]
@@ -38,7 +41,7 @@ pub fn decode(code: u64, info1: u64, info2: u64) -> Exit {
         // RSM outside SMM, INVLPGA, VMRUN, VMLOAD, VMSAVE, STGI, CLGI, SKINIT, MONITOR, MWAIT, RDPRU.
         0x73 | 0x7a | 0x80 | 0x82..=0x86 | 0x8a..=0x8c | 0x8e => Exit::Undefined,
         0x8d => Exit::SetExtendedControl,
-        0x400 => Exit::Fault(decode_fault(info1, info2)),
+        NESTED_FAULT => Exit::Fault(decode_fault(info1, info2)),
         // QEMU writes the low half only.
         0xffff_ffff_ffff_ffff | 0xffff_ffff => Exit::Invalid,
         _ => Exit::Unexpected,
@@ -48,7 +51,8 @@ pub fn decode(code: u64, info1: u64, info2: u64) -> Exit {
 /// A nested page fault (15.25.6): the error code is that of #PF. Walks of the guest's tables count as writes, as they set
 /// accessed and dirty bits there.
 #[inline]
-fn decode_fault(info1: u64, gpa: u64) -> Fault {
+#[must_use]
+pub fn decode_fault(info1: u64, gpa: u64) -> Fault {
     const WRITE: u64 = 1 << 1;
     const RESERVED: u64 = 1 << 3;
     const FETCH: u64 = 1 << 4;

@@ -23,6 +23,9 @@
 //! was. [`Entry`] is set with whatever makes an entry another one; only such an entry looks at all of it, and it
 //! alone takes the mark back, when it has put the control block in its plain form again. So a mark too many costs some
 //! instructions; what must not be is a way to put in an event, to owe a flush or to mask NMIs without one.
+//!
+//! A plain run that a nested fault ends is followed by another at once, if the VM can fix the fault in guest mode
+//! ([`crate::vm::vcpu`]) and it left nothing behind in the control block.
 
 mod asid;
 mod event;
@@ -50,7 +53,7 @@ use crate::devices::saved::BadState;
 use crate::emulate;
 use crate::guest::{VcpuInit, entry as start};
 use crate::memory::frames::{self, FRAME};
-use crate::vm::exit::{Exit, Intercepted, Raised, RawExit};
+use crate::vm::exit::{Exit, Intercepted, Met, Raised, RawExit};
 use crate::vm::guest_cpu::{CpuState, GuestCpu, NmiWindow};
 use crate::vm::policy::msr::VmcbMsrs;
 use crate::vm::walk::PagingRegisters;
@@ -360,11 +363,11 @@ impl<P: Paging> GuestCpu for Vcpu<P> {
     }
 
     #[inline]
-    fn run(&mut self) -> Exit {
+    fn run(&mut self, fix: impl FnMut(&Met) -> bool) -> Exit {
         if self.next != Entry::Plain || self.vmcb().control.shadow & 1 != 0 {
             return self.run_other();
         }
-        self.run_plain()
+        self.run_plain(fix)
     }
 
     fn can_take_interrupt(&self) -> bool {

@@ -205,6 +205,17 @@ impl Exit {
     }
 }
 
+/// A second-stage fault with which nothing else came: no event was on its way in, and the guest could go on as it is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Met {
+    /// The fault.
+    pub fault: Fault,
+    /// As the CPU gave it.
+    pub raw: RawExit,
+    /// Where the guest is.
+    pub rip: u64,
+}
+
 /// An exit as the CPU gave it, for reports.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct RawExit {

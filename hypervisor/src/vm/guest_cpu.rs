@@ -13,7 +13,7 @@ use nestling::shadow::vcpu::ShadowFormat;
 use nestling_control::message::Registers;
 use serde::{Deserialize, Serialize};
 
-use super::exit::{Exit, Raised, RawExit};
+use super::exit::{Exit, Met, Raised, RawExit};
 use super::policy::msr::VmcbMsrs;
 use super::translation::VcpuMemory;
 use super::walk::PagingRegisters;
@@ -76,7 +76,10 @@ pub trait GuestCpu: VmcbMsrs + Debug + Send + Sized + 'static {
     fn import(&mut self, state: &CpuState) -> Result<(), BadState>;
 
     /// Runs the guest until it exits. Interrupts are off before and after; one that ended the run is still pending.
-    fn run(&mut self) -> Exit;
+    ///
+    /// A second-stage fault is shown to `fix` first, if nothing else comes with it. Where that says that it is fixed, there was
+    /// no exit, and the guest runs on.
+    fn run(&mut self, fix: impl FnMut(&Met) -> bool) -> Exit;
 
     /// The last exit in the CPU's own numbers.
     fn raw_exit(&self) -> RawExit;

@@ -27,7 +27,7 @@ use alloc::sync::Arc;
 use nestling::guest::{Controls, FaultCode, PageFault, Request};
 use nestling::shadow::tags::TagFlush;
 use nestling::shadow::vcpu::{InShadow, ShadowOutcome, ShadowVcpu};
-use nestling::{Access, FaultError, Gpa, Hpa, Mmu, VcpuId};
+use nestling::{Access, Fault, FaultError, Gpa, Hpa, Mmu, VcpuId};
 use nestling_control::message::DeathReason;
 
 use super::exit::{Exit, Raised};
@@ -144,6 +144,12 @@ impl<C: ShadowCpu> Inside<C> for InShadow<'_, Machine> {
                 true
             }
         }
+    }
+
+    /// There is no second stage.
+    #[inline]
+    fn fix_at_once(&mut self, _fault: Fault) -> bool {
+        false
     }
 }
 

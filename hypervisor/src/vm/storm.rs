@@ -116,6 +116,12 @@ impl Storm {
         self.measuring.store(on || self.plan.is_some(), Ordering::Relaxed);
     }
 
+    /// Whether stalls are measured.
+    #[inline]
+    pub(super) fn is_measuring(&self) -> bool {
+        self.measuring.load(Ordering::Relaxed)
+    }
+
     /// The longest time that a vCPU was kept from its guest, in ticks of the TSC.
     #[must_use]
     pub fn longest_stall(&self) -> u64 {
@@ -167,7 +173,7 @@ impl Stall {
     /// The guest was left.
     #[inline]
     pub(super) fn left(&mut self, storm: &Storm, exit: Exit) {
-        if storm.measuring.load(Ordering::Relaxed) {
+        if storm.is_measuring() {
             self.note(exit);
         } else {
             self.since = None;

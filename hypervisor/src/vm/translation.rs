@@ -6,7 +6,7 @@
 use alloc::sync::Arc;
 use core::fmt::Debug;
 
-use nestling::{FaultError, Hpa, InGuest, Mmu, VcpuId};
+use nestling::{Fault, FaultError, Hpa, InGuest, Mmu, VcpuId};
 
 use super::exit::Exit;
 use super::guest_cpu::{GuestCpu, NestedCpu};
@@ -50,6 +50,9 @@ pub trait Inside<C> {
 
     /// Has the CPU, which was given the root, forget what it must before the guest runs. Whether that is all of the tag.
     fn flush(&mut self, cpu: &mut C) -> bool;
+
+    /// Handles a second-stage fault without leaving guest mode, if it is one of those for which that is enough.
+    fn fix_at_once(&mut self, fault: Fault) -> bool;
 }
 
 /// Nested tables.
@@ -98,5 +101,10 @@ impl<C: NestedCpu> Inside<C> for InGuest<'_, Machine> {
             cpu.flush();
         }
         flushes
+    }
+
+    #[inline(always)]
+    fn fix_at_once(&mut self, fault: Fault) -> bool {
+        InGuest::fix_at_once(self, fault)
     }
 }

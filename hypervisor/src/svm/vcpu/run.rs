@@ -5,7 +5,7 @@ use super::super::exit;
 use super::super::vmcb::{TlbControl, virtual_interrupt};
 use super::paging::Paging;
 use super::{CR8, NmiState, Vcpu};
-use crate::vm::exit::{Exit, RawExit};
+use crate::vm::exit::{Exit, Met, RawExit};
 use crate::vm::guest_cpu::GuestCpu;
 
 /// What an entry has to look at.
@@ -22,10 +22,25 @@ pub(super) enum Entry {
 impl<P: Paging> Vcpu<P> {
     /// As [`GuestCpu::run`], when the entry is a plain one.
     #[inline]
-    pub(super) fn run_plain(&mut self) -> Exit {
-        // SAFETY: as in `run_unusual`.
-        unsafe { entry::enter(&mut self.switch) };
-        self.left_plain()
+    pub(super) fn run_plain(&mut self, mut fix: impl FnMut(&Met) -> bool) -> Exit {
+        loop {
+            // SAFETY: as in `run_unusual`.
+            unsafe { entry::enter(&mut self.switch) };
+            if !self.met().is_some_and(|met| fix(&met)) {
+                return self.left_plain();
+            }
+        }
+    }
+
+    /// The fault that ended a plain run, if another plain run may follow it. What makes one other than plain is put in by
+    /// somebody here, and between two runs nobody was here; but for the event that the fault kept from arriving, and the
+    /// shadow of the instruction before.
+    #[inline]
+    fn met(&self) -> Option<Met> {
+        let raw = self.raw_exit();
+        let plain = !self.was_delivering() && self.vmcb().control.shadow & 1 == 0;
+        let met = || Met { fault: exit::decode_fault(raw.info1, raw.info2), raw, rip: self.rip() };
+        (raw.code == exit::NESTED_FAULT && plain).then(met)
     }
 
     /// What ended a plain run.
