@@ -47,6 +47,7 @@
 //! stay is the embedder's to flush.
 
 use alloc::boxed::Box;
+use alloc::sync::Arc;
 
 use crate::addr::GfnRange;
 use crate::events::{Counter, Event, SeatCounters};
@@ -149,8 +150,13 @@ pub(crate) struct Tlb {
     ended: Padded<AtomicU64>,
     /// Whether anybody will ask for it: until then flushes do not write a line more.
     asked: plain::AtomicBool,
-    vcpus: Box<[Padded<VcpuTlb>]>,
+    // Shared with the vCPUs, so that each goes to its own without a look at this list.
+    vcpus: Box<[Arc<Padded<VcpuTlb>>]>,
 }
+
+/// A vCPU's own end of it.
+#[derive(Debug)]
+pub(crate) struct Own(Arc<Padded<VcpuTlb>>);
 
 /// Proof that a flush was carried out: no vCPU uses a translation removed before it. What is freed or thawed wants to
 /// see one. Not `Clone`: it speaks for what was removed before the flush, and is not to be kept for what comes later.
@@ -229,7 +235,12 @@ impl Tlb {
         // Vcpus start one generation behind: the first entry flushes, whatever ran on the CPU before.
         let (generation, ended) = (Padded(AtomicU64::new(1)), Padded(AtomicU64::new(0)));
         let asked = plain::AtomicBool::new(false);
-        Self { generation, ended, asked, vcpus: (0..vcpus).map(|_| Padded::default()).collect() }
+        Self { generation, ended, asked, vcpus: (0..vcpus).map(|_| Arc::default()).collect() }
+    }
+
+    /// The end of this vCPU, which nobody else has now.
+    pub(crate) fn own(&self, id: VcpuId) -> Own {
+        Own(Arc::clone(&self.vcpus[usize::from(id.0)]))
     }
 
     /// [`Tlb::covers`] is going to be asked. A flush that has begun before may be missed by it.
@@ -250,7 +261,7 @@ impl Tlb {
 
     /// As [`Tlb::flush`], and no vCPU runs another guest instruction before it has dropped its obsolete roots.
     pub(crate) fn flush_and_free_obsolete_roots<H: Host>(&self, host: &H, counters: &SeatCounters) -> Flushed {
-        for vcpu in &self.vcpus {
+        for vcpu in self.vcpus.iter() {
             vcpu.requests.fetch_or(FREE_OBSOLETE_ROOTS, Ordering::SeqCst);
         }
         self.flush(host, counters)
@@ -336,11 +347,10 @@ impl Tlb {
         }
     }
 
-    /// The vCPU is about to run guest code. `flushed` is the vCPU's own copy of the generation that it last flushed for;
-    /// 0 at first.
+    /// The vCPU is about to run guest code. `flushed` is the generation that what it is about to use last flushed for, 0 at
+    /// first.
     #[inline]
-    pub(crate) fn enter(&self, id: VcpuId, flushed: &mut u64) -> Entered {
-        let vcpu = &self.vcpus[usize::from(id.0)];
+    pub(crate) fn enter(&self, Own(vcpu): &Own, flushed: &mut u64) -> Entered {
         let mut generation = if mutants::is(Mutant::ModeAfterTheLook) { self.generation() } else { 0 };
         vcpu.mode.swap(IN_GUEST, Ordering::SeqCst);
         announced();
@@ -362,25 +372,27 @@ impl Tlb {
         self.generation.load(Ordering::SeqCst)
     }
 
+    /// Whether the vCPU is in guest mode now; the answer may be old when it arrives.
+    pub(crate) fn in_guest(&self, id: VcpuId) -> bool {
+        self.vcpus[usize::from(id.0)].mode.load(Ordering::SeqCst) == IN_GUEST
+    }
+}
+
+impl Own {
     /// Whether the vCPU is asked for anything. What counts is what [`Tlb::enter`] finds.
-    pub(crate) fn has_requests(&self, id: VcpuId) -> bool {
-        peek(&self.vcpus[usize::from(id.0)].requests) != 0
+    pub(crate) fn has_requests(&self) -> bool {
+        peek(&self.0.requests) != 0
     }
 
-    /// Takes what the vCPU is asked for, to serve it. By the vCPU itself, outside guest mode.
-    pub(crate) fn take_requests(&self, id: VcpuId) -> u32 {
-        self.vcpus[usize::from(id.0)].requests.swap(0, Ordering::SeqCst)
+    /// Takes what the vCPU is asked for, to serve it. Outside guest mode.
+    pub(crate) fn take_requests(&self) -> u32 {
+        self.0.requests.swap(0, Ordering::SeqCst)
     }
 
     /// The vCPU has left guest mode.
     #[inline]
-    pub(crate) fn leave(&self, id: VcpuId) {
+    pub(crate) fn leave(&self) {
         // Release: accesses that the guest made are before this for a flusher that sees it.
-        self.vcpus[usize::from(id.0)].mode.store(OUTSIDE, Ordering::Release);
-    }
-
-    /// Whether the vCPU is in guest mode now; the answer may be old when it arrives.
-    pub(crate) fn in_guest(&self, id: VcpuId) -> bool {
-        self.vcpus[usize::from(id.0)].mode.load(Ordering::SeqCst) == IN_GUEST
+        self.0.mode.store(OUTSIDE, Ordering::Release);
     }
 }

@@ -54,7 +54,7 @@ use crate::slots::{Slot, SlotFlags, SlotState};
 use crate::tdp::fault::{Mapping, Obstructed, TableCache, Watch, fix_protected, map_mmio, map_page, needed};
 use crate::tdp::inspect::{translate, walk};
 use crate::tdp::protect::Logged;
-use crate::tlb::{Entered, FLUSH, FLUSH_CURRENT, FREE_OBSOLETE_ROOTS, Flush, RELOAD};
+use crate::tlb::{Entered, FLUSH, FLUSH_CURRENT, FREE_OBSOLETE_ROOTS, Flush, Own, RELOAD};
 
 /// Why the CPU reported a second-stage fault.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -214,6 +214,7 @@ pub struct Vcpu<H: Host> {
     ring: Option<Arc<Ring>>,
     /// The short way was tried for the last fault, in guest mode, and something is in it.
     obstructed: bool,
+    tlb: Own,
     /// The TLB generation of the last flush.
     flushed: u64,
     /// What must be flushed before the guest runs.
@@ -255,6 +256,8 @@ impl<H: Host> InGuest<'_, H> {
     #[inline]
     #[must_use = "the guest must not run before the flush"]
     pub fn take_flush(&mut self) -> Option<Flush> {
+        // A look first: most turns owe nothing.
+        self.vcpu.flush_owed?;
         self.vcpu.flush_owed.take()
     }
 }
@@ -283,7 +286,7 @@ impl<H: Host> InGuest<'_, H> {
 impl<H: Host> Drop for InGuest<'_, H> {
     #[inline]
     fn drop(&mut self) {
-        self.vcpu.mmu.tlb.leave(self.vcpu.id);
+        self.vcpu.tlb.leave();
     }
 }
 
@@ -292,7 +295,7 @@ impl<H: Host> Vcpu<H> {
         let seat = usize::from(id.0);
         let ticket = mmu.lock.claim(seat..seat + 1)?;
         let role = mmu.role();
-        let (mmu, cache) = (Arc::clone(mmu), TableCache::default());
+        let (tlb, mmu, cache) = (mmu.tlb.own(id), Arc::clone(mmu), TableCache::default());
         // Owed from the start: this number may have been another vCPU's, which was told to flush and did not any more.
         let flush_owed = Some(Flush::All);
         Some(Self {
@@ -307,6 +310,7 @@ impl<H: Host> Vcpu<H> {
             mmio: None,
             ring: None,
             obstructed: false,
+            tlb,
             flushed: 0,
             flush_owed,
         })
@@ -340,8 +344,8 @@ impl<H: Host> Vcpu<H> {
                 continue;
             };
             let root = root.frame().hpa();
-            let early = mutants::is(Mutant::RequestsBeforeMode).then(|| self.mmu.tlb.has_requests(self.id));
-            let Entered { must_flush, has_requests } = self.mmu.tlb.enter(self.id, &mut self.flushed);
+            let early = mutants::is(Mutant::RequestsBeforeMode).then(|| self.tlb.has_requests());
+            let Entered { must_flush, has_requests } = self.mmu.tlb.enter(&self.tlb, &mut self.flushed);
             if must_flush {
                 self.ticket.counters().add(Counter::Flush, 1);
                 self.flush_owed = Some(Flush::All);
@@ -349,7 +353,7 @@ impl<H: Host> Vcpu<H> {
             if !early.unwrap_or(has_requests) {
                 return Ok(InGuest { vcpu: self, root });
             }
-            self.mmu.tlb.leave(self.id);
+            self.tlb.leave();
             self.serve_requests();
         }
     }
@@ -370,7 +374,7 @@ impl<H: Host> Vcpu<H> {
 
     #[cold]
     fn serve_requests(&mut self) {
-        let requests = self.mmu.tlb.take_requests(self.id);
+        let requests = self.tlb.take_requests();
         // In this order: what is obsolete is counted as that, and what is to be flushed may be a root that is gone.
         if requests & FREE_OBSOLETE_ROOTS != 0 {
             self.roots.drop_obsolete(&self.mmu.host, self.ticket.counters());

@@ -42,9 +42,11 @@ mod shadow;
 use alloc::boxed::Box;
 use core::ptr;
 
+use nestling::Fault;
 use nestling_control::message::Registers;
 
 use super::entry::{self, Switch};
+use super::exit;
 use super::permission::Maps;
 use super::vmcb::{Intercepts1, Intercepts2, Save, Segment, TlbControl, Vmcb, virtual_interrupt};
 use super::{EFER_SVME, Features};
@@ -479,6 +481,11 @@ impl<P: Paging> GuestCpu for Vcpu<P> {
     fn raw_exit(&self) -> RawExit {
         let control = &self.vmcb().control;
         RawExit { code: control.exit_code, info1: control.exit_info_1, info2: control.exit_info_2 }
+    }
+
+    fn last_fault(&self) -> Option<Fault> {
+        let RawExit { code, info1, info2 } = self.raw_exit();
+        (code == exit::NESTED_FAULT).then(|| exit::decode_fault(info1, info2))
     }
 
     fn load(&mut self, init: &VcpuInit) {

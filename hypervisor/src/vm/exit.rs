@@ -71,7 +71,7 @@ pub enum Raised {
     Again(Intercepted),
 }
 
-/// Why a guest was left.
+/// Why a guest was left. In the order of [`Exit::index`], so that it is no table.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Exit {
     /// A physical interrupt waits.
@@ -96,10 +96,6 @@ pub enum Exit {
     Fault(Fault),
     /// VMMCALL.
     Hypercall,
-    /// INT1: the instruction, not yet executed, raises #DB behind itself.
-    Int1,
-    /// An instruction has raised #UD, which did not reach the guest.
-    InvalidOpcode,
     /// INVD or WBINVD: the guest's caches are coherent without it.
     CacheFlush,
     /// An instruction that this guest's CPU does not have.
@@ -108,6 +104,18 @@ pub enum Exit {
     NoCounters,
     /// XSETBV.
     SetExtendedControl,
+    /// An exception that is only watched.
+    Exception(Intercepted),
+    /// Shutdown: a triple fault.
+    Shutdown,
+    /// The CPU found the guest's state wrong.
+    Invalid,
+    /// Anything that was not asked for.
+    Unexpected,
+    /// INT1: the instruction, not yet executed, raises #DB behind itself.
+    Int1,
+    /// An instruction has raised #UD, which did not reach the guest.
+    InvalidOpcode,
     /// A write to CR8 while an interrupt is offered to the guest, or held back by its priority.
     WriteTaskPriority,
     /// A write to CR0 (MOV, LMSW, CLTS) that the guest is not to make itself: one that changes more than TS and MP, or any.
@@ -122,14 +130,6 @@ pub enum Exit {
     Invalidate,
     /// A task switch.
     TaskSwitch,
-    /// An exception that is only watched.
-    Exception(Intercepted),
-    /// Shutdown: a triple fault.
-    Shutdown,
-    /// The CPU found the guest's state wrong.
-    Invalid,
-    /// Anything that was not asked for.
-    Unexpected,
 }
 
 /// How many kinds there are.

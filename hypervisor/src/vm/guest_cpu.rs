@@ -6,10 +6,10 @@
 
 use core::fmt::Debug;
 
-use nestling::Hpa;
 use nestling::guest::{PageFault, Privilege};
 use nestling::shadow::tags::Tag;
 use nestling::shadow::vcpu::ShadowFormat;
+use nestling::{Fault, Hpa};
 use nestling_control::message::Registers;
 use serde::{Deserialize, Serialize};
 
@@ -83,6 +83,9 @@ pub trait GuestCpu: VmcbMsrs + Debug + Send + Sized + 'static {
 
     /// The last exit in the CPU's own numbers.
     fn raw_exit(&self) -> RawExit;
+
+    /// The last exit, if it was a second-stage fault.
+    fn last_fault(&self) -> Option<Fault>;
 
     /// Whether the last exit came while an event was being delivered, and not from the instruction at RIP.
     fn was_delivering(&self) -> bool;

@@ -67,7 +67,8 @@ pub(super) struct Policy {
 impl<C: GuestCpu> Vcpu<C> {
     /// Handles an exit other than a physical interrupt.
     #[inline]
-    pub(super) fn handle(&mut self, exit: Exit) -> Result<Next, FaultError> {
+    pub(super) fn handle(&mut self, exit: &Exit) -> Result<Next, FaultError> {
+        let exit = *exit;
         match exit {
             Exit::Fault(_) => return C::Memory::translate(self, exit),
             Exit::Port(access) => return Ok(self.port(access)),
@@ -223,7 +224,7 @@ impl<C: GuestCpu> Vcpu<C> {
     /// After a write to a register of the local APIC: who else must know.
     #[inline]
     pub(super) fn settle_lapic(&mut self) {
-        self.lapic.publish(&self.vm.vcpus[self.number].lapic);
+        self.lapic.publish(&self.reach.lapic);
         if let Some(vector) = self.lapic.take_ended() {
             self.vm.with_ports(|platform, _| platform.end_of_interrupt(vector));
         }

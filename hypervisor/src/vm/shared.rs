@@ -142,8 +142,8 @@ pub struct Shared {
     pub mmu: Arc<Mmu<Machine>>,
     /// Its clock.
     pub clock: VmClock,
-    /// Its vCPUs, by number.
-    pub vcpus: Box<[Reach]>,
+    /// Its vCPUs, by number. Shared with each, so that it goes to its own without a look at this list.
+    pub vcpus: Box<[Arc<Reach>]>,
     /// Where nothing answers, the bus floats; else such an access ends the guest.
     pub floating: bool,
     /// What translates.
@@ -187,10 +187,12 @@ impl Shared {
         platform: Platform,
         marker: &str,
     ) -> Self {
-        let reach = |id: u32| Reach {
-            place: AtomicU8::new(Place::Host as u8),
-            news: AtomicBool::new(true),
-            lapic: LapicShared::new(id),
+        let reach = |id: u32| {
+            Arc::new(Reach {
+                place: AtomicU8::new(Place::Host as u8),
+                news: AtomicBool::new(true),
+                lapic: LapicShared::new(id),
+            })
         };
         Self {
             mmu,
@@ -493,7 +495,7 @@ impl Shared {
 
     /// Where the vCPUs are.
     pub fn places(&self) -> Vec<Place> {
-        let place = |reach: &Reach| match reach.place.load(Ordering::SeqCst) {
+        let place = |reach: &Arc<Reach>| match reach.place.load(Ordering::SeqCst) {
             0 => Place::Host,
             1 => Place::Guest,
             _ => Place::Halted,

@@ -20,7 +20,7 @@ impl<C: GuestCpu> Vcpu<C> {
     #[cold]
     pub(super) fn lose_power(&mut self) {
         self.lapic = Lapic::new(lapic_config(self.number, &self.vm)).in_xapic_mode();
-        self.lapic.publish(&self.vm.vcpus[self.number].lapic);
+        self.lapic.publish(&self.reach.lapic);
         self.policy.msrs.power_cycle();
         self.cpu.set_tsc_offset(self.policy.msrs.tsc_offset());
         if self.policy.tsc_aux {

@@ -6,7 +6,6 @@ use nestling::{Gpa, Hpa};
 use nestling_control::config::MmuKind;
 use nestling_control::message::{MAX_INSTRUCTION_BYTES, VcpuState, WalkStep};
 
-use super::exit::Exit;
 use super::guest_cpu::GuestCpu;
 use super::ring::Ring;
 use super::vcpu::Vcpu;
@@ -32,10 +31,7 @@ pub(super) fn report<C: GuestCpu>(vcpu: &Vcpu<C>, root: Hpa, ring: &Ring) -> Vcp
         let mut bytes = alloc::vec![0; room as usize];
         if ram.peek(Gpa(gpa), &mut bytes) { bytes } else { Vec::new() }
     });
-    let fault = match vcpu.last_exit {
-        Exit::Fault(fault) => Some(fault.gpa.0),
-        _ => None,
-    };
+    let fault = vcpu.cpu.last_fault().map(|fault| fault.gpa.0);
     // CR2 matters when the guest has met a page fault; a guest without paging has none.
     let at_cr2 = (registers.cr2 != 0 && registers.cr0 & CR0_PG != 0).then(|| walk::guest(paging, registers.cr2, read));
     let gpa = fault.or(at_rip.address);

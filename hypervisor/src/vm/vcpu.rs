@@ -37,7 +37,7 @@ use super::pause::Phase;
 use super::refused::Refused;
 use super::ring::Ring;
 use super::saved::SavedVcpu;
-use super::shared::{End, Place, Shared};
+use super::shared::{End, Place, Reach, Shared};
 use super::storm::Stall;
 use super::translation::{Inside, VcpuMemory};
 use crate::cpu::extended::{self, XCR0_RESET};
@@ -124,11 +124,22 @@ bitflags::bitflags! {
     }
 }
 
+/// What follows a turn.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum After {
+    /// The next one, whose last look finds what came meanwhile.
+    Turn,
+    /// News, most likely: it is taken in first, so that the next turn is not one in vain.
+    News,
+}
+
 /// One vCPU.
 #[derive(Debug)]
 pub struct Vcpu<C: GuestCpu> {
     pub(super) number: usize,
     pub(super) vm: Arc<Shared>,
+    /// Its own part of that.
+    pub(super) reach: Arc<Reach>,
     pub(super) cpu: C,
     pub(super) memory: C::Memory,
     pub(super) lapic: Lapic,
@@ -151,7 +162,6 @@ pub struct Vcpu<C: GuestCpu> {
     ring: Ring,
     /// For instructions that are executed in software.
     pub(super) kept: Kept,
-    pub(super) last_exit: Exit,
     root: Hpa,
     stall: Stall,
     started: bool,
@@ -168,10 +178,12 @@ impl<C: GuestCpu> Vcpu<C> {
         // As firmware leaves it. A kernel goes on to x2APIC mode by itself; one that was told not to, or to do without its
         // APIC at all, could not come back from there.
         let mut lapic = Lapic::new(lapic_config(number, vm)).in_xapic_mode();
-        lapic.publish(&vm.vcpus[number].lapic);
+        let reach = Arc::clone(&vm.vcpus[number]);
+        lapic.publish(&reach.lapic);
         Some(Self {
             number,
             vm: Arc::clone(vm),
+            reach,
             cpu,
             memory,
             lapic,
@@ -188,7 +200,6 @@ impl<C: GuestCpu> Vcpu<C> {
             refused: Refused::default(),
             ring: Ring::default(),
             kept: Kept::default(),
-            last_exit: Exit::Interrupt,
             root: Hpa(0),
             stall: Stall::default(),
             started: false,
@@ -216,7 +227,7 @@ impl<C: GuestCpu> Vcpu<C> {
         self.cpu.import(&cpu)?;
         self.policy.msrs.restore(&msrs)?;
         self.lapic = lapic;
-        self.lapic.publish(&self.vm.vcpus[self.number].lapic);
+        self.lapic.publish(&self.reach.lapic);
         self.extended = Some(extended);
         (self.activity, self.nmis, self.started) = (activity, nmis, started);
         Ok(())
@@ -236,11 +247,17 @@ impl<C: GuestCpu> Vcpu<C> {
             unsafe { instructions::wrmsr(MSR_TSC_AUX, u64::from(self.policy.msrs.tsc_aux())) };
         }
         self.take_time();
-        while self.goes_on() {
-            if let Err(error) = self.turn() {
-                let text = alloc::format!("{error}");
-                self.die(DeathReason::Internal { text });
-            }
+        let mut goes_on = self.hear();
+        while goes_on {
+            goes_on = match self.turn() {
+                Ok(After::Turn) => true,
+                Ok(After::News) => self.hear(),
+                Err(error) => {
+                    let text = alloc::format!("{error}");
+                    self.die(DeathReason::Internal { text });
+                    self.hear()
+                }
+            };
         }
         apic::set_timer(0);
         extended::reset();
@@ -260,15 +277,10 @@ impl<C: GuestCpu> Vcpu<C> {
         self.armed = u64::MAX;
     }
 
-    /// Whether the VM has not ended. If it is held, this takes as long.
-    #[inline]
-    fn goes_on(&mut self) -> bool {
-        !self.vm.vcpus[self.number].has_news() || self.hear()
-    }
-
+    /// Takes in the news that there may be: whether the VM has not ended. If it is held, this takes as long.
     #[cold]
     fn hear(&mut self) -> bool {
-        self.vm.vcpus[self.number].take_news();
+        self.reach.take_news();
         self.due |= Due::POSTED;
         if !self.vm.stopping() && self.vm.pause.phase() != Phase::Run {
             self.wait();
@@ -295,13 +307,12 @@ impl<C: GuestCpu> Vcpu<C> {
                 }
                 Phase::Hold | Phase::Export => {}
             }
-            let reach = &vm.vcpus[self.number];
-            reach.go(Place::Halted);
+            self.reach.go(Place::Halted);
             if vm.pause.phase() == phase && !vm.stopping() {
                 // SAFETY: ring 0, interrupts off, and no lock is held.
                 unsafe { instructions::halt() };
             }
-            reach.back();
+            self.reach.back();
         }
         self.take_time();
         vm.pause.depart();
@@ -325,13 +336,17 @@ impl<C: GuestCpu> Vcpu<C> {
     }
 
     #[inline]
-    fn turn(&mut self) -> Result<(), FaultError> {
-        if !self.due.is_empty() && !self.prepare() {
-            self.rest();
-            return Ok(());
+    fn turn(&mut self) -> Result<After, FaultError> {
+        let mut leave_at_once = false;
+        if !self.due.is_empty() {
+            if !self.prepare() {
+                self.rest();
+                return Ok(After::News);
+            }
+            leave_at_once = self.leave_at_once;
         }
         let vm = &*self.vm;
-        let reach = &vm.vcpus[self.number];
+        let reach = &*self.reach;
         reach.go(Place::Guest);
         let mut inside = self.memory.enter(&mut self.cpu)?;
         // Also when the guest is not entered after all: the root before this one may be gone.
@@ -340,12 +355,13 @@ impl<C: GuestCpu> Vcpu<C> {
         if reach.has_news() {
             drop(inside);
             reach.back();
-            return Ok(());
+            return Ok(After::News);
         }
         inside.load(&mut self.cpu);
         let flushes = inside.flush(&mut self.cpu);
         ghost::entering(self.number, inside.tag(), self.root, flushes);
-        if core::mem::take(&mut self.leave_at_once) {
+        if leave_at_once {
+            self.leave_at_once = false;
             // With interrupts off it stays pending, and ends the run behind the event's delivery (15.13.1, 15.20).
             embedder::kick(self.number);
         }
@@ -368,7 +384,6 @@ impl<C: GuestCpu> Vcpu<C> {
         drop(inside);
         reach.back();
         self.stall.left(&vm.storm, exit);
-        self.last_exit = exit;
         self.exits[exit.index()] += 1;
         let raw = self.cpu.raw_exit();
         self.ring.note(raw.code, self.cpu.rip(), raw.info1);
@@ -381,22 +396,27 @@ impl<C: GuestCpu> Vcpu<C> {
                 // SAFETY: ring 0, interrupts off, and no lock is held.
                 unsafe { instructions::interrupt_window() };
                 self.due |= Due::POSTED;
+                // Most kicks come with some.
+                Ok(if self.reach.has_news() { After::News } else { After::Turn })
             }
-            exit => self.act_on(exit)?,
+            _ => self.act_on(&exit),
         }
-        Ok(())
     }
 
-    fn act_on(&mut self, exit: Exit) -> Result<(), FaultError> {
+    #[inline]
+    fn act_on(&mut self, exit: &Exit) -> Result<After, FaultError> {
         match self.handle(exit)? {
             Next::Continue => {}
             Next::Halt => {
                 self.activity = Activity::Halted;
                 self.due |= Due::EVENTS;
             }
-            Next::Die(reason) => self.die(reason),
+            Next::Die(reason) => {
+                self.die(reason);
+                return Ok(After::News);
+            }
         }
-        Ok(())
+        Ok(After::Turn)
     }
 
     /// Looks at what is due; says whether the guest has something to run.
@@ -433,7 +453,7 @@ impl<C: GuestCpu> Vcpu<C> {
             self.due.set(Due::TIMER, self.due.contains(Due::TIMER) || vm.ports_due() != self.ports_seen);
             self.due.set(Due::EVENTS, self.due.contains(Due::EVENTS) || vm.line());
         }
-        if vm.vcpus[self.number].lapic.has_pending() {
+        if self.reach.lapic.has_pending() {
             self.receive();
         }
     }
@@ -442,7 +462,7 @@ impl<C: GuestCpu> Vcpu<C> {
     #[cold]
     fn receive(&mut self) {
         self.due |= Due::EVENTS;
-        let pending = self.lapic.sync(&self.vm.vcpus[self.number].lapic);
+        let pending = self.lapic.sync(&self.reach.lapic);
         if pending.power_loss {
             self.lose_power();
         }
@@ -565,15 +585,14 @@ impl<C: GuestCpu> Vcpu<C> {
     #[cold]
     fn rest(&mut self) {
         self.arm_timer();
-        let reach = &self.vm.vcpus[self.number];
-        reach.go(Place::Halted);
-        if !reach.has_news() {
+        self.reach.go(Place::Halted);
+        if !self.reach.has_news() {
             let start = instructions::rdtsc();
             // SAFETY: ring 0, interrupts off, and no lock is held.
             local::this().away(|| unsafe { instructions::halt() });
             self.idle_ticks += instructions::rdtsc() - start;
         }
-        reach.back();
+        self.reach.back();
         // The timer may have been what ended it; and it goes on resting until something else is found.
         self.due |= Due::POSTED;
     }

@@ -42,7 +42,7 @@ use crate::guest::{Controls, Mode, PageFault, Refused, Request, Translation, wal
 use crate::host::{Access, GuestMemory, Host, VcpuId};
 use crate::lock::{Shared, Ticket};
 use crate::slots::dirty::{DirtyRing, Ring};
-use crate::tlb::{Entered, FLUSH, FLUSH_CURRENT, RELOAD};
+use crate::tlb::{Entered, FLUSH, FLUSH_CURRENT, Own, RELOAD};
 use crate::vcpu::FaultError;
 use crate::{Mmu, OutOfMemory};
 
@@ -128,6 +128,7 @@ pub struct ShadowVcpu<H: Host + GuestMemory> {
     debts: Debts,
     remembered: Remembered,
     way: Way,
+    tlb: Own,
     /// Where its writes go besides the bitmaps, if it has one.
     ring: Option<Arc<Ring>>,
     tags: Tags,
@@ -182,7 +183,7 @@ impl<H: Host + GuestMemory> InShadow<'_, H> {
 impl<H: Host + GuestMemory> Drop for InShadow<'_, H> {
     #[inline]
     fn drop(&mut self) {
-        self.vcpu.mmu.tlb.leave(self.vcpu.id);
+        self.vcpu.tlb.leave();
     }
 }
 
@@ -213,6 +214,7 @@ impl<H: Host + GuestMemory> Mmu<H> {
             debts,
             remembered: Remembered::new(),
             way: Way::new(),
+            tlb: self.tlb.own(id),
             ring: None,
             tags: Tags::new(shadow.withdrawals.now()),
             sync_owed: true,
@@ -338,7 +340,7 @@ impl<H: Host + GuestMemory> ShadowVcpu<H> {
                 // Read when all is compared.
                 tags.forget(root.tag, shadow.withdrawals.now());
             }
-            let Entered { must_flush, has_requests } = mmu.tlb.enter(self.id, tags.generation(root.tag));
+            let Entered { must_flush, has_requests } = mmu.tlb.enter(&self.tlb, tags.generation(root.tag));
             if must_flush {
                 ticket.counters().add(Counter::Flush, 1);
                 tags.flush(root.tag, shadow.withdrawals.now());
@@ -357,7 +359,7 @@ impl<H: Host + GuestMemory> ShadowVcpu<H> {
                 };
                 break (*root, format);
             }
-            mmu.tlb.leave(self.id);
+            self.tlb.leave();
             self.serve_requests();
         };
         // Should the page end from here on: its table is freed after a flush, which waits for this vCPU.
@@ -366,7 +368,7 @@ impl<H: Host + GuestMemory> ShadowVcpu<H> {
 
     #[cold]
     fn serve_requests(&mut self) {
-        let requests = self.mmu.tlb.take_requests(self.id);
+        let requests = self.tlb.take_requests();
         let counters = self.ticket.counters();
         let Some(shadow) = self.mmu.shadow.get() else { return };
         let now = shadow.withdrawals.now();

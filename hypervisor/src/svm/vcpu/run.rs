@@ -39,8 +39,8 @@ impl<P: Paging> Vcpu<P> {
     fn met(&self) -> Option<Met> {
         let raw = self.raw_exit();
         let plain = !self.was_delivering() && self.vmcb().control.shadow & 1 == 0;
-        let met = || Met { fault: exit::decode_fault(raw.info1, raw.info2), raw, rip: self.rip() };
-        (raw.code == exit::NESTED_FAULT && plain).then(met)
+        let met = |fault| Met { fault, raw, rip: self.rip() };
+        self.last_fault().filter(|_| plain).map(met)
     }
 
     /// What ended a plain run.
