@@ -44,6 +44,16 @@ pub fn watched_hypervisor(progress: Progress) -> Result<PathBuf, Error> {
     })
 }
 
+/// Builds the hypervisor that counts where the instructions of a run go, and returns its file.
+///
+/// # Errors
+/// If the source tree is gone or the build fails.
+pub fn counting_hypervisor(progress: Progress) -> Result<PathBuf, Error> {
+    build(progress, "the hypervisor that counts", "nestling-hypervisor", "bare-metal", "seams", |cargo| {
+        cargo.args(["--features", "bare-metal,seams"]);
+    })
+}
+
 /// Builds the Multiboot test kernel and returns its file.
 ///
 /// # Errors

@@ -326,6 +326,37 @@ pub struct Report {
     pub run_guest: Span,
     /// How long vCPUs had nothing to run, all of them together.
     pub idle: Span,
+    /// Where the run's time went, if the hypervisor was built to count that.
+    pub seams: Option<Seams>,
+}
+
+/// Where a run's time went, in ticks of the time stamp counter, over all vCPUs. Every run of a guest has two seams, before
+/// and behind the world switch: what passes between them is the guest's, what passes up to the next run the exit's.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Seams {
+    /// Runs of a guest.
+    pub runs: u64,
+    /// All that passed in them: guest, switch, and counting.
+    pub guest_ticks: u64,
+    /// The least that passed in one.
+    pub shortest_ticks: u64,
+    /// What was done, by the exit that it was done for: how often, and all that passed.
+    pub exits: BTreeMap<String, SeamCount>,
+    /// What of that cleared memory for the guest.
+    pub clearing_ticks: u64,
+    /// What counting takes of each run.
+    pub counting_inside: u64,
+    /// What it takes of each exit.
+    pub counting_outside: u64,
+}
+
+/// How often something was done, and how long it took in all.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SeamCount {
+    /// How often.
+    pub count: u64,
+    /// In ticks.
+    pub ticks: u64,
 }
 
 /// What came of a series of guests.

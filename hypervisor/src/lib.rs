@@ -6,7 +6,7 @@
 //!
 //! The rooms: [`boot`] (from the loader to running CPUs), [`cpu`] (tables, interrupts, clocks), [`memory`] (frames, the
 //! map, what `nestling` asks of its embedder), [`svm`] (entering and leaving guests), [`vm`] (a VM, its vCPUs, their exit
-//! loop), [`guest`] (loading guests), [`devices`], [`emulate`] (instructions on device memory), [`ghost`] (what checks the rest), and [`control`] (the way to the command).
+//! loop), [`guest`] (loading guests), [`devices`], [`emulate`] (instructions on device memory), [`ghost`] (what checks the rest), [`seams`] (what counts the rest), and [`control`] (the way to the command).
 #![no_std]
 #![cfg(target_arch = "x86_64")]
 
@@ -22,5 +22,6 @@ pub mod emulate;
 pub mod ghost;
 pub mod guest;
 pub mod memory;
+pub mod seams;
 pub mod svm;
 pub mod vm;

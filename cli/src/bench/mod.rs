@@ -12,6 +12,7 @@ mod nestling;
 mod plot;
 mod profile;
 mod rows;
+mod seams;
 
 use std::{collections::BTreeMap, fs, path::Path};
 
@@ -159,8 +160,13 @@ pub fn run(args: &BenchArgs, progress: Progress) -> Result<(), Error> {
     }
 }
 
-/// Prints where one operation's instructions go.
+/// Prints where one operation's instructions go, or a Linux guest's.
 fn explain(args: &BenchArgs, operation: &str, progress: Progress) -> Result<(), Error> {
+    if operation == rows::LINUX_RUN {
+        let shares = nestling::profile_linux(args.mmu.into(), progress)?;
+        println!("{operation}: {shares}");
+        return Ok(());
+    }
     let (functions, each) = nestling::profile(args, operation, progress)?;
     println!("{operation}: {each:.1} instructions each");
     for (function, instructions) in functions.iter().filter(|(_, instructions)| *instructions >= 0.05) {

@@ -9,6 +9,7 @@ use rustix::fs::{CWD, Mode, mkfifoat};
 use super::{
     Figures, Pages, Paging, figures, is_of_large,
     profile::{self, Counts, Places},
+    seams::Shares,
 };
 use crate::{
     args::{BenchArgs, Cli},
@@ -98,6 +99,17 @@ pub(super) fn run_linux(paging: Paging, progress: Progress) -> Result<Figures, E
     figures.insert("linux".into(), (1, report.run_guest.ticks.saturating_sub(report.idle.ticks)));
     step.done();
     Ok(figures)
+}
+
+/// Runs it on a hypervisor that counts at its seams, and says where its instructions go.
+pub(super) fn profile_linux(paging: Paging, progress: Progress) -> Result<Shares, Error> {
+    let mut plan = linux(paging)?;
+    plan.guest.hypervisor = Some(artifacts::counting_hypervisor(progress)?);
+    let step = progress.step(&format!("running Linux with {}", paging.words()));
+    let (_, report) = run(Prepared::new(plan, None, progress)?)?;
+    step.done();
+    let seams = report.seams.ok_or_else(|| Error::Measuring { said: "the hypervisor did not count".into() })?;
+    Ok(Shares::new(&seams, report.run_guest.ticks.saturating_sub(report.idle.ticks)))
 }
 
 fn prepare(

@@ -21,8 +21,10 @@ enum Value {
 const TABLE_BYTES: &str = "table_bytes_per_gib";
 const BOOK_BYTES: &str = "book_bytes_per_gib";
 const FORK_EXITS: &str = "fork_exits";
+/// A Linux guest's run as a whole.
+pub(super) const LINUX_RUN: &str = "linux";
 /// The rows of a Linux guest.
-const LINUX: [&str; 3] = ["linux", "fork", FORK_EXITS];
+const LINUX: [&str; 3] = [LINUX_RUN, "fork", FORK_EXITS];
 /// A quarter of a percent.
 const MOST_BOOK_BYTES: f64 = (1u64 << 30) as f64 / 400.0;
 /// Pages of 4 KiB in a GiB.
@@ -111,10 +113,10 @@ const DEFINITIONS: [Definition; 41] = [
     memory(TABLE_BYTES, Paging::Shadow, "table_bytes", Goal::None),
     memory(BOOK_BYTES, Paging::Shadow, "book_bytes", Goal::Most(MOST_BOOK_BYTES)),
     shadow("vm_destroy", "vm_destroy", Value::All, None),
-    linux("linux", Paging::Npt, Value::All, Goal::Share(0.9)),
+    linux(LINUX_RUN, Paging::Npt, Value::All, Goal::Share(0.9)),
     linux("fork", Paging::Npt, Value::Each, Goal::None),
     linux(FORK_EXITS, Paging::Npt, Value::Each, Goal::None),
-    linux("linux", Paging::Shadow, Value::All, Goal::Share(0.75)),
+    linux(LINUX_RUN, Paging::Shadow, Value::All, Goal::Share(0.75)),
     linux("fork", Paging::Shadow, Value::Each, Goal::Share(1.0)),
     linux(FORK_EXITS, Paging::Shadow, Value::Each, Goal::Share(1.0)),
 ];

@@ -42,6 +42,7 @@ use super::frames::{self, FRAME};
 use super::kept::{Kept, PAGE};
 use super::pins::{Pin, Pins};
 use crate::guest::{GuestMemory, GuestMemoryError};
+use crate::seams;
 
 pub(super) const ORDER_2M: u32 = 9;
 const ORDER_1G: u32 = 18;
@@ -589,7 +590,7 @@ pub(super) fn give_back(word: u64, order: u32) {
 /// Gives an empty word a block of its own, unless somebody else is faster.
 fn populate(cell: &AtomicU64, order: u32) -> Result<(), BackingError> {
     let block = take_block(order).ok_or(BackingError::OutOfMemory)?;
-    clear(block, order);
+    seams::clearing(|| clear(block, order));
     if cell.compare_exchange(0, block | PRESENT, Ordering::AcqRel, Ordering::Relaxed).is_err() {
         give_block(block, order);
     }

@@ -18,6 +18,8 @@ use core::arch::asm;
 use core::mem::offset_of;
 use core::ptr;
 
+use crate::seams;
+
 /// What [`enter`] switches, by address.
 #[derive(Debug)]
 #[repr(C, align(64))]
@@ -47,6 +49,7 @@ static HOST_MXCSR: u32 = 0x1f80;
 /// the VMCB's controls keep the guest to its own memory and ports.
 #[inline(always)]
 pub unsafe fn enter(switch: &mut Switch) {
+    seams::entering();
     // SAFETY: what VMRUN may do the caller vouches for. All general registers are the guest's in between: those that can be
     // declared as lost are, the others are pushed. The stack is back where it was, and #VMEXIT has restored the flags.
     unsafe {
@@ -110,6 +113,7 @@ pub unsafe fn enter(switch: &mut Switch) {
             clobber_abi("C"),
         );
     }
+    seams::left();
 }
 
 /// Stores this CPU's VMLOAD state in the page at `host`, for [`Switch::host`].

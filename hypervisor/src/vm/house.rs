@@ -56,6 +56,7 @@ use crate::memory::embedder::{self, Machine};
 use crate::memory::frames;
 use crate::memory::guest::{self, ChunkSize, GuestRam};
 use crate::memory::kept;
+use crate::seams;
 use crate::svm::{self, permission::Maps};
 
 /// How often CPU 0 looks at its ports while nobody wakes it.
@@ -193,6 +194,7 @@ fn memory(config: &RunConfig) -> Result<Arc<Mmu<Machine>>, String> {
         ..Config::default()
     };
     ghost::begin();
+    seams::begin();
     let mmu = Mmu::new(Machine::new(ram), config).map_err(text)?;
     if asked.mmu == MmuKind::Shadow {
         let cpu = CpuFeatures { physical_bits: physical_bits() as u8, gigantic_pages: has_giant_pages() };
@@ -549,6 +551,7 @@ impl Vm<'_> {
             boot_guest_ns: ready,
             run_guest,
             idle,
+            seams: seams::tell().map(|tally| tally.report()),
         };
         Finished { exit, death, report, stopped_by_operator }
     }

@@ -48,6 +48,7 @@ use crate::emulate::Kept;
 use crate::ghost;
 use crate::guest::VcpuInit;
 use crate::memory::embedder;
+use crate::seams;
 
 /// How long a guest runs in which something waits for the next instruction.
 const SHADOW_NS: u64 = 10_000;
@@ -377,6 +378,8 @@ impl<C: GuestCpu> Vcpu<C> {
                 exits[Exit::Fault(met.fault).index()] += 1;
                 ring.note(met.raw.code, met.rip, met.raw.info1);
                 stall.entering(&vm.storm);
+                seams::exit(Exit::Fault(met.fault).index());
+                seams::at_once();
             }
             fixed
         });
@@ -384,6 +387,7 @@ impl<C: GuestCpu> Vcpu<C> {
         drop(inside);
         reach.back();
         self.stall.left(&vm.storm, exit);
+        seams::exit(exit.index());
         self.exits[exit.index()] += 1;
         let raw = self.cpu.raw_exit();
         self.ring.note(raw.code, self.cpu.rip(), raw.info1);
@@ -590,7 +594,9 @@ impl<C: GuestCpu> Vcpu<C> {
             let start = instructions::rdtsc();
             // SAFETY: ring 0, interrupts off, and no lock is held.
             local::this().away(|| unsafe { instructions::halt() });
-            self.idle_ticks += instructions::rdtsc() - start;
+            let idle = instructions::rdtsc() - start;
+            self.idle_ticks += idle;
+            seams::idle(idle);
         }
         self.reach.back();
         // The timer may have been what ended it; and it goes on resting until something else is found.
