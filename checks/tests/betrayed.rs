@@ -63,7 +63,7 @@ fn a_flush_that_is_ignored_is_seen_after_a_delete() {
 fn a_walk_through_a_freed_table_is_seen() {
     let mmu = small(two_by_two());
     add(&mmu, 0, START, 3);
-    let mut cpu = GuestCpu::new(&mmu, VcpuId(0), 3, Manners::IgnoresFlush);
+    let mut cpu = GuestCpu::new(&mmu, VcpuId(0), 1, Manners::IgnoresFlush);
     assert_eq!(cpu.run_one(START, Access::Read), Done::Memory);
     let mut worker = mmu.worker().expect("a worker is free");
     worker.zap(GfnRange { start: Gfn(0), end: Gfn(1 << 18) });
