@@ -40,7 +40,7 @@ mod seam {
             left();
             exit(0);
         }
-        let calibrated = core::mem::replace(&mut *here(), Tally::new());
+        let calibrated = core::mem::take(&mut *here());
         TALLIES.iter().for_each(|tally| tally.lock().costs_as(&calibrated));
     }
 
