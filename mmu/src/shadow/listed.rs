@@ -8,7 +8,7 @@
 
 use alloc::boxed::Box;
 
-use super::page::{Handle, Page};
+use super::page::{Handle, Page, STALE, UNSYNC};
 use super::table::Inside;
 use crate::host::Host;
 use crate::leaf_lock::LeafLock;
@@ -95,7 +95,11 @@ impl OutOfStep {
         Self { ring: LeafLock::new(Ring::new()), count: AtomicU32::new(0), latest: AtomicU64::new(0) }
     }
 
-    /// Puts a page on the list, with a new number if it was there; whether there was room. Under its bucket lock.
+    /// Puts a page on the list, with a new number if it was there, and marks it as out of step; whether there was room. Under
+    /// its bucket lock.
+    ///
+    /// Both at once for who copies the list: a look that finds the page there, and no way to it, is followed by links that
+    /// find it marked.
     pub(super) fn add<H: Host>(&self, inside: Inside<'_, H>, handle: Handle) -> bool {
         let page = inside.page(handle.index);
         let mut ring = self.ring.lock(inside.relax());
@@ -114,8 +118,18 @@ impl OutOfStep {
                 place
             }
         };
+        page.set(UNSYNC | STALE);
         ring.put_first(place, self.next_number());
         true
+    }
+
+    /// The number of a page on the list; 0 if it is not there.
+    pub(super) fn number<H: Host>(&self, inside: Inside<'_, H>, page: &Page) -> u64 {
+        let mut ring = self.ring.lock(inside.relax());
+        match page.place() {
+            HEAD => 0,
+            place => ring.at(place).number,
+        }
     }
 
     /// Gives a page that is on the list a new number. Under the page's lock.
@@ -130,16 +144,30 @@ impl OutOfStep {
 
     /// Takes a page from the list, if it is there. Under its bucket lock.
     pub(super) fn remove<H: Host>(&self, inside: Inside<'_, H>, page: &Page) {
+        self.remove_if(inside, page, |_| true);
+    }
+
+    /// Takes a page from the list unless it got a new number since [`OutOfStep::number`] said this one; whether it is not
+    /// there now. Under its bucket lock.
+    pub(super) fn remove_as<H: Host>(&self, inside: Inside<'_, H>, page: &Page, number: u64) -> bool {
+        self.remove_if(inside, page, |now| now == number)
+    }
+
+    fn remove_if<H: Host>(&self, inside: Inside<'_, H>, page: &Page, may: impl FnOnce(u64) -> bool) -> bool {
         let place = page.place();
         if place == HEAD {
-            return;
+            return true;
         }
         let mut ring = self.ring.lock(inside.relax());
+        if !may(ring.at(place).number) {
+            return false;
+        }
         ring.take_out(place);
         ring.at(place).older = ring.free;
         ring.free = place;
         page.set_place(HEAD);
         self.count.fetch_sub(1, Ordering::AcqRel);
+        true
     }
 
     /// Under the lock. A read-modify-write, as is the look in [`OutOfStep::has_news`]: of two, one sees the other, and what

@@ -42,7 +42,9 @@
 //! 4. Under both locks: if the table was not opened again meanwhile, the page is in step, and leaves the list.
 //!
 //! Others may do the same to the same page at the same time. Until step 4 the page stays on the list, so that who looks
-//! at the list in between does not take it for done: it does steps 2 and 3 itself.
+//! at the list in between does not take it for done: it does steps 2 and 3 itself. Whether the table was opened again since
+//! step 1 is told by the page's number, and not by whether it is open at step 4: another may have protected it again, and
+//! not have compared it yet.
 //!
 //! # Why a fault can not slip in an old entry
 //! Entries are made under the page's lock of what the guest's entry says under that lock. If that was before step 3, step
@@ -221,8 +223,11 @@ pub(super) fn open<H: Host>(inside: Inside<'_, H>, bucket: &Bucket, gfn: Gfn) ->
         }
         let handle = Handle { index, life: page.life() };
         // A page that is being taken apart has an even life; none of its entries will be used.
-        if handle.life & 1 == 0 || inside.shadow.out_of_step.add(inside, handle) {
+        let dying = handle.life & 1 == 0;
+        if dying {
             page.set(UNSYNC | STALE);
+        }
+        if dying || inside.shadow.out_of_step.add(inside, handle) {
             page.count_write();
             page.note_open();
             inside.counters().add(Counter::Unsynced, 1);
@@ -245,16 +250,17 @@ pub(super) fn in_step<H: Host + GuestMemory>(inside: Inside<'_, H>, order: &mut 
     if pages.is_empty() {
         return;
     }
-    let mut latest = Moment::NEVER;
+    let (mut latest, mut numbers) = (Moment::NEVER, [0; LIST]);
     let withdrawals = &inside.shadow.withdrawals;
     withdrawals.begin();
-    for handle in pages {
+    for (handle, number) in pages.iter().zip(&mut numbers) {
         let page = inside.page(handle.index);
         let gfn = page.gfn();
         let mut bucket = order.bucket(inside, gfn);
         // Under the lock of the wrong bucket, should the page have died and come to life for another frame: then it is
         // not this life any more.
         if page.is(*handle) {
+            *number = inside.shadow.out_of_step.number(inside, page);
             page.clear(UNSYNC);
             bucket.write_protect(inside, gfn, core::iter::once(gfn));
             latest = latest.max(bucket.protected());
@@ -264,20 +270,19 @@ pub(super) fn in_step<H: Host + GuestMemory>(inside: Inside<'_, H>, order: &mut 
         inside.mmu.tlb.flush(&inside.mmu.host, inside.counters());
     }
     withdrawals.end();
-    for handle in pages {
+    for (handle, number) in pages.iter().zip(numbers) {
         if let Some(mut guard) = order.alive(inside, *handle) {
             compare_all(inside, &mut guard);
             let page = guard.page;
-            in_step_now(inside, &mut guard.bucket(inside, page.gfn()), page);
+            in_step_now(inside, &mut guard.bucket(inside, page.gfn()), page, number);
         }
     }
 }
 
-/// Step 4.
-fn in_step_now<H: Host>(inside: Inside<'_, H>, _bucket: &mut Bucket, page: &Page) {
-    if !page.has(UNSYNC) {
+/// Step 4. `number` is the page's of step 1.
+fn in_step_now<H: Host>(inside: Inside<'_, H>, _bucket: &mut Bucket, page: &Page, number: u64) {
+    if !page.has(UNSYNC) && inside.shadow.out_of_step.remove_as(inside, page, number) {
         page.clear(STALE);
-        inside.shadow.out_of_step.remove(inside, page);
     }
 }
 
