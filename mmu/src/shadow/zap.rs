@@ -11,9 +11,9 @@
 //! A CPU that walks a parent's entry in between finds a table without entries, and faults.
 //!
 //! # Frames
-//! Memory that is taken from the guest: all leaves of its frames go, through their reverse maps, large ones as a whole, and all shadow pages
-//! that stand for one of its frames as a table, for what they were made of is going. Pages of old epochs are not
-//! different. The flush is not left to others here: it is done before the lock is left.
+//! Memory that is taken from the guest: all leaves of its frames go, through their reverse maps, large ones as a whole,
+//! and all shadow pages that stand for one of its frames as a table, for what they were made of is going. Pages of old
+//! epochs are not different. The flush is not left to others here: it is done before the lock is left.
 
 use super::Shadow;
 use super::hold::{Debts, hold};
