@@ -294,7 +294,7 @@ pub struct BenchArgs {
     /// Draw them
     #[arg(long, value_name = "FILE")]
     pub svg: Option<PathBuf>,
-    /// Do only this operation of this hypervisor's, and say where its instructions go: by function, or by exit for `linux`
+    /// Say where the instructions of this operation of this hypervisor's go: by function, or by exit for `linux`
     #[arg(long, value_name = "OPERATION", conflicts_with_all = ["only", "json", "svg", "baseline"])]
     pub profile: Option<String>,
     /// On which tables that operation is done

@@ -19,7 +19,7 @@ use std::{
 use nestling_control::window::WINDOW_BYTES;
 use tempfile::TempDir;
 
-use crate::{accel::Acceleration, copy::window::Window, error::Error, setup::find_program};
+use crate::{accel::Acceleration, bench::NOTHING, copy::window::Window, error::Error, setup::find_program};
 
 /// QEMU connects within its first milliseconds; this is for a machine that is swapping.
 const CONNECT_WITHIN: Duration = Duration::from_secs(60);
@@ -50,13 +50,15 @@ pub struct Start<'a> {
     pub trace: Option<&'a Trace>,
 }
 
-/// A log of executed instructions, a line each.
+/// A log of executed instructions, a line each, which whoever listens at a socket switches on and off as the machine's debugger.
 #[derive(Clone, Debug)]
 pub struct Trace {
     /// Where it goes.
     pub log: PathBuf,
     /// Addresses, as `-dfilter` wants them; the others are left out.
     pub filter: String,
+    /// The debugger's socket. The machine starts stopped.
+    pub stub: PathBuf,
 }
 
 /// A running QEMU.
@@ -165,10 +167,9 @@ fn command(start: &Start<'_>, bundle: &Path, console: &Path, control: &Path) -> 
     let cpu = if start.random { RANDOM_CPU } else { "max" };
     let memory_mib = start.memory_bytes.div_ceil(1 << 20);
     let mut command = machine(start.qemu, start.acceleration, cpu, start.cpus, memory_mib);
-    if let Some(Trace { log, filter }) = start.trace {
-        // One instruction a block of translated code, and no jumps from block to block without a line. QEMU 8.1 gave the
-        // first option another name.
-        command.arg("-singlestep").args(["-d", "exec,nochain", "-dfilter", filter, "-D"]).arg(log);
+    if let Some(Trace { log, filter, stub }) = start.trace {
+        command.args(["-d", NOTHING, "-dfilter", filter, "-D"]).arg(log);
+        command.arg("-chardev").arg(socket("stub", stub)).args(["-gdb", "chardev:stub", "-S"]);
     }
     for (name, path) in [("console", console), ("control", control)] {
         // The first -serial is COM1, the second COM2.

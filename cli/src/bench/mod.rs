@@ -13,6 +13,7 @@ mod plot;
 mod profile;
 mod rows;
 mod seams;
+mod stub;
 
 use std::{collections::BTreeMap, fs, path::Path};
 
@@ -20,6 +21,7 @@ use nestling_meter::{END, Figure, LARGE_PAGES, SMALL_PAGES};
 use serde::{Deserialize, Serialize};
 
 pub use rows::Row;
+pub(crate) use stub::NOTHING;
 
 use crate::{
     args::{BenchArgs, Side, System, Translation},
@@ -167,8 +169,9 @@ fn explain(args: &BenchArgs, operation: &str, progress: Progress) -> Result<(), 
         println!("{operation}: {shares}");
         return Ok(());
     }
-    let (functions, each) = nestling::profile(args, operation, progress)?;
-    println!("{operation}: {each:.1} instructions each");
+    let figure = rows::followed(operation, args.mmu.into())?;
+    let (functions, each) = nestling::profile(args, figure, progress)?;
+    println!("{figure}: {each:.1} instructions each");
     for (function, instructions) in functions.iter().filter(|(_, instructions)| *instructions >= 0.05) {
         println!("{instructions:10.1}  {function}");
     }

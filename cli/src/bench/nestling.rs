@@ -10,6 +10,7 @@ use super::{
     Figures, Pages, Paging, figures, is_of_large,
     profile::{self, Counts, Places},
     seams::Shares,
+    stub,
 };
 use crate::{
     args::{BenchArgs, Cli},
@@ -23,6 +24,8 @@ use crate::{
     run::Prepared,
 };
 
+/// What the hypervisor measures itself: the guest is gone.
+pub(super) const VM_DESTROY: &str = "vm_destroy";
 /// How often a Linux guest forks.
 const FORKS: u32 = 200;
 /// Of a Linux guest; it takes less than a minute.
@@ -30,12 +33,17 @@ const LIMIT: Duration = Duration::from_secs(600);
 
 /// Runs the measuring guest here, on small pages and, where they are mapped as such, on large ones.
 pub(super) fn measure(args: &BenchArgs, paging: Paging, progress: Progress) -> Result<Figures, Error> {
-    let (mut figures, report) = run(prepare(args, paging, Pages::Small, "", progress)?)?;
-    figures.insert("vm_destroy".into(), (1, report.teardown.ticks));
+    let mut figures = run_meter(prepare(args, paging, Pages::Small, "", progress)?)?;
     if paging == Paging::Npt {
-        let (large, _) = run(prepare(args, paging, Pages::Large, "", progress)?)?;
+        let large = run_meter(prepare(args, paging, Pages::Large, "", progress)?)?;
         figures.extend(large.into_iter().filter(is_of_large));
     }
+    Ok(figures)
+}
+
+fn run_meter(prepared: Prepared) -> Result<Figures, Error> {
+    let (mut figures, report) = run(prepared)?;
+    figures.insert(VM_DESTROY.into(), (1, report.teardown.ticks));
     Ok(figures)
 }
 
@@ -51,10 +59,16 @@ pub(super) fn profile(
     mkfifoat(CWD, &log, Mode::RUSR | Mode::WUSR).map_err(|cause| Error::io("make a pipe")(cause.into()))?;
     let prepared = prepare(args, args.mmu.into(), Pages::of(operation), operation, progress)?;
     let hypervisor = prepared.hypervisor().to_owned();
-    let Places { mark, filter } = profile::places(&hypervisor)?;
-    let prepared = prepared.traced(Trace { log: log.clone(), filter });
+    let Places { mark, filter } = profile::places(&hypervisor, operation)?;
+    let debugger = work.path().join("stub");
+    let follower = stub::follow(&debugger, mark).map_err(Error::io("make a socket"))?;
+    let prepared = prepared.traced(Trace { log: log.clone(), filter, stub: debugger });
+    let step = progress.step(&format!("following the instructions of {operation}"));
     let reader = thread::spawn(move || Counts::read(&log, mark));
-    let (figures, _) = run(prepared)?;
+    let figures = run_meter(prepared)?;
+    let followed = follower.join().map_err(|_| Error::Qemu("it could not be followed".into()))?;
+    followed.map_err(Error::io("follow QEMU's instructions"))?;
+    step.done();
     let trace = reader.join().map_err(|_| Error::Qemu("its log could not be read".into()))?;
     let trace = trace.map_err(Error::io("read QEMU's log"))?;
     let &(count, ticks) =

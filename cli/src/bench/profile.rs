@@ -1,8 +1,8 @@
-//! Where the instructions go: the emulator tells of each instruction that it executes, and those between the guest's two
-//! marks ([`nestling_meter::Operation::Mark`]) are counted by function.
+//! Where the instructions go: the emulator tells of each instruction that it executes between two marks (the guest's,
+//! [`nestling_meter::Operation::Mark`], or the hypervisor's own around the end of a VM), and they are counted by function.
 //!
 //! A function that was inlined counts by itself: the hypervisor's debugging information says which one an instruction
-//! came from. The guest's own instructions are left out.
+//! came from. The guest's own instructions are left out. [`super::stub`] switches the emulator's log.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -14,10 +14,13 @@ use std::{
 use addr2line::Loader;
 use elf::{ElfBytes, abi::STT_FUNC, endian::LittleEndian, symbol::Symbol};
 
+use super::nestling::VM_DESTROY;
 use crate::error::Error;
 
-/// The hypervisor's function that stands for a mark.
+/// The hypervisor's function that stands for a guest's mark.
 const MARK: &str = "nestling_hypervisor::vm::meter::mark";
+/// The one around the end of a VM.
+const MARK_END: &str = "nestling_hypervisor::vm::meter::mark_end";
 /// Begins the names of functions that wait for CPUs and clocks at the start: the emulator would tell of nothing else.
 const BOOT: &str = "nestling_hypervisor::boot::";
 /// The emulator's flag for a CPU that runs a guest, whose addresses may be the hypervisor's too.
@@ -35,15 +38,19 @@ pub(super) struct Counts {
 }
 
 impl Counts {
-    /// Reads what QEMU writes for `-d exec,nochain` with one instruction a block, to its end: a line an instruction, the
-    /// address behind the first slash in brackets, the CPU's flags behind the second.
+    /// Reads what QEMU writes for `-d exec,nochain` with one instruction a block, to its end: a line an instruction, which
+    /// begins with the CPU's number; the address is behind the first slash in brackets, the CPU's flags behind the second.
+    ///
+    /// Only what the CPU does that was at the mark counts: the housekeeping of another has nothing to do with it.
     pub(super) fn read(log: &Path, mark: u64) -> std::io::Result<Self> {
         let mut log = BufReader::with_capacity(1 << 20, File::open(log)?);
-        let (mut line, mut marked, mut trace) = (Vec::new(), false, Self::default());
+        let (mut line, mut marked, mut trace) = (Vec::new(), None, Self::default());
         while log.read_until(b'\n', &mut line)? > 0 {
-            if let Some(address) = address(&line) {
-                marked ^= address == mark;
-                if marked {
+            if let Some((cpu, address)) = executed(&line) {
+                if address == mark {
+                    marked = if marked.is_none() { Some(cpu) } else { None };
+                }
+                if marked == Some(cpu) {
                     *trace.executed.entry(address).or_default() += 1;
                 }
             }
@@ -65,13 +72,14 @@ impl Counts {
     }
 }
 
-/// The address in a line of the log, unless it is a guest's.
-fn address(line: &[u8]) -> Option<u64> {
+/// The CPU and the address in a line of the log, unless it is a guest's.
+fn executed(line: &[u8]) -> Option<(u32, u64)> {
     let text = std::str::from_utf8(line).ok()?.strip_prefix("Trace ")?;
+    let (cpu, text) = text.split_once(':')?;
     let (_, inside) = text.split_once('[')?;
     let mut fields = inside.split('/').skip(1).map(|field| u64::from_str_radix(field, 16));
     let address = fields.next()?.ok()?;
-    (fields.next()?.ok()? & IN_GUEST == 0).then_some(address)
+    (fields.next()?.ok()? & IN_GUEST == 0).then_some((cpu.parse().ok()?, address))
 }
 
 fn failed(hypervisor: &Path, cause: impl std::fmt::Display) -> Error {
@@ -104,8 +112,8 @@ pub(super) struct Places {
     pub(super) filter: String,
 }
 
-/// Finds the places.
-pub(super) fn places(hypervisor: &Path) -> Result<Places, Error> {
+/// Finds the places for a figure.
+pub(super) fn places(hypervisor: &Path, figure: &str) -> Result<Places, Error> {
     let file = fs::read(hypervisor).map_err(|cause| failed(hypervisor, cause))?;
     let file = ElfBytes::<LittleEndian>::minimal_parse(&file).map_err(|cause| failed(hypervisor, cause))?;
     let symbols = file.symbol_table().map_err(|cause| failed(hypervisor, cause))?;
@@ -114,7 +122,8 @@ pub(super) fn places(hypervisor: &Path) -> Result<Places, Error> {
     let mut functions: Vec<_> =
         symbols.iter().filter(|symbol| symbol.st_symtype() == STT_FUNC && symbol.st_size > 0).collect();
     functions.sort_by_key(|symbol| symbol.st_value);
-    let mark = functions.iter().find(|symbol| name(symbol) == MARK);
+    let wanted = if figure == VM_DESTROY { MARK_END } else { MARK };
+    let mark = functions.iter().find(|symbol| name(symbol) == wanted);
     let mark = mark.ok_or_else(|| failed(hypervisor, "it has no mark"))?.st_value;
     // Neighbours are joined: there are hundreds of functions.
     let mut ranges: Vec<(u64, u64)> = Vec::new();
@@ -139,7 +148,8 @@ mod tests {
     fn only_what_is_between_marks_counts() {
         let line = |address: u64| format!("Trace 0: 0x7f00 [00000000/{address:016x}/0040c0b0/00000001] name\n");
         let guest = "Trace 0: 0x7f00 [00000000/0000000000000020/0060c0b0/00000001] name\n";
-        let log = [0x10, 0x99, 0x10, 0x20].map(line).concat() + guest + &[0x10, 0x99, 0x20].map(line).concat();
+        let other = "Trace 1: 0x7f00 [00000000/0000000000000020/0040c0b0/00000001] name\n";
+        let log = [0x10, 0x99, 0x10, 0x20].map(line).concat() + guest + other + &[0x10, 0x99, 0x20].map(line).concat();
         let log = log + "something else [a/b]\n";
         let file = tempfile::NamedTempFile::new().expect("a file");
         fs::write(file.path(), log).expect("written");

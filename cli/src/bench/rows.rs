@@ -2,7 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{Figures, Paging};
+use super::{Figures, Pages, Paging};
+use crate::error::Error;
 
 /// How a row's value comes from a figure.
 #[derive(Clone, Copy, Debug)]
@@ -177,6 +178,31 @@ pub(super) fn rows(kvm: impl Fn(Paging) -> Figures, nestling: impl Fn(Paging) ->
         (kvm.is_some() || nestling.is_some()).then(|| Row { op: op.into(), mmu, kvm, nestling, ratio, goal })
     };
     DEFINITIONS.iter().filter_map(row).collect()
+}
+
+/// Parts of another row's work, by what the library says of itself.
+const PARTS: [&str; 2] = ["zap_all_front", "zap_all_back"];
+
+/// The figure of which a row says something, by the row's name or its own, if its instructions can be followed: those of
+/// small pages with either paging.
+///
+/// # Errors
+/// There is none.
+pub(super) fn followed(operation: &str, paging: Paging) -> Result<&'static str, Error> {
+    let rows = || {
+        let fits = |row: &&Definition| row.mmu == paging || Pages::of(row.figure) == Pages::Small;
+        let countless = [TABLE_BYTES, BOOK_BYTES, FORK_EXITS, "fork"];
+        DEFINITIONS.iter().filter(fits).filter(move |row| ![&countless[..], &PARTS].concat().contains(&row.op))
+    };
+    match rows().find(|row| (row.mmu == paging && row.op == operation) || row.figure == operation) {
+        Some(row) => Ok(row.figure),
+        None => {
+            let mut known: Vec<_> = rows().map(|row| row.figure.to_owned()).collect();
+            known.sort_unstable();
+            known.dedup();
+            Err(Error::NoSuchOperation { known })
+        }
+    }
 }
 
 /// This hypervisor's rows that cost more than in `earlier` by more than `tolerance` (0.02: 2 %): each with the values

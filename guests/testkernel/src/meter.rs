@@ -84,6 +84,13 @@ fn must(operation: Operation) -> (u64, u64) {
     done.unwrap_or_default()
 }
 
+/// Prints a figure, if there is one.
+fn print(name: &str, count: u64, ticks: Option<u64>) {
+    if let Some(ticks) = ticks {
+        serial::print(format_args!("{LINE} {name} {count} {ticks}\n"));
+    }
+}
+
 struct Slot<'a> {
     pages: u64,
     /// The figure whose work is to be looked at closely.
@@ -102,17 +109,20 @@ impl Slot<'_> {
 
     /// As [`Slot::tell`], unless the work could not be done.
     fn tell_if(&self, name: &str, count: u64, work: impl FnOnce() -> Option<u64>) {
+        print(name, count, self.between_marks(name, work));
+    }
+
+    /// Does a figure's work, marked if it is to be looked at closely.
+    fn between_marks<T>(&self, name: &str, work: impl FnOnce() -> T) -> T {
         let mark = || {
             if name == self.marked {
                 ask(Operation::Mark);
             }
         };
         mark();
-        let ticks = work();
+        let done = work();
         mark();
-        if let Some(ticks) = ticks {
-            serial::print(format_args!("{LINE} {name} {count} {ticks}\n"));
-        }
+        done
     }
 
     /// Maps the slot by 4 KiB pages in place of the boot code's large ones.
@@ -226,13 +236,13 @@ impl Slot<'_> {
         self.tell("host_invalidate", self.count(), || must(Operation::Invalidate).0);
         must(Operation::Populate);
         self.write();
-        let all = ask(Operation::ZapAll).map(|(ticks, _)| ticks);
+        let all = self.between_marks("zap_all", || ask(Operation::ZapAll)).map(|(ticks, _)| ticks);
         let front = ask(Operation::ZapAllFront).map(|(ticks, _)| ticks);
-        self.tell_if("zap_all", self.count(), || all);
-        self.tell_if("zap_all_front", 1, || front);
-        self.tell_if("zap_all_back", self.count(), || Some(all? - front?));
-        if let Some((ticks, turns)) = ask(Operation::SwitchRoot) {
-            self.tell("root_switch", turns.max(1), || ticks);
+        print("zap_all", self.count(), all);
+        print("zap_all_front", 1, front);
+        print("zap_all_back", self.count(), all.zip(front).map(|(all, front)| all - front));
+        if let Some((ticks, turns)) = self.between_marks("root_switch", || ask(Operation::SwitchRoot)) {
+            print("root_switch", turns.max(1), Some(ticks));
         }
     }
 

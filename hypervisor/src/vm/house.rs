@@ -504,6 +504,7 @@ impl Vm<'_> {
         let storm = shared.storm.report();
         let clock = shared.clock.clone();
         let had = self.mmu.shadow_metadata();
+        meter::mark_end();
         let began = instructions::rdtsc();
         drop(remains);
         drop(shared);
@@ -511,10 +512,13 @@ impl Vm<'_> {
             zap_shadow(&self.mmu);
         }
         let counting = instructions::rdtsc();
+        meter::mark_end();
         let shadow = had.zip(self.mmu.shadow_metadata()).map(|(had, left)| shadow_report(had, left, &counters));
+        meter::mark_end();
         let counted = instructions::rdtsc() - counting;
         drop(self.mmu);
         let ticks = instructions::rdtsc() - began - counted;
+        meter::mark_end();
         let teardown = Span { ns: clock.ns_in(ticks), ticks };
         let stopped_by_operator = cause == Some(End::Exit(GuestExit::Stopped));
         let (exit, death) = match cause {

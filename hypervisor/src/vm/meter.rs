@@ -167,6 +167,12 @@ fn mark() {
     core::hint::black_box(());
 }
 
+/// Another one, where the work of a VM's end begins and ends. It is not the same code, which would be linked once for both.
+#[inline(never)]
+pub(super) fn mark_end() {
+    core::hint::black_box(TURNS);
+}
+
 /// Not carried out.
 struct Refused;
 
