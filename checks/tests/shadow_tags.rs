@@ -281,3 +281,74 @@ fn invlpg_of_an_address_forgets_both_halves_of_a_page_of_4_mib() {
     assert_eq!(read(&mut cpu, DATA), Done::Fault);
     end(mmu, worker, vec![cpu]);
 }
+
+/// What is done in guest mode is what would be done at entry; what is not is left to that.
+#[test]
+fn a_load_of_cr3_in_guest_mode_turns_to_a_root_that_owes_nothing_to_others() {
+    let (mmu, mut worker) = machine(64);
+    let mut cpu = cpu(&mmu, 0, LONG);
+    let tags = settled(&mut cpu);
+    cpu.at_once_each = 1;
+    let load = |cpu: &mut ShadowCpu, turn: usize| {
+        let before = cpu.done_at_once;
+        cpu.load_cr3(ROOTS[turn % 2]);
+        cpu.done_at_once > before
+    };
+    for turn in 0..10 {
+        assert!(load(&mut cpu, turn / 2), "{turn}");
+        assert_eq!(owed(&mut cpu), (tags[turn / 2 % 2], None));
+        assert_eq!(read(&mut cpu, DATA), Done::Memory);
+    }
+    let before = cpu.done_at_once;
+    cpu.invlpg(DATA << 12);
+    assert_eq!((cpu.done_at_once, owed(&mut cpu)), (before + 1, (tags[0], None)), "paid at once");
+    assert_eq!(read(&mut cpu, DATA), Done::Memory);
+    // What the guest takes back under one root is compared there, by an entry, and owed under the other one.
+    write_entry(&mut cpu, TABLES[3], DATA, DATA << 12 | READ_ONLY);
+    assert!(!load(&mut cpu, 0), "there is something to compare");
+    assert_eq!(owed(&mut cpu), (tags[0], Some(TagFlush::All)));
+    assert!(!load(&mut cpu, 1), "of that it is not known under this root");
+    assert_eq!(owed(&mut cpu), (tags[1], Some(TagFlush::All)));
+    let spared = cpu.spared;
+    assert!(load(&mut cpu, 0) && load(&mut cpu, 1));
+    assert_eq!((read(&mut cpu, DATA), cpu.spared), (Done::Memory, spared));
+    assert_eq!(cpu.access(ask(DATA, Access::Write, KERNEL), None), Done::Fault);
+    // What is gone is gone under the other root as well.
+    write_entry(&mut cpu, TABLES[3], DATA, DATA << 12 | ALL);
+    assert!(!load(&mut cpu, 1));
+    assert_eq!(owed(&mut cpu).0, tags[1]);
+    assert!(!load(&mut cpu, 0));
+    assert_eq!(owed(&mut cpu).0, tags[0]);
+    let invalidation = worker.invalidate(GfnRange::new(Gfn(DATA), 1).unwrap());
+    mmu.host().move_frame(Gfn(DATA));
+    drop(invalidation);
+    assert!(!load(&mut cpu, 1), "its tag is behind");
+    assert_eq!(owed(&mut cpu), (tags[1], Some(TagFlush::All)));
+    assert_eq!(read(&mut cpu, DATA), Done::Memory);
+    end(mmu, worker, vec![cpu]);
+}
+
+#[test]
+fn code_is_what_the_cpu_fetches() {
+    let (mmu, worker) = machine(64);
+    let mut cpu = cpu(&mmu, 0, LONG);
+    settled(&mut cpu);
+    mmu.host().prepare(Gfn(DATA), 0, Width::Eight, 0x0807_0605_0403_0201);
+    mmu.host().prepare(Gfn(DATA), 8, Width::Eight, 0x100f_0e0d_0c0b_0a09);
+    mmu.host().prepare(Gfn(DATA), 4088, Width::Eight, 0x1817_1615_1413_1211);
+    assert_eq!(cpu.access(ask(DATA, Access::Execute, KERNEL), None), Done::Memory);
+    let at = |offset: u64| (DATA << 12) + offset;
+    let whole = [(0, 0x0403_0201), (4, 0x0807_0605), (5, 0x0908_0706), (7, 0x0b0a_0908), (4092, 0x1817_1615)];
+    for (offset, bytes) in whole {
+        assert_eq!(cpu.vcpu.code(at(offset)), Some(bytes), "{offset}");
+    }
+    assert_eq!(cpu.vcpu.code(at(4093)), None, "they are in two pages");
+    let mut inside = cpu.vcpu.enter().expect("there is memory for a root");
+    assert_eq!(inside.take_flush(), None);
+    for (offset, bytes) in whole.into_iter().chain(whole) {
+        assert_eq!(inside.code(at(offset)), Some(bytes), "{offset}");
+    }
+    assert_eq!((inside.code(at(4093)), inside.code(at(4096 * 9))), (None, None));
+    drop(inside);
+    end(mmu, worker, vec![cpu]);
+}

@@ -183,7 +183,7 @@ pub enum ByRange {
 /// of it has returned.
 pub trait GuestMemory {
     /// The entry at `offset` bytes into the frame, which is a multiple of its width, read in one piece. Called inside the
-    /// MMU lock: must not wait.
+    /// MMU lock, or by a vCPU in guest mode for a frame that its CPU may read: must not wait.
     fn load(&self, hfn: Hfn, offset: u32, width: Width) -> u64;
 
     /// Replaces `old` by `new` in one step if the entry still is `old`; whether it did. As [`GuestMemory::load`].

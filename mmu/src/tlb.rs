@@ -367,6 +367,14 @@ impl Tlb {
         Entered { must_flush, has_requests: peek(&vcpu.requests) != 0 }
     }
 
+    /// Whether a vCPU that is in guest mode may go on with what last flushed for the generation `flushed`, which is not what it
+    /// went on with before. Nothing was removed since; and of what is removed from here on it is behind, as it has said
+    /// `flushed` or less, so that whoever removes it waits for it to leave.
+    #[inline]
+    pub(crate) fn is_up_to_date(&self, flushed: u64) -> bool {
+        self.generation() == flushed
+    }
+
     #[inline]
     fn generation(&self) -> u64 {
         self.generation.load(Ordering::SeqCst)

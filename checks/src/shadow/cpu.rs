@@ -9,6 +9,7 @@ use std::sync::atomic::Ordering;
 
 use nestling::guest::{Controls, Privilege, Request, Width};
 use nestling::shadow::tags::{Tag, TagFlush};
+use nestling::shadow::vcpu::at_once::{InStep, LoadedAtOnce};
 use nestling::shadow::vcpu::{InShadow, ShadowFormat, ShadowOutcome, ShadowVcpu};
 use nestling::{Access, FaultError, Hfn};
 
@@ -109,6 +110,11 @@ pub struct ShadowCpu {
     pages: Pages,
     /// Turns without a flush under another tag than the turn before.
     pub spared: u64,
+    /// Of so many loads of CR3 and INVLPG one is tried in guest mode; 0: none is.
+    pub at_once_each: u64,
+    asked: u64,
+    /// How often that was done.
+    pub done_at_once: u64,
     /// Whether nobody else runs, so that the guest's tables are what they are.
     pub alone: bool,
 }
@@ -132,6 +138,9 @@ impl ShadowCpu {
             flushed: 0,
             pages: Pages::default(),
             spared: 0,
+            at_once_each: 0,
+            asked: 0,
+            done_at_once: 0,
             alone: false,
         };
         cpu.vcpu.load_cr3(paging.cr3, false);
@@ -153,7 +162,29 @@ impl ShadowCpu {
         self.flushed = self.now();
         self.pages = Pages::default();
         self.paging.cr3 = cr3;
-        self.vcpu.load_cr3(cr3, false);
+        let at_once = |inside: &mut InShadow<'_, ShadowMachine>, in_step| {
+            inside.load_cr3_at_once(in_step, cr3, false) != LoadedAtOnce::No
+        };
+        if !self.at_once(at_once) {
+            self.vcpu.load_cr3(cr3, false);
+        }
+    }
+
+    /// What the guest does now is done in guest mode, if it is its turn and nothing is in the way: whether it was.
+    fn at_once(&mut self, work: impl FnOnce(&mut InShadow<'_, ShadowMachine>, InStep) -> bool) -> bool {
+        self.asked += 1;
+        if self.at_once_each == 0 || !self.asked.is_multiple_of(self.at_once_each) {
+            return false;
+        }
+        let Self { vcpu, caches, tag, done_at_once, .. } = self;
+        let Ok(mut inside) = vcpu.enter() else { return false };
+        caches[inside.tag().number()].forget(inside.take_flush());
+        let done = inside.in_step().is_some_and(|in_step| work(&mut inside, in_step));
+        // The root may be another one.
+        caches[inside.tag().number()].forget(inside.take_flush());
+        *tag = Some(inside.tag());
+        *done_at_once += u64::from(done);
+        done
     }
 
     /// The guest writes control registers.
@@ -168,7 +199,13 @@ impl ShadowCpu {
     pub fn invlpg(&mut self, linear: u64) {
         let now = self.now();
         self.pages.forget(self.paging, linear, now);
-        self.vcpu.invlpg(linear);
+        let at_once = |inside: &mut InShadow<'_, ShadowMachine>, in_step| {
+            inside.invlpg_at_once(in_step, linear);
+            true
+        };
+        if !self.at_once(at_once) {
+            self.vcpu.invlpg(linear);
+        }
     }
 
     /// Forgets what was told at an entry that the caller has made by itself.

@@ -227,7 +227,9 @@ impl Guest {
         let vcpu = mmu.shadow_vcpu(VcpuId(id)).expect("there is memory").expect("each vCPU is made once");
         let map = Map::new(layout);
         let paging = Paging { controls: layout.controls(), cr3: map.cr3(0) };
-        Self { cpu: ShadowCpu::new(vcpu, paging, seed ^ 0x5eed), map, rng: Rng::new(seed), calm: false, reached: 0 }
+        let mut cpu = ShadowCpu::new(vcpu, paging, seed ^ 0x5eed);
+        cpu.at_once_each = 2;
+        Self { cpu, map, rng: Rng::new(seed), calm: false, reached: 0 }
     }
 
     /// One step of the program.

@@ -69,8 +69,15 @@ pub enum Glanced {
 
 /// Looks at the first bytes of an instruction, the lowest first; `None` if it is any other, which [`control_move`] and
 /// [`invalidation`] know.
+#[inline]
 #[must_use]
-pub const fn glance(bytes: u64) -> Option<Glance> {
+pub const fn glance(bytes: u32) -> Option<Glance> {
+    // MOV with CR3 and one of the first eight registers, as below.
+    let moves = bytes & 0x38_fdff == 0x18_200f;
+    if moves {
+        let (general, write) = ((bytes >> 16) as u8 & 7, bytes & 0x200 != 0);
+        return Some(Glance { what: Glanced::Move { control: 3, general, write }, length: 3 });
+    }
     let (rex, prefixes) = if bytes & 0xf0 == 0x40 { (bytes as u8, 1) } else { (0, 0) };
     let bytes = bytes >> (8 * prefixes);
     let (escape, opcode, operands) = (bytes as u8, (bytes >> 8) as u8, (bytes >> 16) as u8);
@@ -253,7 +260,7 @@ mod tests {
             let instruction = rex.into_iter().chain([0x0f, opcode, operands]);
             all.iter_mut().zip(instruction).for_each(|(place, byte)| *place = byte);
             let (bytes, decoded) = (u64::from_le_bytes(all), decoded(u64::from_le_bytes(all)));
-            let Some(Glance { what, length }) = glance(bytes) else {
+            let Some(Glance { what, length }) = glance(bytes as u32) else {
                 assert!(!matches!(decoded.code(), Code::Mov_cr_r64 | Code::Mov_r64_cr), "{decoded:?}");
                 continue;
             };
@@ -290,7 +297,7 @@ mod tests {
         ] {
             let mut bytes = [0; 8];
             bytes[..instruction.len()].copy_from_slice(instruction);
-            assert_eq!(glance(u64::from_le_bytes(bytes)), None, "{instruction:x?}");
+            assert_eq!(glance(u64::from_le_bytes(bytes) as u32), None, "{instruction:x?}");
         }
         let write = glance(0x00d8_220f).expect("MOV CR3, RAX");
         assert_eq!(write, Glance { what: Glanced::Move { control: 3, general: 0, write: true }, length: 3 });

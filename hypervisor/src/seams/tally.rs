@@ -6,7 +6,7 @@ use nestling_control::message::{SeamCount, Seams};
 
 use crate::vm::exit::{KINDS, NAMES};
 
-/// Beside the kinds of exits: faults that were handled without leaving guest mode, and what came before the first run.
+/// Beside the kinds of exits: those that were handled without leaving guest mode, and what came before the first run.
 const AT_ONCE: usize = KINDS;
 const BEFORE: usize = KINDS + 1;
 const ROWS: usize = KINDS + 2;
@@ -14,7 +14,7 @@ const ROWS: usize = KINDS + 2;
 /// What they are called.
 fn name(row: usize) -> &'static str {
     match row {
-        AT_ONCE => "npf, in guest mode",
+        AT_ONCE => "in guest mode",
         BEFORE => "before the first run",
         kind => NAMES[kind],
     }
@@ -86,7 +86,7 @@ impl Tally {
         self.rows[kind].0 += 1;
     }
 
-    /// The fault that the last exit was is handled without leaving guest mode.
+    /// The last exit is handled without leaving guest mode.
     pub fn at_once(&mut self) {
         self.rows[self.row].0 -= 1;
         self.row = AT_ONCE;
@@ -175,7 +175,7 @@ mod tests {
         let report = all.report();
         let counted = |name: &str| report.exits.get(name).map(|row| (row.count, row.ticks));
         assert_eq!(counted("cpuid"), Some((2, 140)));
-        assert_eq!(counted("npf, in guest mode"), Some((1, 50)));
+        assert_eq!(counted("in guest mode"), Some((1, 50)));
         assert_eq!(counted("npf"), Some((1, 550)));
         assert_eq!(counted("hlt"), Some((1, 45)));
         assert_eq!((report.runs, report.guest_ticks, report.shortest_ticks, report.clearing_ticks), (5, 415, 55, 300));

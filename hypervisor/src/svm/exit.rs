@@ -5,6 +5,12 @@ use nestling::{Access, Cause, Fault, Gpa};
 
 use crate::vm::exit::{Direction, Exit, Intercepted, PortAccess};
 
+/// EXITCODE of a MOV from CR3.
+pub const READ_CR3: u64 = 0x03;
+/// EXITCODE of a MOV to CR3.
+pub const WRITE_CR3: u64 = 0x13;
+/// EXITCODE of an INVLPG.
+pub const INVLPG: u64 = 0x79;
 /// EXITCODE of a nested page fault.
 pub const NESTED_FAULT: u64 = 0x400;
 
@@ -13,9 +19,9 @@ pub const NESTED_FAULT: u64 = 0x400;
 #[must_use]
 pub fn decode(code: u64, info1: u64, info2: u64) -> Exit {
     match code {
-        0x00 | 0x03 | 0x04 => Exit::ReadControl,
+        0x00 | READ_CR3 | 0x04 => Exit::ReadControl,
         0x10 => Exit::WriteStatus,
-        0x13 | 0x14 => Exit::WriteControl,
+        WRITE_CR3 | 0x14 => Exit::WriteControl,
         0x18 => Exit::WriteTaskPriority,
         0x41 => Exit::Exception(Intercepted::Debug),
         0x46 => Exit::InvalidOpcode,
@@ -30,7 +36,7 @@ pub fn decode(code: u64, info1: u64, info2: u64) -> Exit {
         0x74 => Exit::NmiWindow,
         0x76 | 0x89 => Exit::CacheFlush,
         0x78 => Exit::Halt,
-        0x79 | 0xa2 => Exit::Invalidate,
+        INVLPG | 0xa2 => Exit::Invalidate,
         0x7b => decode_port(info1, info2).map_or(Exit::Unexpected, Exit::Port),
         0x7c if info1 & 1 != 0 => Exit::WriteMsr,
         0x7c => Exit::ReadMsr,

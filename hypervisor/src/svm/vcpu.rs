@@ -24,8 +24,9 @@
 //! alone takes the mark back, when it has put the control block in its plain form again. So a mark too many costs some
 //! instructions; what must not be is a way to put in an event, to owe a flush or to mask NMIs without one.
 //!
-//! A plain run that a nested fault ends is followed by another at once, if the VM can fix the fault in guest mode
-//! ([`crate::vm::vcpu`]) and it left nothing behind in the control block.
+//! A plain run that an exit about translation ends is followed by another at once, if the VM can do in guest mode what it is
+//! about ([`crate::vm::vcpu`]) and the exit left nothing behind in the control block. What was done may have: then the run that
+//! follows is not a plain one, and ends as any other.
 
 mod asid;
 mod event;
@@ -365,7 +366,7 @@ impl<P: Paging> GuestCpu for Vcpu<P> {
     }
 
     #[inline]
-    fn run(&mut self, fix: impl FnMut(&Met) -> bool) -> Exit {
+    fn run(&mut self, fix: impl FnMut(&mut Self, &Met) -> bool) -> Exit {
         if self.next != Entry::Plain || self.vmcb().control.shadow & 1 != 0 {
             return self.run_other();
         }

@@ -205,11 +205,11 @@ impl Exit {
     }
 }
 
-/// A second-stage fault with which nothing else came: no event was on its way in, and the guest could go on as it is.
+/// An exit about translation with which nothing else came: no event was on its way in, and the guest could go on as it is.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Met {
-    /// The fault.
-    pub fault: Fault,
+    /// What it is: a second-stage fault; on shadow tables a move from or to a control register, or INVLPG.
+    pub exit: Exit,
     /// As the CPU gave it.
     pub raw: RawExit,
     /// Where the guest is.

@@ -18,7 +18,7 @@ use super::policy::msr::VmcbMsrs;
 use super::translation::VcpuMemory;
 use super::walk::PagingRegisters;
 use crate::devices::saved::{BadState, bytes};
-use crate::emulate;
+use crate::emulate::{self, Glanced};
 use crate::guest::VcpuInit;
 
 /// How an exit comes about when an NMI can be taken.
@@ -77,9 +77,9 @@ pub trait GuestCpu: VmcbMsrs + Debug + Send + Sized + 'static {
 
     /// Runs the guest until it exits. Interrupts are off before and after; one that ended the run is still pending.
     ///
-    /// A second-stage fault is shown to `fix` first, if nothing else comes with it. Where that says that it is fixed, there was
-    /// no exit, and the guest runs on.
-    fn run(&mut self, fix: impl FnMut(&Met) -> bool) -> Exit;
+    /// An exit about translation is shown to `fix` first, if nothing else comes with it. Where that says that it is fixed, there
+    /// was no exit, and the guest runs on.
+    fn run(&mut self, fix: impl FnMut(&mut Self, &Met) -> bool) -> Exit;
 
     /// The last exit in the CPU's own numbers.
     fn raw_exit(&self) -> RawExit;
@@ -209,6 +209,12 @@ pub trait ShadowCpu: GuestCpu {
 
     /// Whether any of them was set since this was asked last, to whatever value.
     fn take_paging_set(&mut self) -> bool;
+
+    /// Keeps what was seen at RIP for the exit that is being looked at, and where the next instruction begins.
+    fn keep_seen(&mut self, seen: (Glanced, u64));
+
+    /// Takes that, if anybody has looked.
+    fn take_seen(&mut self) -> Option<(Glanced, u64)>;
 
     /// Whether it runs 64-bit code in ring 0.
     fn runs_64_bit_kernel(&self) -> bool;

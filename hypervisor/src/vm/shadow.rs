@@ -21,19 +21,24 @@
 //! Moves from and to CR3, and INVLPG, are looked at by eye before they are fetched as any other instruction: the bytes at
 //! RIP by the tables by which the CPU has just fetched them ([`ShadowVcpu::code`]), if it runs 64-bit code of ring 0. Whatever
 //! is not one of them in its usual form goes the longer way.
+//!
+//! That is done in guest mode already, if nothing is to be compared under the present root, and then so is the instruction, if
+//! the library does not refuse it: the guest was not left ([`super::vcpu`]). If it does, what was seen is kept for the exit that
+//! follows at once, and is of the same instruction.
 
 use alloc::sync::Arc;
 
 use nestling::guest::{Controls, FaultCode, PageFault, Request};
 use nestling::shadow::tags::TagFlush;
+use nestling::shadow::vcpu::at_once::LoadedAtOnce;
 use nestling::shadow::vcpu::{InShadow, ShadowOutcome, ShadowVcpu};
-use nestling::{Access, Fault, FaultError, Gpa, Hpa, Mmu, VcpuId};
+use nestling::{Access, FaultError, Gpa, Hpa, Mmu, VcpuId};
 use nestling_control::message::DeathReason;
 
-use super::exit::{Exit, Raised};
+use super::exit::{Exit, Met, Raised};
 use super::guest_cpu::{PageFaultTaken, ShadowCpu};
 use super::handle::Next;
-use super::translation::{Inside, VcpuMemory};
+use super::translation::{AtOnce, Inside, VcpuMemory};
 use super::vcpu::{Due, Vcpu};
 use super::walk::PagingRegisters;
 use crate::cpu::extended;
@@ -52,36 +57,24 @@ const EFER_PAGING: u64 = 1 << 10 | 1 << 11;
 #[derive(Debug)]
 pub struct ShadowMemory {
     vcpu: ShadowVcpu<Machine>,
-    told: Told,
+    told: Controls,
     /// CR3 was loaded since, and whether that keeps translations.
     loaded: Option<bool>,
 }
 
-/// What translation depends on.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-struct Told {
-    controls: Controls,
-    cr3: u64,
-}
-
-impl From<PagingRegisters> for Told {
-    fn from(PagingRegisters { cr0, cr3, cr4, efer }: PagingRegisters) -> Self {
-        let controls = Controls { cr0: cr0 & CR0_PAGING, cr4: cr4 & CR4_PAGING, efer: efer & EFER_PAGING };
-        Self { controls, cr3 }
-    }
-}
-
 impl ShadowMemory {
     /// Tells the library what has changed since the last entry, where a register was set.
-    fn tell(&mut self, now: Told) {
+    fn tell(&mut self, PagingRegisters { cr0, cr3, cr4, efer }: PagingRegisters) {
         let loaded = self.loaded.take();
-        if now.cr3 != self.told.cr3 || loaded.is_some() {
-            self.vcpu.load_cr3(now.cr3, loaded.unwrap_or(false));
+        if cr3 != self.vcpu.cr3() || loaded.is_some() {
+            self.vcpu.load_cr3(cr3, loaded.unwrap_or(false));
         }
-        if now.controls != self.told.controls {
-            self.vcpu.set_controls(now.controls);
+        // What translation depends on.
+        let controls = Controls { cr0: cr0 & CR0_PAGING, cr4: cr4 & CR4_PAGING, efer: efer & EFER_PAGING };
+        if controls != self.told {
+            self.vcpu.set_controls(controls);
+            self.told = controls;
         }
-        self.told = now;
     }
 }
 
@@ -90,14 +83,14 @@ impl<C: ShadowCpu<Memory = Self>> VcpuMemory<C> for ShadowMemory {
 
     fn new(mmu: &Arc<Mmu<Machine>>, id: VcpuId) -> Option<Self> {
         let vcpu = mmu.shadow_vcpu(id).ok()??;
-        let told = Told { controls: Controls { cr0: 0, cr4: 0, efer: 0 }, cr3: 0 };
+        let told = Controls { cr0: 0, cr4: 0, efer: 0 };
         Some(Self { vcpu, told, loaded: None })
     }
 
     #[inline]
     fn enter(&mut self, cpu: &mut C) -> Result<InShadow<'_, Machine>, FaultError> {
         if cpu.take_paging_set() {
-            self.tell(cpu.paging().into());
+            self.tell(cpu.paging());
         }
         self.vcpu.enter()
     }
@@ -146,10 +139,59 @@ impl<C: ShadowCpu> Inside<C> for InShadow<'_, Machine> {
         }
     }
 
-    /// There is no second stage.
-    #[inline]
-    fn fix_at_once(&mut self, _fault: Fault) -> bool {
-        false
+    // Apart: other exits are not to pay for the registers that this needs.
+    #[inline(never)]
+    fn fix_at_once(&mut self, cpu: &mut C, met: &Met, physical_bits: u32) -> AtOnce {
+        if !cpu.runs_64_bit_kernel() {
+            return AtOnce::No;
+        }
+        if met.exit == Exit::ReadControl {
+            return read_cr3_at_once(self, cpu, met.rip);
+        }
+        // A look first, for what is most likely in the way.
+        let in_step = if met.exit == Exit::WriteControl { self.in_step_for_load() } else { self.in_step() };
+        let Some(in_step) = in_step else { return AtOnce::No };
+        let Some(Glance { what, length }) = self.code(met.rip).and_then(emulate::glance) else { return AtOnce::No };
+        let next_rip = met.rip.wrapping_add(length);
+        match what {
+            Glanced::Move { control: 3, general, write: true } => {
+                let value = cpu.register(usize::from(general));
+                let loaded = emulate::cr3_write_in_long_mode(cpu.cr4(), physical_bits, value);
+                let Some((cr3, keeps)) = loaded else { return AtOnce::No };
+                match self.load_cr3_at_once(in_step, cr3, keeps) {
+                    LoadedAtOnce::No => {
+                        cpu.keep_seen((what, next_rip));
+                        return AtOnce::No;
+                    }
+                    LoadedAtOnce::AsItWas => {
+                        cpu.advance_to(next_rip);
+                        return AtOnce::Fixed;
+                    }
+                    LoadedAtOnce::Turned => {}
+                }
+                cpu.set_cr3(cr3);
+                // The library knows of it; of all others it was told at entry.
+                cpu.take_paging_set();
+                self.load(cpu);
+            }
+            Glanced::Invlpg { general } => self.invlpg_at_once(in_step, cpu.register(usize::from(general))),
+            Glanced::Move { .. } => return AtOnce::No,
+        }
+        cpu.advance_to(next_rip);
+        if self.flush(cpu) { AtOnce::Flushed } else { AtOnce::Turned }
+    }
+}
+
+/// Does a MOV from CR3 at `rip`, if it is one.
+#[inline]
+fn read_cr3_at_once<C: ShadowCpu>(inside: &mut InShadow<'_, Machine>, cpu: &mut C, rip: u64) -> AtOnce {
+    match inside.code(rip).and_then(emulate::glance) {
+        Some(Glance { what: Glanced::Move { control: 3, general, write: false }, length }) => {
+            cpu.set_register(usize::from(general), inside.cr3());
+            cpu.advance_to(rip.wrapping_add(length));
+            AtOnce::Fixed
+        }
+        _ => AtOnce::No,
     }
 }
 
@@ -208,6 +250,11 @@ impl<C: ShadowCpu<Memory = ShadowMemory>> Vcpu<C> {
     /// What is at RIP, if it is one of the instructions that can be told at a glance; and where the next begins.
     #[inline]
     fn glance(&mut self) -> Option<(Glanced, u64)> {
+        self.cpu.take_seen().or_else(|| self.look())
+    }
+
+    /// The same, where nobody has looked yet.
+    fn look(&mut self) -> Option<(Glanced, u64)> {
         let rip = self.cpu.rip();
         let Glance { what, length } =
             self.cpu.runs_64_bit_kernel().then(|| self.memory.vcpu.code(rip))?.and_then(emulate::glance)?;

@@ -6,9 +6,9 @@
 use alloc::sync::Arc;
 use core::fmt::Debug;
 
-use nestling::{Fault, FaultError, Hpa, InGuest, Mmu, VcpuId};
+use nestling::{FaultError, Hpa, InGuest, Mmu, VcpuId};
 
-use super::exit::Exit;
+use super::exit::{Exit, Met};
 use super::guest_cpu::{GuestCpu, NestedCpu};
 use super::handle::Next;
 use super::vcpu::Vcpu;
@@ -37,6 +37,19 @@ pub trait VcpuMemory<C: GuestCpu>: Debug + Send + Sized + 'static {
     fn translate(vcpu: &mut Vcpu<C>, exit: Exit) -> Result<Next, FaultError>;
 }
 
+/// What became of an exit in guest mode.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum AtOnce {
+    /// Nothing.
+    No,
+    /// The guest may run on.
+    Fixed,
+    /// It may; the root or its tag may be others than before.
+    Turned,
+    /// The same, and all of the tag was flushed.
+    Flushed,
+}
+
 /// A vCPU in guest mode.
 pub trait Inside<C> {
     /// The root that it runs on.
@@ -51,8 +64,9 @@ pub trait Inside<C> {
     /// Has the CPU, which was given the root, forget what it must before the guest runs. Whether that is all of the tag.
     fn flush(&mut self, cpu: &mut C) -> bool;
 
-    /// Handles a second-stage fault without leaving guest mode, if it is one of those for which that is enough.
-    fn fix_at_once(&mut self, fault: Fault) -> bool;
+    /// Does what an exit is about without leaving guest mode, if it is one of those for which that is enough; if not, nothing
+    /// was done. `physical_bits`: of an address of the guest's.
+    fn fix_at_once(&mut self, cpu: &mut C, met: &Met, physical_bits: u32) -> AtOnce;
 }
 
 /// Nested tables.
@@ -104,7 +118,10 @@ impl<C: NestedCpu> Inside<C> for InGuest<'_, Machine> {
     }
 
     #[inline(always)]
-    fn fix_at_once(&mut self, fault: Fault) -> bool {
-        InGuest::fix_at_once(self, fault)
+    fn fix_at_once(&mut self, _cpu: &mut C, met: &Met, _physical_bits: u32) -> AtOnce {
+        match met.exit {
+            Exit::Fault(fault) if InGuest::fix_at_once(self, fault) => AtOnce::Fixed,
+            _ => AtOnce::No,
+        }
     }
 }

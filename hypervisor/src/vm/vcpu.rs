@@ -8,13 +8,13 @@
 //! vCPU's news ([`super::shared`]), the vCPU itself in [`Due`]. A turn looks at these two and at nothing else, so
 //! whoever adds something to be looked at sees to it that one of them is set.
 //!
-//! **A fault within a turn.** Most second-stage faults are fixed in guest mode, and the guest runs on at once: nothing of the
-//! turn's front is looked at, and neither the library nor the VM is told that the guest was left. That is right because it is
-//! as if the guest had not been left. Interrupts are off, so whoever posts something meanwhile finds the vCPU in the guest,
+//! **A fault within a turn.** Most second-stage faults are fixed in guest mode, and so is what a guest on shadow tables asks of
+//! its TLB, if there is nothing to compare; the guest runs on at once: nothing of the turn's front is looked at, and neither
+//! the library nor the VM is told that the guest was left. That is right because it is as if the guest had not been left. Interrupts are off, so whoever posts something meanwhile finds the vCPU in the guest,
 //! and kicks it: the kick stays pending, ends the run that follows at once, and its exit is looked at like any other. Of its
-//! own making is nothing, for the turn had nothing due and fixing a fault makes nothing due; and the library waits for nobody
-//! there ([`nestling::InGuest::fix_at_once`]). The guest's CR8, which is compared at exits, may have changed: that matters
-//! once something is held back by it, and then each write to it exits.
+//! own making is nothing, for the turn had nothing due and none of that makes anything due; and the library waits for nobody
+//! there ([`nestling::InGuest::fix_at_once`], [`nestling::shadow::vcpu::at_once`]). The guest's CR8, which is compared at
+//! exits, may have changed: that matters once something is held back by it, and then each write to it exits.
 //!
 //! A physical interrupt only ends the guest's run; it is taken in a window right behind ([`instructions::interrupt_window`])
 //! and has no other effect than that turn and, if it was the timer, a look at the deadlines.
@@ -39,7 +39,7 @@ use super::ring::Ring;
 use super::saved::SavedVcpu;
 use super::shared::{End, Place, Reach, Shared};
 use super::storm::Stall;
-use super::translation::{Inside, VcpuMemory};
+use super::translation::{AtOnce, Inside, VcpuMemory};
 use crate::cpu::extended::{self, XCR0_RESET};
 use crate::cpu::{apic, clock, instructions, local};
 use crate::devices::lapic::{Lapic, LapicConfig};
@@ -367,21 +367,31 @@ impl<C: GuestCpu> Vcpu<C> {
             embedder::kick(self.number);
         }
         self.stall.entering(&vm.storm);
-        let Self { cpu, exits, ring, stall, .. } = self;
-        let nothing_due = self.due.is_empty();
-        let exit = cpu.run(|met| {
+        let Self { cpu, exits, ring, stall, root, .. } = self;
+        let (nothing_due, number, physical_bits) = (self.due.is_empty(), self.number, self.policy.physical_bits);
+        let exit = cpu.run(|cpu, met| {
             if vm.storm.is_measuring() {
-                stall.left(&vm.storm, Exit::Fault(met.fault));
+                stall.left(&vm.storm, met.exit);
             }
-            let fixed = nothing_due && inside.fix_at_once(met.fault);
-            if fixed {
-                exits[Exit::Fault(met.fault).index()] += 1;
-                ring.note(met.raw.code, met.rip, met.raw.info1);
-                stall.entering(&vm.storm);
-                seams::exit(Exit::Fault(met.fault).index());
-                seams::at_once();
+            if !nothing_due {
+                return false;
             }
-            fixed
+            let done = inside.fix_at_once(cpu, met, physical_bits);
+            match done {
+                AtOnce::No => return false,
+                AtOnce::Fixed => {}
+                AtOnce::Turned | AtOnce::Flushed => {
+                    *root = inside.root();
+                    ghost::left(number);
+                    ghost::entering(number, inside.tag(), *root, done == AtOnce::Flushed);
+                }
+            }
+            exits[met.exit.index()] += 1;
+            ring.note(met.raw.code, met.rip, met.raw.info1);
+            stall.entering(&vm.storm);
+            seams::exit(met.exit.index());
+            seams::at_once();
+            true
         });
         ghost::left(self.number);
         drop(inside);

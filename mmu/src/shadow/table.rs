@@ -6,11 +6,12 @@ use alloc::sync::Arc;
 
 use super::Shadow;
 use super::page::{Page, Place};
+use super::vcpu::{InShadow, ShadowFormat};
 use crate::Mmu;
 use crate::addr::{ENTRIES, INDEX_BITS, PAGE_SHIFT};
 use crate::events::SeatCounters;
 use crate::format::long_mode;
-use crate::host::Host;
+use crate::host::{GuestMemory, Host};
 use crate::lock::Shared;
 use crate::slots::dirty::Ring;
 use crate::sync::{AtomicU64, load_for_update};
@@ -93,5 +94,34 @@ impl<'g, H: Host> Inside<'g, H> {
     #[inline]
     pub(super) fn entry(self, place: Place) -> Option<&'g AtomicU64> {
         Some(&self.entries(self.page(place.page()))?[place.entry()])
+    }
+}
+
+impl<H: Host + GuestMemory> InShadow<'_, H> {
+    /// As [`Inside::leaf`], under the root that the vCPU runs on, in 64-bit mode.
+    pub(super) fn leaf(&self, linear: u64) -> Option<u64> {
+        let levels = match self.format() {
+            ShadowFormat::Pae => return None,
+            ShadowFormat::Long4 => 4,
+            ShadowFormat::Long5 => 5,
+        };
+        let (mut table, mut shift) = (self.root().hfn(), PAGE_SHIFT + INDEX_BITS * (levels - 1));
+        loop {
+            let entries = self.host().table(table).cast::<[AtomicU64; ENTRIES]>();
+            // SAFETY: `TableFrames` as in `entries`. The vCPU is in guest mode, and says so for as long as `self` lives: the root was
+            // alive after it had said so, and a link was read after that. A table goes back after it was unlinked (for a root: after
+            // its life has ended) and a flush that began later (`hold`), which waits until this vCPU has left guest mode.
+            let entries = unsafe { entries.as_ref() };
+            let index = (linear >> shift) as usize & (ENTRIES - 1);
+            let raw = load_for_update(&entries[index]);
+            if shift == PAGE_SHIFT {
+                return Some(raw);
+            }
+            let Some(next) = long_mode::next_table(raw) else {
+                long_mode::mapped(raw)?;
+                return Some(long_mode::part(raw, (linear >> PAGE_SHIFT) as usize & (ENTRIES - 1)));
+            };
+            (table, shift) = (next, shift - INDEX_BITS);
+        }
     }
 }

@@ -131,6 +131,12 @@ impl Tags {
         &mut self.book(tag).generation
     }
 
+    /// The same, to be compared alone.
+    #[inline]
+    pub(super) fn flushed(&self, tag: Tag) -> u64 {
+        self.0[tag.number()].generation
+    }
+
     /// It was behind: all of it goes.
     pub(super) fn flush(&mut self, tag: Tag, now: Withdrawn) {
         self.book(tag).owe_all(now);
@@ -148,6 +154,13 @@ impl Tags {
         if now.is_more_than(book.withdrawn) {
             book.owe_all(now);
         }
+    }
+
+    /// Whether the guest may ask to forget everything, and the tag owes nothing for that.
+    #[inline]
+    pub(super) fn is_even(&self, tag: Tag, now: Withdrawn) -> bool {
+        let book = &self.0[tag.number()];
+        book.owed.is_none() && !now.is_more_than(book.withdrawn)
     }
 
     /// Whether it owes anything.

@@ -15,7 +15,10 @@
 //! # Turns
 //! As of [`crate::Vcpu`]: [`ShadowVcpu::enter`] gives the root to load, the tag under which the TLB is to know it, and what of
 //! that tag must be flushed first. What the guest asked to forget is forgotten there, at the latest, before it runs again.
-//! Who owns tags, and when they owe a flush: [`super::tags`].
+//! Who owns tags, and when they owe a flush: [`super::tags`]. Loads of CR3 and INVLPG may be dealt with in guest mode, if they
+//! find nothing to do ([`InShadow::load_cr3_at_once`], [`InShadow::invlpg_at_once`]).
+
+pub mod at_once;
 
 use alloc::sync::Arc;
 use alloc::vec::Vec;
@@ -107,6 +110,8 @@ struct Root {
     handle: Handle,
     /// Its table, for as long as that life lasts.
     frame: Hfn,
+    /// What the CPU must walk it by.
+    format: ShadowFormat,
     /// The vCPU's name for it.
     tag: Tag,
 }
@@ -132,6 +137,8 @@ pub struct ShadowVcpu<H: Host + GuestMemory> {
     /// Where its writes go besides the bitmaps, if it has one.
     ring: Option<Arc<Ring>>,
     tags: Tags,
+    /// In guest mode, the page of linear addresses of the code that it looked at last, and the frame ([`at_once`]).
+    fetched: Option<(u64, Hfn)>,
     /// The guest has asked to forget: pages are brought in step before it runs.
     sync_owed: bool,
 }
@@ -147,28 +154,30 @@ impl<H: Host + GuestMemory> fmt::Debug for ShadowVcpu<H> {
 #[derive(Debug)]
 pub struct InShadow<'a, H: Host + GuestMemory> {
     vcpu: &'a mut ShadowVcpu<H>,
-    root: Hpa,
-    tag: Tag,
-    format: ShadowFormat,
 }
 
 impl<H: Host + GuestMemory> InShadow<'_, H> {
+    #[inline]
+    fn here(&self) -> &Root {
+        self.vcpu.root.as_ref().expect("a vCPU in guest mode has a root")
+    }
+
     /// What to load into the real CR3.
     #[inline]
     pub fn root(&self) -> Hpa {
-        self.root
+        self.here().frame.hpa()
     }
 
     /// What the real CR4 and EFER must say.
     #[inline]
     pub fn format(&self) -> ShadowFormat {
-        self.format
+        self.here().format
     }
 
     /// By which tag the TLB is to have what it finds below this root, and nothing else.
     #[inline]
     pub fn tag(&self) -> Tag {
-        self.tag
+        self.here().tag
     }
 
     /// What this CPU's TLB must forget of what it has by the tag before the guest runs, if anything; takes the obligation over,
@@ -176,7 +185,7 @@ impl<H: Host + GuestMemory> InShadow<'_, H> {
     #[inline]
     #[must_use = "the guest must not run before the flush"]
     pub fn take_flush(&mut self) -> Option<TagFlush> {
-        self.vcpu.tags.take(self.tag)
+        self.vcpu.tags.take(self.here().tag)
     }
 }
 
@@ -217,6 +226,7 @@ impl<H: Host + GuestMemory> Mmu<H> {
             tlb: self.tlb.own(id),
             ring: None,
             tags: Tags::new(shadow.withdrawals.now()),
+            fetched: None,
             sync_owed: true,
         }))
     }
@@ -231,6 +241,12 @@ impl<H: Host + GuestMemory> ShadowVcpu<H> {
     /// The MMU that it belongs to.
     pub fn mmu(&self) -> &Arc<Mmu<H>> {
         &self.mmu
+    }
+
+    /// The guest's CR3, as it was told last.
+    #[inline]
+    pub fn cr3(&self) -> u64 {
+        self.cr3
     }
 
     /// The guest has written CR0, CR4 or EFER: how its addresses are translated from now on.
@@ -324,7 +340,7 @@ impl<H: Host + GuestMemory> ShadowVcpu<H> {
         if self.ring.as_ref().is_some_and(|ring| ring.is_nearly_full()) {
             return Err(FaultError::DirtyRingFull);
         }
-        let (root, format) = loop {
+        loop {
             let Self { mmu, ticket, debts, tags, root: Some(root), .. } = self else {
                 self.load_root()?;
                 continue;
@@ -351,19 +367,13 @@ impl<H: Host + GuestMemory> ShadowVcpu<H> {
             // A root may have ended without a request yet: whoever ended it has not come to its flush. To run on it would
             // be safe, and of no use.
             if !has_requests && shadow.arena.page(root.handle.index).is(root.handle) {
-                let role = root.identity.role;
-                let format = match (role.top(), role.level()) {
-                    (Top::Pointers, _) => ShadowFormat::Pae,
-                    (Top::Usual, 5) => ShadowFormat::Long5,
-                    (Top::Usual, _) => ShadowFormat::Long4,
-                };
-                break (*root, format);
+                // Should the page end from here on: its table is freed after a flush, which waits for this vCPU.
+                self.fetched = None;
+                return Ok(InShadow { vcpu: self });
             }
             self.tlb.leave();
             self.serve_requests();
-        };
-        // Should the page end from here on: its table is freed after a flush, which waits for this vCPU.
-        Ok(InShadow { vcpu: self, root: root.frame.hpa(), tag: root.tag, format })
+        }
     }
 
     #[cold]
@@ -436,7 +446,12 @@ impl<H: Host + GuestMemory> ShadowVcpu<H> {
                 Ok((handle, frame)) => {
                     let taken = previous.iter().flatten().map(|root| root.tag);
                     let tag = tags.give(taken, shadow.withdrawals.now());
-                    self.root = Some(Root { identity: wanted, handle, frame, tag });
+                    let format = match (wanted.role.top(), wanted.role.level()) {
+                        (Top::Pointers, _) => ShadowFormat::Pae,
+                        (Top::Usual, 5) => ShadowFormat::Long5,
+                        (Top::Usual, _) => ShadowFormat::Long4,
+                    };
+                    self.root = Some(Root { identity: wanted, handle, frame, format, tag });
                     self.ticket.counters().add(Counter::RootMade, 1);
                     // What is out of step is not to be used under a root that did not have it.
                     self.flush();
@@ -456,15 +471,15 @@ impl<H: Host + GuestMemory> ShadowVcpu<H> {
         walk(mode, *cr3, request, &mut GuestTables { mmu, shadow, ticket, remembered, ring, trouble: None })
     }
 
-    /// The eight bytes at `linear`, the lowest first, as the guest's CPU finds them there by the shadow tables: for an
+    /// The four bytes at `linear`, the lowest first, as the guest's CPU finds them there by the shadow tables: for an
     /// embedder that looks at the instruction which the guest has just stopped at, and knows that it may be executed.
     ///
     /// `None` means nothing: they may be in two pages, or be taken away at the moment. [`ShadowVcpu::walk`] finds them.
-    pub fn code(&mut self, linear: u64) -> Option<u64> {
+    pub fn code(&mut self, linear: u64) -> Option<u32> {
         let Self { mmu, ticket, root: Some(root), .. } = self else { return None };
         let (mmu, shadow) = (&**mmu, mmu.shadow.get()?);
         let inside = &Shared::enter(mmu, ticket);
-        code::eight_bytes(Inside::new(inside, mmu, shadow), root.handle, linear)
+        code::four_bytes(Inside::new(inside, mmu, shadow), root.handle, linear)
     }
 
     /// Handles a page fault that the guest's access has met in the shadow tables.

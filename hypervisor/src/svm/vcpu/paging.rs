@@ -12,7 +12,7 @@ use super::super::vmcb::{Control, NESTED_PAGING};
 use super::{Features, Vcpu};
 use crate::memory::embedder::Machine;
 use crate::vm::exit::Exit;
-use crate::vm::guest_cpu::NestedCpu;
+use crate::vm::guest_cpu::{GuestCpu, NestedCpu};
 use crate::vm::translation::VcpuMemory;
 use crate::vm::walk::PagingRegisters;
 
@@ -45,6 +45,12 @@ pub trait Paging: Debug + Send + Sized + 'static {
     /// CR4 alone.
     fn cr4(vcpu: &Vcpu<Self>) -> u64;
 
+    /// What fixes an exit in guest mode may leave an entry behind that is not a plain one.
+    const FIXES_MORE: bool;
+
+    /// The last exit, if it is one that may be fixed in guest mode.
+    fn met(vcpu: &Vcpu<Self>) -> Option<Exit>;
+
     /// What an exit is, with respect to what the kind keeps in the control block.
     fn exited(vcpu: &Vcpu<Self>, exit: Exit) -> Exit;
 
@@ -61,6 +67,7 @@ impl Paging for Nested {
 
     const WATCHES_FAULTS: bool = false;
     const EXCEPTIONS: u32 = 0;
+    const FIXES_MORE: bool = false;
 
     fn new(_features: Features) -> Self {
         Self
@@ -88,6 +95,11 @@ impl Paging for Nested {
     #[inline]
     fn cr4(vcpu: &Vcpu<Self>) -> u64 {
         vcpu.save().cr4
+    }
+
+    #[inline(always)]
+    fn met(vcpu: &Vcpu<Self>) -> Option<Exit> {
+        vcpu.last_fault().map(Exit::Fault)
     }
 
     #[inline(always)]

@@ -22,25 +22,29 @@ pub(super) enum Entry {
 impl<P: Paging> Vcpu<P> {
     /// As [`GuestCpu::run`], when the entry is a plain one.
     #[inline]
-    pub(super) fn run_plain(&mut self, mut fix: impl FnMut(&Met) -> bool) -> Exit {
+    pub(super) fn run_plain(&mut self, mut fix: impl FnMut(&mut Self, &Met) -> bool) -> Exit {
         loop {
             // SAFETY: as in `run_unusual`.
             unsafe { entry::enter(&mut self.switch) };
-            if !self.met().is_some_and(|met| fix(&met)) {
+            if !self.met().is_some_and(|met| fix(self, &met)) {
                 return self.left_plain();
+            }
+            if P::FIXES_MORE && self.next != Entry::Plain {
+                return self.run_other();
             }
         }
     }
 
-    /// The fault that ended a plain run, if another plain run may follow it. What makes one other than plain is put in by
-    /// somebody here, and between two runs nobody was here; but for the event that the fault kept from arriving, and the
-    /// shadow of the instruction before.
+    /// What ended a plain run, if it is about translation and another run may follow it. What makes one other than plain is
+    /// put in by somebody here, and between two runs nobody was here but who fixes it; but for the event that the exit kept from
+    /// arriving, and the shadow of the instruction before.
     #[inline]
     fn met(&self) -> Option<Met> {
-        let raw = self.raw_exit();
-        let plain = !self.was_delivering() && self.vmcb().control.shadow & 1 == 0;
-        let met = |fault| Met { fault, raw, rip: self.rip() };
-        self.last_fault().filter(|_| plain).map(met)
+        let exit = P::met(self)?;
+        if self.was_delivering() || self.vmcb().control.shadow & 1 != 0 {
+            return None;
+        }
+        Some(Met { exit, raw: self.raw_exit(), rip: self.rip() })
     }
 
     /// What ended a plain run.

@@ -37,11 +37,13 @@ use nestling::guest::{PageFault, Privilege};
 use nestling::shadow::tags::Tag;
 use nestling::shadow::vcpu::ShadowFormat;
 
+use super::super::exit;
 use super::super::vmcb::{Control, Intercepts1, Intercepts3, TlbControl};
 use super::asid::{Asids, Renewed};
 use super::paging::Paging;
 use super::{EFER_SVME, Entry, Features, NmiState, Vcpu, event};
 use crate::cpu::instructions;
+use crate::emulate::Glanced;
 use crate::vm::exit::Exit;
 use crate::vm::guest_cpu::{PageFaultTaken, ShadowCpu};
 use crate::vm::shadow::ShadowMemory;
@@ -88,6 +90,8 @@ pub struct Shadowed {
     watched_writes: u16,
     /// A register was set, and nobody has asked yet.
     set: bool,
+    /// What was seen at RIP, and where the next instruction begins; for the present exit.
+    seen: Option<(Glanced, u64)>,
 }
 
 impl Shadowed {
@@ -122,6 +126,8 @@ impl Paging for Shadowed {
 
     const WATCHES_FAULTS: bool = true;
     const EXCEPTIONS: u32 = 1 << PAGE_FAULT;
+    // The CPU may have run out of ASIDs, and the guest may be stepping.
+    const FIXES_MORE: bool = true;
 
     fn new(features: Features) -> Self {
         let asids = Asids::new(features.asids);
@@ -136,6 +142,7 @@ impl Paging for Shadowed {
             tag: None,
             watched_writes: 0,
             set: true,
+            seen: None,
         }
     }
 
@@ -165,6 +172,17 @@ impl Paging for Shadowed {
 
     fn cr4(vcpu: &Vcpu<Self>) -> u64 {
         vcpu.paging.cr4
+    }
+
+    #[inline]
+    fn met(vcpu: &Vcpu<Self>) -> Option<Exit> {
+        let met = match vcpu.vmcb().control.exit_code {
+            exit::READ_CR3 => Exit::ReadControl,
+            exit::WRITE_CR3 => Exit::WriteControl,
+            exit::INVLPG => Exit::Invalidate,
+            _ => return None,
+        };
+        (vcpu.save().cr3 == vcpu.paging.root).then_some(met)
     }
 
     #[inline]
@@ -242,6 +260,16 @@ impl ShadowCpu for Vcpu<Shadowed> {
     #[inline]
     fn take_paging_set(&mut self) -> bool {
         core::mem::take(&mut self.paging.set)
+    }
+
+    #[inline]
+    fn keep_seen(&mut self, seen: (Glanced, u64)) {
+        self.paging.seen = Some(seen);
+    }
+
+    #[inline]
+    fn take_seen(&mut self) -> Option<(Glanced, u64)> {
+        self.paging.seen.take()
     }
 
     fn runs_64_bit_kernel(&self) -> bool {
