@@ -10,15 +10,19 @@ mod machine;
 
 use std::{
     env, fs,
+    io::{BufRead, BufReader, Read},
     path::{Path, PathBuf},
-    process::Command,
+    process::{Command, Stdio},
     sync::OnceLock,
+    thread,
+    time::Duration,
 };
 
-use common::{Finished, run, subcommand};
+use common::{Finished, nestling, run, subcommand};
 use files::path;
 use kernel::kernel;
 use machine::one_machine_at_a_time;
+use rustix::process::{Pid, Signal, kill_process};
 
 /// Seconds. A check takes a hundredth of it on an idle machine.
 const LIMIT: &str = "240";
@@ -176,4 +180,41 @@ fn images_that_cannot_be_loaded_are_refused() {
 #[test]
 fn whatever_a_guest_asks_the_machine_goes_on() {
     passes("hostile");
+}
+
+/// The machine has other work, or somebody stopped the terminal: for some seconds the command takes nothing, while the guest
+/// comes to its end. Nothing of what is said then is lost, the last word least of all.
+#[test]
+fn a_command_that_stands_still_for_a_while_misses_nothing() {
+    let _machine = one_machine_at_a_time();
+    let image = test_kernel().to_str().expect("a path in text");
+    let mut child = nestling()
+        .args([
+            "run",
+            "--multiboot",
+            image,
+            "--memory",
+            "64M",
+            "--timeout",
+            LIMIT,
+            "--vcpus",
+            "1",
+            "--append",
+            "hostile",
+        ])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("the command can be started");
+    let mut console = BufReader::new(child.stdout.take().expect("a pipe"));
+    let mut said = String::new();
+    console.read_line(&mut said).expect("text");
+    let command = Pid::from_child(&child);
+    kill_process(command, Signal::STOP).expect("it runs");
+    thread::sleep(Duration::from_secs(3));
+    kill_process(command, Signal::CONT).expect("it is there");
+    console.read_to_string(&mut said).expect("text");
+    let finished = Finished { stdout: said, ..child.wait_with_output().expect("it ends").into() };
+    finished.expect_status(1);
+    assert!(finished.stdout.contains("PASS: hostile"), "{finished}");
 }

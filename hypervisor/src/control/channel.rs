@@ -34,7 +34,9 @@ pub(super) static CHANNEL: Channel = Channel {
 
 impl Hears for Channel {
     fn init(&self) {
-        self.uart.lock().init();
+        let mut uart = self.uart.lock();
+        uart.init();
+        uart.be_patient();
     }
 
     fn reserve(&self) {
@@ -71,6 +73,10 @@ impl Hears for Channel {
             }
         }
         None
+    }
+
+    fn stays(&self) -> bool {
+        true
     }
 
     fn pump(&self) -> bool {

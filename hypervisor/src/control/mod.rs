@@ -8,8 +8,9 @@
 //!
 //! Any CPU may put something into the queues; only CPU 0 moves bytes to the ports ([`pump`]), so a slow reader never
 //! holds up a vCPU longer than it takes to fill a queue. Queues are bounded: log lines that find no room are dropped and
-//! counted, console output waits. A port behind which nobody takes bytes for a second is given up, and what is queued
-//! for it is thrown away: nothing hangs because nobody listens.
+//! counted, console output waits. The command takes all that is said as long as it lives, and the machine ends with it: it
+//! is waited for, however busy it is or its terminal. A person need not be there at all: while nobody takes their bytes for a
+//! second, what is queued for them is thrown away, and nothing hangs.
 
 mod channel;
 pub mod log;
@@ -33,7 +34,7 @@ const CONSOLE_PORT: u16 = 0x3f8;
 const EXIT_PORT: u16 = 0xf4;
 
 const CONSOLE_BYTES: usize = 64 << 10;
-/// The longest wait for queued bytes at the end: more than a full console takes at 115200 baud.
+/// The longest wait at the end for a person who may not be there: more than a full console takes at 115200 baud.
 const FLUSH_LIMIT_US: u64 = 10_000_000;
 
 /// How the machine ends, as the command reads it from QEMU; the status of its process is `(value << 1) | 1`.
@@ -78,6 +79,8 @@ trait Hears: Sync {
     fn console(&self, bytes: &[u8]);
     /// The next request. CPU 0 only.
     fn request(&self) -> Option<ToHypervisor>;
+    /// Whether it takes all that it is told sooner or later, or the machine ends.
+    fn stays(&self) -> bool;
     /// Moves what is queued to a port of its own. CPU 0 only. Returns whether all is gone.
     fn pump(&self) -> bool;
     /// Ends the machine.
@@ -95,7 +98,12 @@ pub fn init(listener: Listener) {
         Listener::Command => &channel::CHANNEL,
         Listener::Person => &person::PERSON,
     });
-    CONSOLE_UART.lock().init();
+    let mut console = CONSOLE_UART.lock();
+    console.init();
+    if hears.stays() {
+        console.be_patient();
+    }
+    drop(console);
     hears.init();
 }
 
@@ -174,8 +182,7 @@ fn drain(queue: &Mutex<Queue>, uart: &Mutex<Port>) -> bool {
         }
         let chunk = queue.lock().front::<{ serial::FIFO_BYTES }>();
         if chunk.is_empty() {
-            // The last bytes are gone when the transmitter says so, and not before: the machine may be switched off next.
-            return uart.write(&[]);
+            return uart.all_sent();
         }
         if !uart.write(&chunk) {
             return false;
@@ -184,10 +191,11 @@ fn drain(queue: &Mutex<Queue>, uart: &Mutex<Port>) -> bool {
     }
 }
 
-/// Moves everything out, for a few seconds at most.
+/// Moves everything out; to a person for a few seconds at most.
 pub fn flush() {
     let began = instructions::rdtsc();
-    while !pump() && clock::us_from_tsc(instructions::rdtsc() - began) < FLUSH_LIMIT_US {
+    let waits = || listener().stays() || clock::us_from_tsc(instructions::rdtsc() - began) < FLUSH_LIMIT_US;
+    while !pump() && waits() {
         core::hint::spin_loop();
     }
 }

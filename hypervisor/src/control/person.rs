@@ -170,6 +170,10 @@ impl Hears for Person {
         None
     }
 
+    fn stays(&self) -> bool {
+        false
+    }
+
     fn pump(&self) -> bool {
         // The console is all there is.
         true
