@@ -1,6 +1,6 @@
 //! The outcomes of faults: the size of the leaf, who wins a race, and what running out of memory changes.
 
-use std::sync::Barrier;
+use std::sync::{Arc, Barrier};
 
 use nestling::format::MemoryType;
 use nestling::host::Extent;
@@ -187,6 +187,47 @@ fn a_sweep_gets_through_in_spite_of_refusals() {
     }
     assert!(failed > 0);
     check_tables(&mmu);
+    assert_none(&mmu.host().violations());
+}
+
+/// Frames that wait until a reader has left are waited for, and are no reason for an error.
+#[test]
+fn frames_on_their_way_back_are_waited_for() {
+    const GIB: u64 = 1 << 18;
+    let mmu = Machine::build(Build { tables: 40, ..Build::default() }, Config { largest: Level::K4, ..two_by_two() });
+    add(&mmu, 0, Gfn(0), 40 * GIB);
+    let mut vcpu = mmu.vcpu(VcpuId(0)).expect("it is the first");
+    drop(vcpu.enter().expect("there is a frame for the root"));
+    let mut touch = |place: u64| {
+        vcpu.fault(Fault { gpa: Gfn(place * GIB).gpa(), access: Access::Write, cause: Cause::Translation })
+    };
+    mmu.host().ghost().tables_may_run_out = true;
+    let full = (0..40).find(|place| touch(*place) == Err(FaultError::OutOfTables)).expect("there are 40 tables");
+    let (mut worker, mut reader) = (mmu.worker().expect("a worker"), mmu.worker().expect("another"));
+    let walk = reader.walk(mmu.role(), Gfn(0)).expect("there is a root");
+    let (is_inside, inside) = std::sync::mpsc::channel();
+    let (host, before) = (Arc::downgrade(&mmu), mmu.host().arena.in_vain());
+    mmu.host().on_next_look_at(
+        walk.last().expect("it has steps").address.hfn(),
+        Box::new(move || {
+            let mmu = host.upgrade().expect("the test holds it");
+            is_inside.send(()).expect("the test waits");
+            // Until the fault has found that there is none.
+            while mmu.host().arena.in_vain() == before {
+                std::thread::yield_now();
+            }
+        }),
+    );
+    std::thread::scope(|scope| {
+        scope.spawn(|| reader.walk(mmu.role(), Gfn(0)));
+        inside.recv().expect("the reader comes by");
+        worker.zap(GfnRange { start: Gfn(GIB), end: Gfn(full * GIB) });
+        assert!(mmu.host().arena.in_vain() == before && mmu.counters().table_frames > 30, "they are back already");
+        assert!(matches!(touch(full), Ok(Outcome::Fixed { .. })));
+    });
+    // Nothing is on its way any more: then it is one.
+    let full = (full + 1..40).find(|place| touch(*place) == Err(FaultError::OutOfTables));
+    assert!(full.is_some());
     assert_none(&mmu.host().violations());
 }
 

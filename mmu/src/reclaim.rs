@@ -35,6 +35,7 @@ use crate::host::Host;
 use crate::leaf_lock::LeafLock;
 use crate::lock::{Exclusive, Shared, Ticket};
 use crate::mutants::{self, Mutant};
+use crate::sync::{AtomicU32, Ordering};
 use crate::tdp::zap::HOLD_STEPS;
 use crate::tlb::Flushed;
 use crate::{Mmu, OutOfMemory};
@@ -332,11 +333,15 @@ struct Pending {
 #[derive(Debug)]
 pub(crate) struct Reclaim {
     pending: LeafLock<Vec<Pending>>,
+    /// Lists that are not freed yet, on `pending` or not any more.
+    waiting: AtomicU32,
+    /// Lists that were freed.
+    freed: AtomicU32,
 }
 
 impl Reclaim {
     pub(crate) fn new() -> Self {
-        Self { pending: LeafLock::new(Vec::new()) }
+        Self { pending: LeafLock::new(Vec::new()), waiting: AtomicU32::new(0), freed: AtomicU32::new(0) }
     }
 
     /// Takes the tables of `batch`, which were unlinked before the flush of `flushed` or by whom it leaves alone.
@@ -368,6 +373,7 @@ impl Reclaim {
         let mut lists = self.pending.lock(|| mmu.host.relax());
         lists.try_reserve(1)?;
         lists.push(pending);
+        self.waiting.fetch_add(1, Ordering::AcqRel);
         Ok(())
     }
 
@@ -380,12 +386,34 @@ impl Reclaim {
             let ready = lists.swap_remove(index);
             drop(lists);
             free(mmu, &ready.tables, counters);
+            self.freed.fetch_add(1, Ordering::AcqRel);
+            self.waiting.fetch_sub(1, Ordering::AcqRel);
         }
     }
 
     /// Everything that still waits, for the end of the MMU, when there are no readers.
     pub(crate) fn drain(&mut self) -> impl Iterator<Item = Hfn> {
         self.pending.get_mut().drain(..).flat_map(|pending| pending.tables)
+    }
+}
+
+/// A frame that `alloc` gets from the host. If that has none, those that wait for readers are waited for and given back to it;
+/// `None` if none waits.
+///
+/// Outside the lock, by who is not in guest mode: a reader may be waiting for vCPUs to leave that, and is waited for here.
+pub(crate) fn alloc<H: Host>(mmu: &Mmu<H>, counters: &SeatCounters, alloc: impl Fn(&H) -> Option<Hfn>) -> Option<Hfn> {
+    let Reclaim { waiting, freed, .. } = &mmu.reclaim;
+    loop {
+        let before = freed.load(Ordering::Acquire);
+        if let Some(frame) = alloc(&mmu.host) {
+            return Some(frame);
+        }
+        // In this order: those that waited a moment ago were freed before they were counted off.
+        if waiting.load(Ordering::Acquire) == 0 && freed.load(Ordering::Acquire) == before {
+            return None;
+        }
+        synchronize(mmu);
+        mmu.reclaim.collect(mmu, counters);
     }
 }
 

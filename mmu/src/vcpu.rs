@@ -51,6 +51,7 @@ use crate::host::{Access, Host, VcpuId};
 use crate::lock::{Shared, Ticket};
 use crate::mutants::{self, Mutant};
 use crate::notify::Snapshot;
+use crate::reclaim;
 use crate::root::{Loaded, Role, give_back};
 use crate::slots::dirty::{DirtyLog, DirtyRing, Ring};
 use crate::slots::track::Tracked;
@@ -621,7 +622,7 @@ impl<H: Host> Vcpu<H> {
     #[cold]
     fn top_up(mmu: &Mmu<H>, ticket: &Ticket, cache: &mut TableCache) -> Result<(), FaultError> {
         while !cache.is_full() {
-            let frame = mmu.host.alloc_table().ok_or(FaultError::OutOfTables)?;
+            let frame = reclaim::alloc(mmu, ticket.counters(), H::alloc_table).ok_or(FaultError::OutOfTables)?;
             ticket.counters().add(Counter::TableFrames, 1);
             cache.put(frame);
         }
@@ -634,7 +635,8 @@ impl<H: Host> Vcpu<H> {
         let root = match self.mmu.roots.get(host, self.role) {
             Some(root) => root,
             None => {
-                let mut frame = Some(host.alloc_table().ok_or(FaultError::OutOfTables)?);
+                let frame = reclaim::alloc(&self.mmu, counters, H::alloc_table);
+                let mut frame = Some(frame.ok_or(FaultError::OutOfTables)?);
                 counters.add(Counter::TableFrames, 1);
                 let root = self.mmu.roots.get_or_make(host, self.role, &mut frame);
                 match frame {

@@ -59,6 +59,7 @@ struct Free {
     frames: VecDeque<usize>,
     refuse: Refuse,
     requests: u64,
+    in_vain: u64,
 }
 
 /// See the module head.
@@ -84,7 +85,7 @@ impl Arena {
             lives: (0..frames).map(|_| AtomicU32::new(0)).collect(),
             pages: (0..frames).map(|_| page()).collect(),
             sink: Box::new(page()),
-            free: Mutex::new(Free { frames: (0..frames).collect(), refuse: Refuse::Never, requests: 0 }),
+            free: Mutex::new(Free { frames: (0..frames).collect(), refuse: Refuse::Never, requests: 0, in_vain: 0 }),
             live: AtomicUsize::new(0),
             misuse: Mutex::default(),
         }
@@ -93,6 +94,11 @@ impl Arena {
     /// Frames given out now.
     pub fn live(&self) -> usize {
         self.live.load(Ordering::Relaxed)
+    }
+
+    /// Requests for which there was no frame.
+    pub fn in_vain(&self) -> u64 {
+        self.free.lock().expect("no check panics inside").in_vain
     }
 
     /// Sets when requests are refused from now on.
@@ -131,7 +137,10 @@ impl Arena {
             Refuse::After(0) => return None,
             Refuse::After(left) => *left -= 1,
         }
-        let index = free.frames.pop_front()?;
+        let Some(index) = free.frames.pop_front() else {
+            free.in_vain += 1;
+            return None;
+        };
         drop(free);
         let (hfn, page) = (Hfn(FIRST + index as u64), &self.pages[index]);
         let fresh = if self.lives[index].load(Ordering::Relaxed) == 0 { 0 } else { POISONED };

@@ -14,6 +14,7 @@ use crate::Mmu;
 use crate::events::{Counter, SeatCounters};
 use crate::host::{Host, LOW_FRAMES};
 use crate::lock::Ticket;
+use crate::reclaim;
 use crate::sync::{AtomicU32, Ordering};
 use crate::vcpu::FaultError;
 
@@ -23,6 +24,9 @@ pub(super) const ROOM: usize = 5;
 const LOW: u32 = 16;
 /// Pages zapped at once.
 const REFILL: u32 = 24;
+
+/// Times that a page is looked for.
+const TRIES: usize = if cfg!(any(feature = "loom", feature = "shuttle")) { 2 } else { 64 };
 
 /// Where the hand stands.
 #[derive(Debug)]
@@ -43,18 +47,23 @@ pub(super) fn top_up<H: Host>(
     blanks: &mut Blanks,
 ) -> Result<(), FaultError> {
     let relax = || mmu.host.relax();
+    let mut tries = 0;
     while blanks.len() < ROOM {
         if shadow.arena.free(relax) < LOW.min(shadow.arena.limit() / 4) {
             zap_least_useful(mmu, shadow, ticket, debts);
         }
         let Some(index) = shadow.arena.take(relax)? else {
-            // All that could go went, and others took it.
-            return Err(FaultError::OutOfTables);
+            // All that could go went, and others took it: they got on by that. Where nothing can go, all pages are roots
+            // that vCPUs keep, or at hand for faults.
+            tries += 1;
+            if tries == TRIES {
+                return Err(FaultError::OutOfTables);
+            }
+            relax();
+            continue;
         };
-        let Some(frame) = mmu.host.alloc_table() else {
+        let Some(frame) = reclaim::alloc(mmu, ticket.counters(), H::alloc_table) else {
             shadow.arena.put(index, relax);
-            // A frame that waits for readers may be had now.
-            mmu.reclaim.collect(mmu, ticket.counters());
             return Err(FaultError::OutOfTables);
         };
         ticket.counters().add(Counter::TableFrames, 1);
@@ -65,13 +74,13 @@ pub(super) fn top_up<H: Host>(
 
 /// Sees to it that the blank that is taken next has a frame below 4 GiB, for the root of a guest without long mode. All such
 /// roots are made of these.
-pub(super) fn have_low<H: Host>(mmu: &Mmu<H>, blanks: &mut Blanks) -> Result<(), FaultError> {
+pub(super) fn have_low<H: Host>(mmu: &Mmu<H>, ticket: &Ticket, blanks: &mut Blanks) -> Result<(), FaultError> {
     let Some(last) = blanks.len().checked_sub(1) else { return Ok(()) };
     if let Some(low) = blanks.iter().rposition(|blank| blank.frame.0 < LOW_FRAMES) {
         blanks.swap(low, last);
         return Ok(());
     }
-    let low = mmu.host.alloc_low_table().ok_or(FaultError::OutOfTables)?;
+    let low = reclaim::alloc(mmu, ticket.counters(), H::alloc_low_table).ok_or(FaultError::OutOfTables)?;
     // Nobody has seen either.
     mmu.host.free_table(core::mem::replace(&mut blanks[last].frame, low));
     Ok(())

@@ -415,7 +415,7 @@ impl<H: Host + GuestMemory> ShadowVcpu<H> {
             let shadow = mmu.shadow.get().ok_or(FaultError::NoRoot)?;
             quota::top_up(mmu, shadow, ticket, debts, blanks)?;
             if wanted.role.top() == Top::Pointers {
-                quota::have_low(mmu, blanks)?;
+                quota::have_low(mmu, ticket, blanks)?;
             }
             let table = match wanted.role.source() {
                 Source::Identity => None,
