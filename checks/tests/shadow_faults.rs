@@ -44,6 +44,28 @@ fn the_supervisor_writes_to_read_only_pages_without_write_protection_and_the_use
 }
 
 #[test]
+fn what_the_supervisor_may_write_over_protection_is_found_of_one_entry() {
+    const MARKS: u64 = 1 << 5 | 1 << 6;
+    // SMAP keeps the supervisor from the page once it is the user's; where it is not kept, the page is not dirty.
+    for smap in [1 << 21, 0] {
+        let (mmu, worker) = machine(64);
+        let no_wp = Controls { cr0: LONG.cr0 & !(1 << 16), cr4: LONG.cr4 | smap, ..LONG };
+        let (entry, offset) = (DATA << 12, DATA as u32 * 8);
+        let put = |value| mmu.host().prepare(Gfn(TABLES[3]), offset, Width::Eight, value);
+        put(entry | READ_ONLY & !(4 | MARKS));
+        let mut cpu = cpu(&mmu, 0, no_wp);
+        drop(cpu.vcpu.enter().expect("there is a root"));
+        // Another CPU makes it a user's page that nobody has written to.
+        mmu.host().write_after_mark(Gfn(TABLES[3]), offset, entry | READ_ONLY & !(1 << 6));
+        let request = Request { linear: entry, access: Access::Write, privilege: KERNEL, pkru: 0 };
+        assert_eq!(cpu.vcpu.fault(&request), Ok(ShadowOutcome::Retry));
+        let read = cpu.access(ask(DATA, Access::Read, KERNEL), None);
+        assert_eq!(read == Done::Memory, smap == 0, "{read:?}");
+        end(mmu, worker, vec![cpu]);
+    }
+}
+
+#[test]
 fn where_no_entry_can_say_what_the_supervisor_may_the_embedder_executes() {
     let (mmu, worker) = machine(64);
     let controls = Controls { cr0: LONG.cr0 & !(1 << 16), cr4: LONG.cr4 | 1 << 21, ..LONG };

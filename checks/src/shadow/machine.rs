@@ -72,6 +72,8 @@ pub struct Record {
     tracked: Option<u64>,
     /// The second slot is there, or is about to be.
     second: bool,
+    /// What a CPU writes to an entry as soon as the library has marked it: guest frame, offset, value.
+    after_mark: Option<(u64, u32, u64)>,
     /// What was found.
     pub violations: Vec<String>,
 }
@@ -107,6 +109,7 @@ impl ShadowMachine {
             next_block: HOME + END,
             tracked: None,
             second: false,
+            after_mark: None,
             violations: Vec::new(),
         };
         let memory = (0..HOST_FRAMES).map(|_| [const { Cell::new(0) }; 512]).collect();
@@ -143,6 +146,11 @@ impl ShadowMachine {
     pub fn prepare(&self, gfn: Gfn, offset: u32, width: Width, value: u64) {
         let hfn = Hfn(self.record().place[gfn.0 as usize]);
         self.store(hfn, offset, width, value);
+    }
+
+    /// Some CPU writes this entry, of eight bytes, as soon as the library has marked it.
+    pub fn write_after_mark(&self, gfn: Gfn, offset: u32, value: u64) {
+        self.record().after_mark = Some((gfn.0, offset, value));
     }
 
     /// Moves a frame's memory to another host frame. In the middle of an invalidation of it.
@@ -305,6 +313,11 @@ impl GuestMemory for ShadowMachine {
         if same {
             self.put(hfn, offset, width, new);
             record.note(gfn, offset, new);
+            let here = |(frame, place, _): &mut (u64, u32, u64)| (*frame, *place) == (gfn, offset);
+            if let Some((.., value)) = record.after_mark.take_if(here) {
+                self.put(hfn, offset, width, value);
+                record.note(gfn, offset, value);
+            }
         }
         same
     }

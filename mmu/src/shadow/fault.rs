@@ -317,8 +317,17 @@ fn leaf<H: Host + GuestMemory>(
     let entry = role.index(want.linear);
     let leaves = Leaves::of(page, &want.mode);
     let found = match leaves {
-        Leaves::Guest(reading) if mutants::is(Mutant::ShadowEntryNotReadAgain) => reading.leaf(want.entries[0]),
-        _ => leaves.leaf(inside, page, entry),
+        Leaves::Guest(reading) => {
+            let late = mutants::is(Mutant::ShadowEntryNotReadAgain);
+            let raw = if late { want.entries[0] } else { reading.load(inside, page.guest(), entry) };
+            // That the supervisor may write over protection here, and that the entry is marked dirty, was found of the entry
+            // that was walked, and of no other.
+            if want.over_protection && raw != want.entries[0] {
+                return Step::Retry;
+            }
+            reading.leaf(raw)
+        }
+        Leaves::Run(_) => leaves.leaf(inside, page, entry),
     };
     let Some(mut leaf) = found else { return Step::Retry };
     if want.over_protection && leaf.bits & WRITE == 0 && role.ignores_write_protection() {
