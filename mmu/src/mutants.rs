@@ -115,6 +115,12 @@ pub enum Mutant {
     ShadowNeighboursNotFresh,
     /// A vCPU that has flushed what it has by one tag takes its other tags for flushed.
     ShadowTagKeptBehind,
+    /// Whether a table was opened again while its page was brought in step is told by whether it is open.
+    ShadowOpenedAgainUnnoticed,
+    /// A page gets on the list of those out of step before it is marked as one.
+    ShadowListedBeforeMarked,
+    /// What was opened below a link that stays, while the link was looked at, is not compared.
+    ShadowLookedOnce,
 }
 
 #[cfg(any(feature = "loom", feature = "shuttle"))]
@@ -137,4 +143,11 @@ pub(crate) fn is(mutant: Mutant) -> bool {
 #[inline(always)]
 pub(crate) const fn is(_: Mutant) -> bool {
     false
+}
+
+/// Gives others time, where the bug shows in a window of a few steps.
+pub(crate) fn dawdle(mutant: Mutant, relax: impl Fn()) {
+    if is(mutant) {
+        relax();
+    }
 }

@@ -160,6 +160,9 @@ pub const CASES: &[Case] = &[
     shadow("shadow-large-fresh-in-part", Mutant::ShadowLargeFreshInPart, "large leaf beside invalidation of a part", 2),
     shadow_far("shadow-neighbours-not-fresh", Far::ShadowNeighboursNotFresh, "neighbours beside invalidation"),
     shadow_far("shadow-tag-kept-behind", Far::ShadowTagKeptBehind, "loads of two roots beside invalidation"),
+    shadow("shadow-looked-once", Mutant::ShadowLookedOnce, "writes below a link that stays", 1),
+    shadow_far("shadow-listed-before-marked", Far::ShadowListedBeforeMarked, "link of a table that is being opened"),
+    shadow_far("shadow-opened-again-unnoticed", Far::ShadowOpenedAgainUnnoticed, "sync, sync and writes"),
     shadow_far("shadow-leaf-overwritten", Far::ShadowLeafOverwritten, "a leaf of another frame"),
     // Some of them again, to show that the long scenarios can see.
     far("request-after-unlock-in-a-long-run", Far::RequestAfterUnlock, "fault beside zap-all"),

@@ -9,7 +9,8 @@
 //! | 4, 5 | the table, and the directory, as the guest writes them |
 //!
 //! A second root leads to the same tables. Under a third, pages 0 and 1 are a large one: the frames of the table and of the
-//! directory of pages 4 and 5. (A large page has as many frames as a table has entries.)
+//! directory of pages 4 and 5; and pages 2 and 3 are another: those of the first root and of the directory of pages 0 to 3. (A
+//! large page has as many frames as a table has entries.)
 //!
 //! Each is small enough for loom, and is repeated under shuttle. What must hold is the same in all: no access reaches
 //! what its CPU may not know of any more, nor memory that was taken away, and in the end everything agrees.
@@ -42,7 +43,7 @@ pub const FRAMES: u64 = 10;
 pub const LARGE_PAGE: u64 = 1 << 7;
 
 /// The guest's tables at first, as (frame, entry, value).
-pub const TABLES: [(u64, u64, u64); 13] = [
+pub const TABLES: [(u64, u64, u64); 14] = [
     (ROOT, 0, DIRECTORY << 12 | 1),
     (ROOT, 1, WINDOW[0] << 12 | 1),
     (OTHER, 0, DIRECTORY << 12 | 1),
@@ -56,6 +57,7 @@ pub const TABLES: [(u64, u64, u64); 13] = [
     (WINDOW[1], 1, entry(DIRECTORY)),
     (LARGE[0], 0, LARGE[1] << 12 | 1),
     (LARGE[1], 0, entry(TABLE) | LARGE_PAGE),
+    (LARGE[1], 1, entry(ROOT) | LARGE_PAGE),
 ];
 
 /// An entry that the guest writes.
@@ -139,6 +141,8 @@ const PROTECT: Do = Set(Written { page: 4, entry: 0, value: read_only(0) });
 const UNLINK_FIRST: Do = Set(Written { page: 5, entry: 0, value: 0 });
 /// They are there.
 const LINK_FIRST: Do = Set(Written { page: 5, entry: 0, value: entry(TABLE) });
+/// The same, by a large page of the third root.
+const LINK_FIRST_BY_LARGE: Do = Set(Written { page: 3, entry: 0, value: entry(TABLE) });
 /// Pages 2 and 3 are gone.
 const UNLINK: Do = Set(Written { page: 5, entry: 1, value: 0 });
 /// They are there, and not to be written.
@@ -180,6 +184,16 @@ pub const SHADOW_SCENARIOS: &[ShadowScenario] = &[
         &[&[REMAP, LINK_WRITABLE, Read(3), Read(2)], &[Reload, Read(2)]],
     ),
     scenario("link beside sync of what is below", &[Read(0), UNLINK, REMAP], &[&[LINK, Read(2)], &[Reload, Read(0)]]),
+    scenario(
+        "writes below a link that stays",
+        &[Read(0), Read(4), UNLINK_FIRST],
+        &[&[Load(LARGE[0]), REMAP_BY_LARGE, LINK_FIRST_BY_LARGE], &[Read(0)]],
+    ),
+    scenario(
+        "link of a table that is being opened",
+        &[Read(0), UNLINK_FIRST, Reload, LINK_FIRST, Reload],
+        &[&[Load(LARGE[0]), REMAP_BY_LARGE], &[Read(4)], &[Read(0), Reload, Read(0)]],
+    ),
     scenario(
         "load of a root beside link below it",
         &[Load(OTHER), Read(0), Read(4)],

@@ -249,7 +249,7 @@ pub(super) fn find_or_make<H: Host>(
 pub(super) fn settle<H: Host + GuestMemory>(inside: Inside<'_, H>, order: &mut Order<'_>, handle: Handle) {
     let page = inside.page(handle.index);
     if page.has(STALE) && !page.has(UNSYNC) {
-        in_step(inside, order, &[handle]);
+        in_step(inside, order, &[inside.shadow.out_of_step.look_up(inside, handle)]);
     }
 }
 

@@ -12,6 +12,7 @@ use super::page::{Handle, Page, STALE, UNSYNC};
 use super::table::Inside;
 use crate::host::Host;
 use crate::leaf_lock::LeafLock;
+use crate::mutants::{self, Mutant};
 use crate::sync::{AtomicU32, AtomicU64, Ordering, peek};
 
 /// Pages out of step at most. More, and the fault that would add one brings the others in step first.
@@ -66,16 +67,37 @@ impl Ring {
     }
 }
 
+/// A page, and the number that it had on the list.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Listed {
+    pub(super) page: Handle,
+    /// 0: it was not there.
+    pub(super) number: u64,
+}
+
 /// Some pages of the list, and up to which number they were chosen.
 pub(super) struct Chosen {
-    pub(super) pages: [Handle; LIST],
-    pub(super) count: usize,
+    pages: [Listed; LIST],
+    count: usize,
     pub(super) up_to: u64,
 }
 
 impl Chosen {
-    pub(super) fn pages(&self) -> &[Handle] {
+    pub(super) fn pages(&self) -> &[Listed] {
         &self.pages[..self.count]
+    }
+
+    /// Only those that `keep` says.
+    pub(super) fn retain(&mut self, mut keep: impl FnMut(Handle) -> bool) {
+        let mut kept = 0;
+        for place in 0..self.count {
+            let listed = self.pages[place];
+            if keep(listed.page) {
+                self.pages[kept] = listed;
+                kept += 1;
+            }
+        }
+        self.count = kept;
     }
 }
 
@@ -118,18 +140,27 @@ impl OutOfStep {
                 place
             }
         };
-        page.set(UNSYNC | STALE);
+        let late = mutants::is(Mutant::ShadowListedBeforeMarked);
+        if !late {
+            page.set(UNSYNC | STALE);
+        }
         ring.put_first(place, self.next_number());
+        drop(ring);
+        if late {
+            mutants::dawdle(Mutant::ShadowListedBeforeMarked, inside.relax());
+            page.set(UNSYNC | STALE);
+        }
         true
     }
 
-    /// The number of a page on the list; 0 if it is not there.
-    pub(super) fn number<H: Host>(&self, inside: Inside<'_, H>, page: &Page) -> u64 {
+    /// A page as it is on the list, or not.
+    pub(super) fn look_up<H: Host>(&self, inside: Inside<'_, H>, page: Handle) -> Listed {
         let mut ring = self.ring.lock(inside.relax());
-        match page.place() {
+        let number = match inside.page(page.index).place() {
             HEAD => 0,
             place => ring.at(place).number,
-        }
+        };
+        Listed { page, number }
     }
 
     /// Gives a page that is on the list a new number. Under the page's lock.
@@ -147,10 +178,9 @@ impl OutOfStep {
         self.remove_if(inside, page, |_| true);
     }
 
-    /// Takes a page from the list unless it got a new number since [`OutOfStep::number`] said this one; whether it is not
-    /// there now. Under its bucket lock.
+    /// Takes a page from the list unless it has another number now; whether it is not there any more. Under its bucket lock.
     pub(super) fn remove_as<H: Host>(&self, inside: Inside<'_, H>, page: &Page, number: u64) -> bool {
-        self.remove_if(inside, page, |now| now == number)
+        self.remove_if(inside, page, |now| now == number || mutants::is(Mutant::ShadowOpenedAgainUnnoticed))
     }
 
     fn remove_if<H: Host>(&self, inside: Inside<'_, H>, page: &Page, may: impl FnOnce(u64) -> bool) -> bool {
@@ -196,14 +226,16 @@ impl OutOfStep {
 
     /// Pages on the list with higher numbers than `seen`.
     pub(super) fn since<H: Host>(&self, inside: Inside<'_, H>, seen: u64) -> Chosen {
-        let mut chosen = Chosen { pages: [Handle { index: 0, life: 0 }; LIST], count: 0, up_to: 0 };
+        let nothing = Listed { page: Handle { index: 0, life: 0 }, number: 0 };
+        let mut chosen = Chosen { pages: [nothing; LIST], count: 0, up_to: 0 };
         let mut ring = self.ring.lock(inside.relax());
         chosen.up_to = self.latest();
         let mut place = ring.at(HEAD).older;
         while place != HEAD && ring.at(place).number > seen {
-            chosen.pages[chosen.count] = ring.at(place).page;
+            let Place { page, number, older, .. } = *ring.at(place);
+            chosen.pages[chosen.count] = Listed { page, number };
             chosen.count += 1;
-            place = ring.at(place).older;
+            place = older;
         }
         chosen
     }

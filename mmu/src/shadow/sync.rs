@@ -43,8 +43,25 @@
 //!
 //! Others may do the same to the same page at the same time. Until step 4 the page stays on the list, so that who looks
 //! at the list in between does not take it for done: it does steps 2 and 3 itself. Whether the table was opened again since
-//! step 1 is told by the page's number, and not by whether it is open at step 4: another may have protected it again, and
-//! not have compared it yet.
+//! is told by the number that the page had before step 1, and not by whether it is open at step 4: another may have protected
+//! it again, and not have compared it yet.
+//!
+//! # Links that stay
+//! A CPU never has an old lower entry under an upper one that is newer: it has read the upper one first. Of links that are
+//! made, `fault` sees to that. But a link that is compared and *stays* is like one that is made: the guest's entry may have
+//! been another one for a while, and the tables below written in that time. So whoever has compared upper pages for a root
+//! looks at the list again: what was opened *since it was copied*, is of a lower level than the highest page that was
+//! compared, and is reached from the root, is brought in step as well; and so on, until no upper page is among it. Each look
+//! is at lower levels than the one before, so there are no more looks than levels.
+//!
+//! *Why that is all.* In one look, a page below an upper one was protected before either was compared. If it was not opened
+//! until the upper one had been, it was in step at that moment, whichever was compared first; if it was, the next look finds
+//! it. A page that is not on the list when that is copied is in step at that moment, and what is below it is in step then or
+//! is compared later. So the moments at which entries were read never go back from the root down, and the first is after
+//! the load of CR3. (Pages that stay open are written without a new number: none does beside upper pages.)
+//!
+//! Who brings single pages in step for other reasons (the list is full) owes nothing to what is below them: who loads CR3
+//! later finds on the list what was opened there.
 //!
 //! # Why a fault can not slip in an old entry
 //! Entries are made under the page's lock of what the guest's entry says under that lock. If that was before step 3, step
@@ -53,7 +70,7 @@
 use super::bucket::Bucket;
 use super::large;
 use super::leaves::{Leaves, Reading};
-use super::listed::LIST;
+use super::listed::{Chosen, LIST, Listed};
 use super::order::{Looks, Order, PageGuard};
 use super::page::{GROUP, Handle, Page, Place, STALE, UNSYNC};
 use super::role::{Meaning, Source};
@@ -141,21 +158,48 @@ pub(super) fn below_in_step<H: Host + GuestMemory>(
         return;
     }
     let mut news = inside.shadow.out_of_step.since(inside, page.in_step_to());
-    let mut reached = 0;
-    for place in 0..news.count {
-        let handle = news.pages[place];
-        if is_reached(inside, order, top.index, handle)
-            && !(busy == Busy::LeaveOpen && compare_busy(inside, order, handle))
-        {
-            news.pages[reached] = handle;
-            reached += 1;
+    let (up_to, mut below) = (news.up_to, u8::MAX);
+    loop {
+        let highest = look_down(inside, order, top, &mut news, below, busy);
+        let more = highest > 1 && inside.shadow.out_of_step.latest() > news.up_to;
+        if !more || mutants::is(Mutant::ShadowLookedOnce) {
+            break;
         }
+        below = highest;
+        news = inside.shadow.out_of_step.since(inside, news.up_to);
     }
-    in_step(inside, order, &news.pages[..reached]);
     if let Some(guard) = order.alive(inside, top) {
         // It was alive all the time: what was found is of this life.
-        guard.page.note_in_step_to(news.up_to);
+        guard.page.note_in_step_to(up_to);
     }
+}
+
+/// Brings those of `news` in step that `top` reaches and that are of levels lower than `below`; the highest of these, 0 if
+/// there is none.
+fn look_down<H: Host + GuestMemory>(
+    inside: Inside<'_, H>,
+    order: &mut Order<'_>,
+    top: Handle,
+    news: &mut Chosen,
+    below: u8,
+    busy: Busy,
+) -> u8 {
+    let mut highest = 0;
+    news.retain(|page| {
+        // (One that has died meanwhile may be of another level by now. Nothing leads to it.)
+        let level = inside.page(page.index).role().level();
+        let reached = level < below && is_reached(inside, order, top.index, page);
+        if reached {
+            highest = highest.max(level);
+        }
+        reached
+    });
+    // Beside upper pages none stays open: see the module head.
+    if highest == 1 && busy == Busy::LeaveOpen {
+        news.retain(|page| !compare_busy(inside, order, page));
+    }
+    in_step(inside, order, news.pages());
+    highest
 }
 
 /// Whether a link to the page of `guard`, which has been entered into its list of parents, may be made; if not, something
@@ -178,7 +222,7 @@ pub(super) fn may_link<H: Host + GuestMemory>(inside: Inside<'_, H>, guard: &mut
         return true;
     }
     let news = out_of_step.since(inside, page.in_step_to());
-    let reaches_none = !news.pages().iter().any(|handle| is_reached(inside, guard, top, *handle));
+    let reaches_none = !news.pages().iter().any(|listed| is_reached(inside, guard, top, listed.page));
     if reaches_none {
         page.note_in_step_to(news.up_to);
     }
@@ -246,21 +290,20 @@ pub(super) fn all_in_step<H: Host + GuestMemory>(inside: Inside<'_, H>, order: &
 }
 
 /// Brings these pages in step.
-pub(super) fn in_step<H: Host + GuestMemory>(inside: Inside<'_, H>, order: &mut Order<'_>, pages: &[Handle]) {
+pub(super) fn in_step<H: Host + GuestMemory>(inside: Inside<'_, H>, order: &mut Order<'_>, pages: &[Listed]) {
     if pages.is_empty() {
         return;
     }
-    let (mut latest, mut numbers) = (Moment::NEVER, [0; LIST]);
+    let mut latest = Moment::NEVER;
     let withdrawals = &inside.shadow.withdrawals;
     withdrawals.begin();
-    for (handle, number) in pages.iter().zip(&mut numbers) {
+    for Listed { page: handle, .. } in pages {
         let page = inside.page(handle.index);
         let gfn = page.gfn();
         let mut bucket = order.bucket(inside, gfn);
         // Under the lock of the wrong bucket, should the page have died and come to life for another frame: then it is
         // not this life any more.
         if page.is(*handle) {
-            *number = inside.shadow.out_of_step.number(inside, page);
             page.clear(UNSYNC);
             bucket.write_protect(inside, gfn, core::iter::once(gfn));
             latest = latest.max(bucket.protected());
@@ -270,16 +313,17 @@ pub(super) fn in_step<H: Host + GuestMemory>(inside: Inside<'_, H>, order: &mut 
         inside.mmu.tlb.flush(&inside.mmu.host, inside.counters());
     }
     withdrawals.end();
-    for (handle, number) in pages.iter().zip(numbers) {
+    for Listed { page: handle, number } in pages {
         if let Some(mut guard) = order.alive(inside, *handle) {
             compare_all(inside, &mut guard);
+            mutants::dawdle(Mutant::ShadowOpenedAgainUnnoticed, inside.relax());
             let page = guard.page;
-            in_step_now(inside, &mut guard.bucket(inside, page.gfn()), page, number);
+            in_step_now(inside, &mut guard.bucket(inside, page.gfn()), page, *number);
         }
     }
 }
 
-/// Step 4. `number` is the page's of step 1.
+/// Step 4. `number` is what the page had on the list before step 1.
 fn in_step_now<H: Host>(inside: Inside<'_, H>, _bucket: &mut Bucket, page: &Page, number: u64) {
     if !page.has(UNSYNC) && inside.shadow.out_of_step.remove_as(inside, page, number) {
         page.clear(STALE);
