@@ -108,6 +108,8 @@ pub struct ShadowCpu {
     /// When the guest last asked this CPU to forget everything, and single pages, by level.
     flushed: u64,
     pages: Pages,
+    /// The same of the PCIDs that it has left, by their CR3; each has one.
+    others: HashMap<u64, (u64, Pages)>,
     /// Turns without a flush under another tag than the turn before.
     pub spared: u64,
     /// Of so many loads of CR3 and INVLPG one is tried in guest mode; 0: none is.
@@ -137,6 +139,7 @@ impl ShadowCpu {
             tag: None,
             flushed: 0,
             pages: Pages::default(),
+            others: HashMap::new(),
             spared: 0,
             at_once_each: 0,
             asked: 0,
@@ -159,14 +162,34 @@ impl ShadowCpu {
 
     /// The guest loads CR3.
     pub fn load_cr3(&mut self, cr3: u64) {
-        self.flushed = self.now();
-        self.pages = Pages::default();
+        self.load(cr3, false);
+    }
+
+    /// The guest, which has PCIDs, loads CR3 and keeps what this CPU has of that PCID.
+    pub fn load_cr3_and_keep(&mut self, cr3: u64) {
+        self.load(cr3, true);
+    }
+
+    fn load(&mut self, cr3: u64, keeps: bool) {
+        let fresh = (self.now(), Pages::default());
+        let now = if keeps && cr3 == self.paging.cr3 {
+            None
+        } else if keeps {
+            Some(self.others.remove(&cr3).unwrap_or(fresh))
+        } else {
+            Some(fresh)
+        };
+        if let Some((flushed, pages)) = now {
+            let old = (std::mem::replace(&mut self.flushed, flushed), std::mem::replace(&mut self.pages, pages));
+            self.others.insert(self.paging.cr3, old);
+            self.others.remove(&cr3);
+        }
         self.paging.cr3 = cr3;
         let at_once = |inside: &mut InShadow<'_, ShadowMachine>, in_step| {
-            inside.load_cr3_at_once(in_step, cr3, false) != LoadedAtOnce::No
+            inside.load_cr3_at_once(in_step, cr3, keeps) != LoadedAtOnce::No
         };
         if !self.at_once(at_once) {
-            self.vcpu.load_cr3(cr3, false);
+            self.vcpu.load_cr3(cr3, keeps);
         }
     }
 
@@ -191,6 +214,7 @@ impl ShadowCpu {
     pub fn set_controls(&mut self, controls: Controls) {
         self.flushed = self.now();
         self.pages = Pages::default();
+        self.others.clear();
         self.paging.controls = controls;
         self.vcpu.set_controls(controls);
     }

@@ -32,11 +32,13 @@ pub enum Layout {
     Pae,
     /// Entries of four bytes.
     Legacy,
+    /// Long mode, four levels, with PCIDs: some loads of CR3 keep what a CPU has.
+    Pcid,
 }
 
 impl Layout {
     /// All.
-    pub const ALL: [Self; 4] = [Self::Long4, Self::Long5, Self::Pae, Self::Legacy];
+    pub const ALL: [Self; 5] = [Self::Long4, Self::Long5, Self::Pae, Self::Legacy, Self::Pcid];
 
     fn controls(self) -> Controls {
         let cr0 = 1 << 31 | 1 << 16 | 1;
@@ -45,6 +47,7 @@ impl Layout {
             Self::Long5 => Controls { cr0, cr4: 1 << 5 | 1 << 12, efer: 1 << 10 | 1 << 11 },
             Self::Pae => Controls { cr0, cr4: 1 << 5, efer: 1 << 11 },
             Self::Legacy => Controls { cr0, cr4: 1 << 4, efer: 0 },
+            Self::Pcid => Controls { cr0, cr4: 1 << 5 | 1 << 17, efer: 1 << 10 | 1 << 11 },
         }
     }
 }
@@ -85,7 +88,7 @@ impl Map {
     /// The entry of the top table that leads to the part that never changes, and the bits above it in an address.
     const fn fixed_index(self) -> u64 {
         match self.layout {
-            Layout::Long4 | Layout::Long5 => 255,
+            Layout::Long4 | Layout::Long5 | Layout::Pcid => 255,
             Layout::Pae => 3,
             Layout::Legacy => 1023,
         }
@@ -141,7 +144,8 @@ impl Map {
     }
 
     fn cr3(self, number: u64) -> u64 {
-        self.table(self.levels, number).0 << 12
+        let pcid = if self.layout == Layout::Pcid { number } else { 0 };
+        self.table(self.levels, number).0 << 12 | pcid
     }
 
     /// A random entry for a table of `level`.
@@ -274,7 +278,11 @@ impl Guest {
             }
             28 | 29 | 32 => {
                 let cr3 = map.cr3(rng.below(TABLES));
-                self.cpu.load_cr3(cr3);
+                if map.layout == Layout::Pcid && rng.once_in(2) {
+                    self.cpu.load_cr3_and_keep(cr3);
+                } else {
+                    self.cpu.load_cr3(cr3);
+                }
             }
             30 => {
                 let mut controls = self.cpu.paging().controls;
