@@ -1,79 +1,218 @@
-//! Dirty rings: where to look, while the bitmap is what is believed.
+//! Dirty rings: where to look, while the bitmap is what is believed. What holds with nested paging and on shadow tables alike
+//! is tested once, on [`Logged`] machines of both kinds.
 
+use std::sync::Arc;
+
+use nestling::guest::Width;
 use nestling::{
-    Access, Cause, Config, DirtyPages, Fault, FaultError, Gfn, Granularity, Level, LogConfig, LogStart, SlotId, Split,
-    Tracking, VcpuId,
+    Access, Cause, Config, DirtyPages, DirtyRing, Fault, FaultError, Gfn, Granularity, Host, Level, LogConfig,
+    LogStart, Mmu, SlotId, Split, Tracking, VcpuId, Worker,
 };
 use nestling_checks::machine::guest::{Done, GuestCpu, Manners};
 use nestling_checks::scene::{Amd, add, assert_none, small, two_by_two};
+use nestling_checks::shadow::cpu::{self, ShadowCpu};
+use nestling_checks::shadow::machine::ShadowMachine;
+use nestling_checks::shadow::small::{self as shadow, ALL, DATA, KERNEL, LONG, OTHER_ROOT, TABLES, ask, write_entry};
 
 const START: Gfn = Gfn(0x400);
 const ID: SlotId = SlotId(0);
+/// Of the slot that [`Logged`] machines have, from a page on that is no table of a guest's.
+const PAGES: std::ops::Range<u64> = DATA..60;
 
 fn log(granularity: Granularity) -> LogConfig {
     let (tracking, start, split) = (Tracking::WriteProtect, LogStart::Clean, Split::OnDemand);
     LogConfig { tracking, granularity, start, split }
 }
 
-fn pages(ring: &mut nestling::DirtyRing) -> Vec<DirtyPages> {
+fn pages(ring: &mut DirtyRing) -> Vec<DirtyPages> {
     std::iter::from_fn(|| ring.take()).collect()
+}
+
+const fn entry(page: u64) -> DirtyPages {
+    DirtyPages { slot: ID, page, level: Level::K4 }
+}
+
+/// A machine with two vCPUs, whose slot [`ID`] is logged by pages, to their end.
+trait Logged: Sized {
+    type Host: Host;
+    fn new() -> Self;
+    fn mmu(&self) -> &Arc<Mmu<Self::Host>>;
+    fn worker(&mut self) -> &mut Worker<Self::Host>;
+    fn ring(&mut self, vcpu: usize, entries: usize) -> DirtyRing;
+    fn can_enter(&mut self, vcpu: usize) -> Result<(), FaultError>;
+    /// The guest writes to a page of the slot.
+    fn write(&mut self, vcpu: usize, page: u64) -> Result<(), FaultError>;
+    /// The vCPU turns to another root, where there is one, and reads the page.
+    fn read_otherwise(&mut self, vcpu: usize, page: u64);
+    /// Nothing was violated.
+    fn end(self);
+
+    /// What is dirty, and is no more.
+    fn harvest(&mut self) -> u64 {
+        let mut bits = [0];
+        self.worker().harvest_dirty(ID, 0, &mut bits).unwrap();
+        bits[0]
+    }
+}
+
+struct Nested {
+    mmu: Arc<Mmu<Amd>>,
+    worker: Worker<Amd>,
+    cpus: [GuestCpu<<Amd as Host>::Format>; 2],
+}
+
+impl Logged for Nested {
+    type Host = Amd;
+
+    fn new() -> Self {
+        let mmu = small(Config { largest: Level::K4, ..two_by_two() });
+        add(&mmu, 0, START, 64);
+        let mut worker = mmu.worker().unwrap();
+        worker.start_log(ID, log(Granularity::Page)).unwrap();
+        let cpus = [0, 1].map(|id| GuestCpu::new(&mmu, VcpuId(id), 1, Manners::Right).with_patience(4));
+        Self { mmu, worker, cpus }
+    }
+
+    fn mmu(&self) -> &Arc<Mmu<Amd>> {
+        &self.mmu
+    }
+
+    fn worker(&mut self) -> &mut Worker<Amd> {
+        &mut self.worker
+    }
+
+    fn ring(&mut self, vcpu: usize, entries: usize) -> DirtyRing {
+        self.cpus[vcpu].vcpu.enable_dirty_ring(entries).unwrap()
+    }
+
+    fn can_enter(&mut self, vcpu: usize) -> Result<(), FaultError> {
+        self.cpus[vcpu].vcpu.enter().map(drop)
+    }
+
+    fn write(&mut self, vcpu: usize, page: u64) -> Result<(), FaultError> {
+        match self.cpus[vcpu].run_one(Gfn(START.0 + page), Access::Write) {
+            Done::Memory => Ok(()),
+            Done::Failed(error) => Err(error),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn read_otherwise(&mut self, vcpu: usize, page: u64) {
+        assert_eq!(self.cpus[vcpu].run_one(Gfn(START.0 + page), Access::Read), Done::Memory);
+    }
+
+    fn end(self) {
+        assert_none(&self.mmu.host().violations());
+    }
+}
+
+struct Shadowed {
+    mmu: Arc<Mmu<ShadowMachine>>,
+    worker: Worker<ShadowMachine>,
+    cpus: [ShadowCpu; 2],
+}
+
+impl Logged for Shadowed {
+    type Host = ShadowMachine;
+
+    fn new() -> Self {
+        let (mmu, mut worker) = shadow::machine(64);
+        worker.start_log(ID, log(Granularity::Page)).unwrap();
+        let cpus = [0, 1].map(|id| shadow::cpu(&mmu, id, LONG));
+        Self { mmu, worker, cpus }
+    }
+
+    fn mmu(&self) -> &Arc<Mmu<ShadowMachine>> {
+        &self.mmu
+    }
+
+    fn worker(&mut self) -> &mut Worker<ShadowMachine> {
+        &mut self.worker
+    }
+
+    fn ring(&mut self, vcpu: usize, entries: usize) -> DirtyRing {
+        self.cpus[vcpu].vcpu.enable_dirty_ring(entries).unwrap()
+    }
+
+    fn can_enter(&mut self, vcpu: usize) -> Result<(), FaultError> {
+        self.cpus[vcpu].vcpu.enter().map(drop)
+    }
+
+    fn write(&mut self, vcpu: usize, page: u64) -> Result<(), FaultError> {
+        match self.cpus[vcpu].access(ask(page, Access::Write, KERNEL), None) {
+            cpu::Done::Memory => Ok(()),
+            cpu::Done::Failed(error) => Err(error),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn read_otherwise(&mut self, vcpu: usize, page: u64) {
+        self.cpus[vcpu].load_cr3(OTHER_ROOT << 12);
+        assert_eq!(self.cpus[vcpu].access(ask(page, Access::Read, KERNEL), None), cpu::Done::Memory);
+    }
+
+    fn end(self) {
+        shadow::end(self.mmu, self.worker, self.cpus.into());
+    }
+}
+
+fn noted_once_until_reset<M: Logged>() {
+    let mut machine = M::new();
+    let (mut ring, mut other) = (machine.ring(0, 64), machine.ring(1, 64));
+    for page in [27, 23, 27, 60] {
+        machine.write(0, page).unwrap();
+    }
+    for page in [23, 29] {
+        machine.write(1, page).unwrap();
+    }
+    let taken = pages(&mut ring);
+    assert_eq!(taken, [entry(27), entry(23), entry(60)]);
+    assert_eq!(pages(&mut other), [entry(29)], "what another vCPU has noted already is no news");
+    // Until they are reset, writes to them are no news either, by whatever root, nor do reads take the right away.
+    machine.read_otherwise(0, 27);
+    let fixed = machine.mmu().counters().faults_fixed;
+    machine.write(0, 27).unwrap();
+    assert_eq!(machine.mmu().counters().faults_fixed, fixed);
+    assert!(ring.is_empty());
+    let locks = machine.mmu().counters().exclusive_locks;
+    assert_eq!(machine.worker().reset_dirty(&taken), 3);
+    assert_eq!(machine.worker().reset_dirty(&taken), 0, "they are clean");
+    assert_eq!(machine.mmu().counters().exclusive_locks, locks);
+    machine.write(0, 27).unwrap();
+    assert_eq!(pages(&mut ring), [entry(27)]);
+    assert_eq!(machine.harvest(), 1 << 27 | 1 << 29);
+    machine.end();
 }
 
 #[test]
 fn a_write_is_in_its_vcpus_ring_once_until_it_is_reset() {
-    let mmu = small(Config { largest: Level::K4, ..two_by_two() });
-    add(&mmu, 0, START, 512);
-    let mut worker = mmu.worker().unwrap();
-    worker.start_log(ID, log(Granularity::Page)).unwrap();
-    let [mut one, mut two] = [0, 1].map(|id| GuestCpu::new(&mmu, VcpuId(id), 1, Manners::Right).with_patience(4));
-    let (mut ring, mut other) = (one.vcpu.enable_dirty_ring(64).unwrap(), two.vcpu.enable_dirty_ring(64).unwrap());
-    let entry = |page| DirtyPages { slot: ID, page, level: Level::K4 };
-    for page in [7, 3, 7, 70] {
-        assert_eq!(one.run_one(Gfn(START.0 + page), Access::Write), Done::Memory);
-    }
-    assert_eq!(two.run_one(Gfn(START.0 + 3), Access::Write), Done::Memory);
-    assert_eq!(two.run_one(Gfn(START.0 + 9), Access::Write), Done::Memory);
-    let taken = pages(&mut ring);
-    assert_eq!(taken, [entry(7), entry(3), entry(70)]);
-    assert_eq!(pages(&mut other), [entry(9)], "what another vCPU has noted already is no news");
-    // Until they are reset, writes to them are no news either.
-    assert_eq!(one.run_one(Gfn(START.0 + 7), Access::Write), Done::Memory);
-    assert!(ring.is_empty());
-    let locks = mmu.counters().exclusive_locks;
-    assert_eq!(worker.reset_dirty(&taken), 3);
-    assert_eq!(worker.reset_dirty(&taken), 0, "they are clean");
-    assert_eq!(mmu.counters().exclusive_locks, locks);
-    assert_eq!(one.run_one(Gfn(START.0 + 7), Access::Write), Done::Memory);
-    assert_eq!(pages(&mut ring), [entry(7)]);
-    let mut bits = [0; 8];
-    assert_eq!(worker.harvest_dirty(ID, 0, &mut bits).unwrap(), 2);
-    assert_eq!(bits[0], 1 << 7 | 1 << 9);
-    assert_none(&mmu.host().violations());
+    noted_once_until_reset::<Nested>();
+    noted_once_until_reset::<Shadowed>();
 }
 
-#[test]
-fn a_nearly_full_ring_keeps_its_vcpu_out_and_loses_nothing() {
-    let mmu = small(Config { largest: Level::K4, ..two_by_two() });
-    add(&mmu, 0, START, 512);
-    let mut worker = mmu.worker().unwrap();
-    worker.start_log(ID, log(Granularity::Page)).unwrap();
-    let mut cpu = GuestCpu::new(&mmu, VcpuId(0), 1, Manners::Right).with_patience(4);
-    let mut ring = cpu.vcpu.enable_dirty_ring(16).unwrap();
-    let written = (0..100).take_while(|page| match cpu.run_one(Gfn(START.0 + page), Access::Write) {
-        Done::Memory => true,
-        Done::Failed(FaultError::DirtyRingFull) => false,
-        other => panic!("{other:?}"),
+fn full_and_whole<M: Logged>() {
+    let mut machine = M::new();
+    let mut ring = machine.ring(0, 16);
+    let written = PAGES.take_while(|page| match machine.write(0, *page) {
+        Ok(()) => true,
+        Err(FaultError::DirtyRingFull) => false,
+        Err(other) => panic!("{other:?}"),
     });
     let written = written.count() as u64;
     assert!((8..16).contains(&written), "{written}");
     assert!(ring.len() >= written);
+    assert_eq!(machine.can_enter(0), Err(FaultError::DirtyRingFull));
     let taken = pages(&mut ring);
-    assert_eq!(cpu.run_one(Gfn(START.0 + 200), Access::Write), Done::Memory, "emptied, the vCPU goes on");
-    worker.reset_dirty(&taken);
-    let mut bits = [0; 8];
-    worker.harvest_dirty(ID, 0, &mut bits).unwrap();
-    assert_eq!(bits[3], 1 << 8);
-    assert_none(&mmu.host().violations());
+    machine.write(0, PAGES.end).expect("emptied, the vCPU goes on");
+    machine.worker().reset_dirty(&taken);
+    assert_eq!(machine.harvest(), 1 << PAGES.end);
+    machine.end();
+}
+
+#[test]
+fn a_nearly_full_ring_keeps_its_vcpu_out_and_loses_nothing() {
+    full_and_whole::<Nested>();
+    full_and_whole::<Shadowed>();
 }
 
 /// Whether there is room in a ring is asked at entry, so a vCPU that has one handles no fault without leaving.
@@ -119,7 +258,7 @@ fn a_leaf_that_is_dirty_as_a_whole_is_one_entry() {
     add(&mmu, 0, START, 1024);
     let mut worker = mmu.worker().unwrap();
     worker.start_log(ID, log(Granularity::Leaf)).unwrap();
-    let mut cpu = GuestCpu::<<Amd as nestling::Host>::Format>::new(&mmu, VcpuId(0), 1, Manners::Right).with_patience(4);
+    let mut cpu = GuestCpu::<<Amd as Host>::Format>::new(&mmu, VcpuId(0), 1, Manners::Right).with_patience(4);
     let mut ring = cpu.vcpu.enable_dirty_ring(64).unwrap();
     assert_eq!(cpu.run_one(Gfn(START.0 + 600), Access::Write), Done::Memory);
     let taken = pages(&mut ring);
@@ -127,4 +266,24 @@ fn a_leaf_that_is_dirty_as_a_whole_is_one_entry() {
     assert_eq!(worker.reset_dirty(&taken), 512);
     assert_eq!(worker.harvest_dirty(ID, 0, &mut [0; 16]).unwrap(), 0);
     assert_none(&mmu.host().violations());
+}
+
+/// What a guest does to its tables, and what its CPU does to them.
+#[test]
+fn tables_and_the_marks_in_them_are_written_as_any_page() {
+    let (mmu, mut worker) = shadow::machine(64);
+    let mut cpu = shadow::cpu(&mmu, 0, LONG);
+    // An entry that was never used.
+    mmu.host().prepare(Gfn(TABLES[3]), 100 * 8, Width::Eight, DATA << 12 | ALL & !(1 << 5 | 1 << 6));
+    worker.start_log(ID, log(Granularity::Page)).unwrap();
+    let mut ring = cpu.vcpu.enable_dirty_ring(64).unwrap();
+    assert_eq!(cpu.access(ask(100, Access::Read, KERNEL), None), cpu::Done::Memory);
+    let taken = pages(&mut ring);
+    assert_eq!(taken, [entry(TABLES[3])], "the accessed bit");
+    assert_eq!(worker.reset_dirty(&taken), 1);
+    assert_eq!(cpu.access(ask(100, Access::Write, KERNEL), None), cpu::Done::Memory);
+    assert_eq!(pages(&mut ring), [entry(TABLES[3]), entry(DATA)], "the dirty bit, and the page");
+    write_entry(&mut cpu, TABLES[2], 7, 0);
+    assert_eq!(pages(&mut ring), [entry(TABLES[2])]);
+    shadow::end(mmu, worker, vec![cpu]);
 }

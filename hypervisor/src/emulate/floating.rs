@@ -60,6 +60,33 @@ pub trait Wide {
     fn set_floating(&mut self, floating: &Floating);
 }
 
+/// Such registers without a CPU, for what emulates instructions apart from any guest: tests and checks.
+#[derive(Clone, PartialEq, Default, Debug)]
+pub struct WideRegisters {
+    /// The XMM registers.
+    pub vectors: [[u64; 2]; 16],
+    /// The x87 unit.
+    pub floating: Floating,
+}
+
+impl Wide for WideRegisters {
+    fn vector(&self, number: usize) -> [u64; 2] {
+        self.vectors[number]
+    }
+
+    fn set_vector(&mut self, number: usize, value: [u64; 2]) {
+        self.vectors[number] = value;
+    }
+
+    fn floating(&self) -> Floating {
+        self.floating
+    }
+
+    fn set_floating(&mut self, floating: &Floating) {
+        self.floating = *floating;
+    }
+}
+
 impl<B: Bus> Machine<'_, '_, B> {
     /// A move between an MMX register and memory.
     pub(super) fn move_mmx(&mut self, instruction: &Instruction) -> Result<(), Stop> {

@@ -42,7 +42,7 @@ pub use control::{
     invalidation,
 };
 pub use descriptor::SegmentRegister;
-pub use floating::{Floating, MmxUse, Wide};
+pub use floating::{Floating, MmxUse, Wide, WideRegisters};
 use kept::Decoded;
 pub use kept::{Asked, Kept};
 use operand::Space;

@@ -78,30 +78,6 @@ impl Machine {
     }
 }
 
-#[derive(Default)]
-struct WideRegisters {
-    vectors: [[u64; 2]; 16],
-    floating: Floating,
-}
-
-impl Wide for WideRegisters {
-    fn vector(&self, number: usize) -> [u64; 2] {
-        self.vectors[number]
-    }
-
-    fn set_vector(&mut self, number: usize, value: [u64; 2]) {
-        self.vectors[number] = value;
-    }
-
-    fn floating(&self) -> Floating {
-        self.floating
-    }
-
-    fn set_floating(&mut self, floating: &Floating) {
-        self.floating = *floating;
-    }
-}
-
 impl Bus for Machine {
     fn read_ram(&mut self, gpa: u64, into: &mut [u8]) -> bool {
         assert!(gpa % 4096 + into.len() as u64 <= 4096, "no access crosses a page");

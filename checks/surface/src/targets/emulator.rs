@@ -2,7 +2,7 @@
 
 use nestling::Gpa;
 use nestling_hypervisor::emulate::{
-    self, Asked, Bus, Cpu, End, Floating, HostFailure, Kept, MAX_INSTRUCTION, Registers, Wide,
+    self, Asked, Bus, Cpu, End, Floating, HostFailure, Kept, MAX_INSTRUCTION, Registers, Wide, WideRegisters,
 };
 use nestling_hypervisor::guest::entry::Segment;
 
@@ -24,30 +24,6 @@ struct Memory {
     accesses: usize,
     wide: WideRegisters,
     kept: Kept,
-}
-
-#[derive(Clone, PartialEq, Debug)]
-struct WideRegisters {
-    vectors: [[u64; 2]; 16],
-    floating: Floating,
-}
-
-impl Wide for WideRegisters {
-    fn vector(&self, number: usize) -> [u64; 2] {
-        self.vectors[number]
-    }
-
-    fn set_vector(&mut self, number: usize, value: [u64; 2]) {
-        self.vectors[number] = value;
-    }
-
-    fn floating(&self) -> Floating {
-        self.floating
-    }
-
-    fn set_floating(&mut self, floating: &Floating) {
-        self.floating = *floating;
-    }
 }
 
 impl Memory {
