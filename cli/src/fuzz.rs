@@ -29,7 +29,7 @@ use crate::{
     plan::{Plan, acceleration},
     progress::Progress,
     qemu::{self, Machine},
-    session::{self, Ending, HypervisorFailure, Queue, Remote},
+    session::{self, Ending, HypervisorFailure, Queue, Record, Remote},
     setup,
 };
 
@@ -101,6 +101,18 @@ impl Summary {
         }
     }
 
+    /// What QEMU died of, each with its seeds.
+    fn deaths(&self) -> Vec<String> {
+        let mut by_cause: BTreeMap<&str, Vec<String>> = BTreeMap::new();
+        for Failure { seed, what } in &self.emulator_deaths {
+            by_cause.entry(what).or_default().push(seed.to_string());
+        }
+        let shown = by_cause.iter().map(|(what, seeds)| {
+            format!("no failure of the hypervisor, {} times, with seeds {}: {what}", seeds.len(), seeds.join(", "))
+        });
+        shown.collect()
+    }
+
     fn say(&self, progress: Progress) {
         let list = |counts: &BTreeMap<String, u64>| {
             let all: Vec<_> = counts.iter().map(|(name, count)| format!("{count} {name}")).collect();
@@ -117,14 +129,16 @@ impl Summary {
         for Failure { seed, what } in &self.failures {
             progress.note(&format!("FAILED with seed {seed}: {what}"));
         }
-        if !self.emulator_deaths.is_empty() {
-            let seeds: Vec<_> = self.emulator_deaths.iter().map(|death| death.seed.to_string()).collect();
-            progress.note(&format!("QEMU itself died {} times, with seeds {}", seeds.len(), seeds.join(", ")));
-        }
+        self.deaths().iter().for_each(|death| progress.note(death));
         let (leaks, failures) = (self.leaks.len(), self.failures.len());
         progress
             .note(&format!("{leaks} leaks, {failures} failures: {}", if self.status() == 0 { "good" } else { "BAD" }));
     }
+}
+
+/// What QEMU said before the session ended: the first line says what, the rest is registers.
+fn last_words(record: &Record) -> Option<&str> {
+    record.qemu_output.lines().find(|line| line.len() > 3)
 }
 
 /// Whether the machine's process was killed by what it did itself.
@@ -242,11 +256,12 @@ impl Prepared {
                     break;
                 }
                 _ => {
-                    // The first lines say what; the rest is registers.
-                    let said = record.qemu_output.lines().filter(|line| line.len() > 3).take(1);
-                    let what: Vec<_> = [outcome.sentence()].into_iter().chain(said.map(str::to_owned)).collect();
-                    let failure = Failure { seed: last, what: what.join("; QEMU said: ") };
+                    let said = last_words(record).map(str::to_owned);
+                    let what: Vec<_> = [outcome.sentence()].into_iter().chain(said).collect();
+                    let failure = Failure { seed: last, what: what.join("; it said: ") };
                     if died_of_signal(&record.ending) {
+                        self.progress
+                            .note(&format!("with seed {last}, no failure of the hypervisor: {}", failure.what));
                         summary.emulator_deaths.push(failure);
                     } else {
                         self.progress.note(&format!("FAILED with seed {last}: {}", failure.what));
@@ -313,5 +328,16 @@ mod tests {
         let failure = Failure { seed: 1, what: String::new() };
         assert_eq!(Summary { failures: vec![failure], ..Summary::default() }.status(), 72);
         assert_eq!(Summary { signal: Some(15), ..Summary::default() }.status(), 143);
+    }
+
+    #[test]
+    fn deaths_of_the_emulator_are_told_by_cause_and_are_no_failures() {
+        let death = |seed, what: &str| Failure { seed, what: what.to_owned() };
+        let deaths = vec![death(5, "abort"), death(7, "fault"), death(9, "abort")];
+        let summary = Summary { emulator_deaths: deaths, ..Summary::default() };
+        assert_eq!(summary.status(), 0);
+        let told = summary.deaths();
+        assert_eq!(told.len(), 2);
+        assert!(told[0].contains("2 times, with seeds 5, 9: abort"), "{told:?}");
     }
 }

@@ -1,5 +1,7 @@
 //! What a run came to: one exit status, one verdict, one sentence.
 
+use std::os::unix::process::ExitStatusExt;
+
 use nestling_control::{
     message::{GuestExit, Report},
     verdict::{self, Expected},
@@ -84,6 +86,7 @@ impl Outcome {
             Ending::TimedOut(after) => format!("no end within {} s (--timeout)", after.as_secs()),
             Ending::Signal(number) => format!("ended by signal {number}"),
             Ending::Hypervisor(HypervisorFailure::Died { status }) => match status {
+                Some(status) if status.signal().is_some() => format!("QEMU itself died ({status})"),
                 Some(status) => format!("the hypervisor died without a word (QEMU: {status})"),
                 None => "the hypervisor stopped talking".into(),
             },
@@ -121,7 +124,7 @@ impl Outcome {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
+    use std::{process::ExitStatus, time::Duration};
 
     use nestling_control::message::TableFrames;
 
@@ -179,6 +182,14 @@ mod tests {
         for failure in failures {
             assert_eq!(status(Mode::Shell, Ending::Hypervisor(failure), PASS, whole()), 72);
         }
+    }
+
+    #[test]
+    fn the_emulators_end_by_a_signal_is_not_called_the_hypervisors() {
+        let died = |status| Ending::Hypervisor(HypervisorFailure::Died { status: Some(ExitStatus::from_raw(status)) });
+        let sentence = |status| outcome(Mode::Shell, died(status), "", None).sentence();
+        assert!(sentence(6).starts_with("QEMU itself died"), "{}", sentence(6));
+        assert!(sentence(33 << 8).starts_with("the hypervisor died"), "{}", sentence(33 << 8));
     }
 
     #[test]

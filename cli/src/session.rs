@@ -6,7 +6,8 @@
 //! queue is full, as on any serial line.
 //!
 //! The loop ends in one of these ways, each with a bound of its own:
-//! - the hypervisor says `Done`: then QEMU has [`END_GRACE`] to end by itself;
+//! - the hypervisor says `Done`: then QEMU has [`END_GRACE`] to end by itself, from the last of the console's bytes that were
+//!   written, which may have waited for a terminal;
 //! - a guest of a series does not end within its slice and [`NEXT_GUEST_WITHIN`];
 //! - the control channel closes, or nothing comes on it for [`HELLO_WITHIN`]: the hypervisor has failed;
 //! - somebody leaves, a signal comes, or the time limit is over: the hypervisor is asked to stop, so that its report
@@ -37,7 +38,7 @@ pub const NEXT_GUEST_WITHIN: Duration = Duration::from_secs(90);
 pub const HELLO_WITHIN: Duration = Duration::from_secs(60);
 /// From the request to stop to the hypervisor's report.
 pub const STOP_GRACE: Duration = Duration::from_secs(3);
-/// From the hypervisor's last message to QEMU's end.
+/// From the hypervisor's last message, or the console's last bytes behind it, to QEMU's end.
 pub const END_GRACE: Duration = Duration::from_secs(5);
 
 const QUEUE: usize = 1024;
@@ -363,7 +364,11 @@ impl Session<'_> {
         if self.console.ready() && self.boot_wall.is_none() {
             self.boot_wall = Some(self.start.elapsed());
         }
-        self.output.write_all(bytes).and_then(|()| self.output.flush()).map_err(Error::io("write the guest's console"))
+        let written = self.output.write_all(bytes).and_then(|()| self.output.flush());
+        if let Phase::Ended { until, .. } = &mut self.phase {
+            *until = Instant::now() + END_GRACE;
+        }
+        written.map_err(Error::io("write the guest's console"))
     }
 
     fn message(&mut self, message: ToCommand) {
@@ -550,6 +555,21 @@ mod tests {
             control.write_all(&bytes(&end)).expect("sent");
         });
         assert_eq!((record.ending, record.report), (Ending::TimedOut(limit), Some(Report::default())));
+    }
+
+    /// As for a terminal that was stopped: what waits for it is the end of the console, and may hold the verdict.
+    #[test]
+    fn a_console_that_goes_on_behind_the_end_is_read_to_its_own() {
+        let pieces = 4;
+        let (record, output) = session(None, move |mut console, mut control, _| {
+            control.write_all(&bytes(&[hello(PROTOCOL_VERSION), ToCommand::Done(GuestExit::PowerOff)])).expect("sent");
+            for _ in 0..pieces {
+                thread::sleep(END_GRACE / 3);
+                console.write_all(b"more\n").expect("sent");
+            }
+        });
+        assert_eq!(record.ending, Ending::Guest(GuestExit::PowerOff));
+        assert_eq!(output, "more\n".repeat(pieces));
     }
 
     #[test]
