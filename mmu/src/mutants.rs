@@ -109,6 +109,8 @@ pub enum Mutant {
     ShadowLinkUnnoticed,
     /// A large leaf is made although a frame of its block is a table that is shadowed.
     ShadowLargeOverTable,
+    /// Whether a large leaf may be made is found out under the lock of its block, and it is made under that lock later.
+    ShadowLargeDecidedEarly,
     /// A large leaf is made beside an invalidation of a frame of its block.
     ShadowLargeFreshInPart,
     /// Neighbours are mapped while memory is being taken away.

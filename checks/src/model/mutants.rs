@@ -157,6 +157,11 @@ pub const CASES: &[Case] = &[
     shadow("shadow-link-without-look", Mutant::ShadowLinkWithoutLook, "load of a root beside link below it", 2),
     shadow("shadow-link-unnoticed", Mutant::ShadowLinkUnnoticed, "link of a table that is out of step", 1),
     shadow("shadow-large-over-table", Mutant::ShadowLargeOverTable, "large leaf beside link of a table under it", 1),
+    shadow_far(
+        "shadow-large-decided-early",
+        Far::ShadowLargeDecidedEarly,
+        "large leaf beside link of a table under it",
+    ),
     shadow("shadow-large-fresh-in-part", Mutant::ShadowLargeFreshInPart, "large leaf beside invalidation of a part", 2),
     shadow_far("shadow-neighbours-not-fresh", Far::ShadowNeighboursNotFresh, "neighbours beside invalidation"),
     shadow_far("shadow-tag-kept-behind", Far::ShadowTagKeptBehind, "loads of two roots beside invalidation"),

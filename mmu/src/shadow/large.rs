@@ -52,6 +52,7 @@ use crate::format::long_mode::{self, KEY, NO_EXECUTE, USER, WRITE};
 use crate::guest::Judged;
 use crate::host::{Access, GuestMemory, Host};
 use crate::lock::Ticket;
+use crate::mutants::{self, Mutant};
 use crate::slots::Memslot;
 use crate::sync::load_for_update;
 
@@ -115,8 +116,10 @@ pub(super) fn map<H: Host + GuestMemory>(
     }
     let place = Place::new(guard.index, entry);
     guard.links.note(entry);
+    let early = mutants::is(Mutant::ShadowLargeDecidedEarly);
+    let decided = early.then(|| guard.bucket(inside, child.gfn).may_be_large(inside, block));
     let mut bucket = guard.bucket(inside, child.gfn);
-    if !bucket.may_be_large(inside, block) {
+    if !decided.unwrap_or_else(|| bucket.may_be_large(inside, block)) {
         return None;
     }
     let new = long_mode::large(long_mode::leaf(bits, backing.hfn, backing.writable, backing.memory));
