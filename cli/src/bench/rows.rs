@@ -96,7 +96,7 @@ const DEFINITIONS: [Definition; 41] = [
     npt("fault_2m", Value::Each, None),
     npt("split_2m", Value::Each, None),
     npt("collapse_2m", Value::Each, None),
-    npt("root_switch", Value::Each, None),
+    npt(ROOT_SWITCH, Value::Each, None),
     memory(TABLE_BYTES, Paging::Npt, "table_bytes", Goal::None),
     memory(BOOK_BYTES, Paging::Npt, "book_bytes", Goal::None),
     npt("cpuid_exit", Value::Each, Some(300.0)),
@@ -180,8 +180,11 @@ pub(super) fn rows(kvm: impl Fn(Paging) -> Figures, nestling: impl Fn(Paging) ->
     DEFINITIONS.iter().filter_map(row).collect()
 }
 
-/// Parts of another row's work, by what the library says of itself.
-const PARTS: [&str; 2] = ["zap_all_front", "zap_all_back"];
+/// What no instructions can be followed of: bytes, exits, parts of another row's work by what the library says of itself, and
+/// a part of the Linux guest's run.
+const NOT_FOLLOWED: [&str; 6] = [TABLE_BYTES, BOOK_BYTES, FORK_EXITS, "zap_all_front", "zap_all_back", "fork"];
+/// Only nested paging has roots to switch between and back.
+const ROOT_SWITCH: &str = "root_switch";
 
 /// The figure of which a row says something, by the row's name or its own, if its instructions can be followed: those of
 /// small pages with either paging.
@@ -190,9 +193,9 @@ const PARTS: [&str; 2] = ["zap_all_front", "zap_all_back"];
 /// There is none.
 pub(super) fn followed(operation: &str, paging: Paging) -> Result<&'static str, Error> {
     let rows = || {
-        let fits = |row: &&Definition| row.mmu == paging || Pages::of(row.figure) == Pages::Small;
-        let countless = [TABLE_BYTES, BOOK_BYTES, FORK_EXITS, "fork"];
-        DEFINITIONS.iter().filter(fits).filter(move |row| ![&countless[..], &PARTS].concat().contains(&row.op))
+        let either = |row: &Definition| Pages::of(row.figure) == Pages::Small && row.op != ROOT_SWITCH;
+        let fits = move |row: &&Definition| row.mmu == paging || either(row);
+        DEFINITIONS.iter().filter(fits).filter(|row| !NOT_FOLLOWED.contains(&row.op))
     };
     match rows().find(|row| (row.mmu == paging && row.op == operation) || row.figure == operation) {
         Some(row) => Ok(row.figure),
@@ -250,6 +253,23 @@ mod tests {
         let goals = |rows: Vec<Row>| rows.into_iter().map(|row| row.goal).collect::<Vec<_>>();
         assert_eq!(goals(rows(linux(1000), linux(800))), [Some(900.0), Some(750.0)]);
         assert_eq!(goals(rows(|_| Figures::new(), linux(800))), [None, None]);
+    }
+
+    #[test]
+    fn rows_of_instructions_are_followed_by_their_figure() {
+        let figure = |row, paging| followed(row, paging).ok();
+        assert_eq!(figure("shadow_fault_8", Paging::Shadow), Some("write_fault"));
+        assert_eq!(figure("write_fault", Paging::Shadow), Some("write_fault"));
+        assert_eq!(figure("age", Paging::Shadow), Some("age"));
+        for (row, paging) in [
+            ("shadow_fault_8", Paging::Npt),
+            (ROOT_SWITCH, Paging::Shadow),
+            ("split_2m", Paging::Shadow),
+            ("zap_all_back", Paging::Npt),
+            (BOOK_BYTES, Paging::Npt),
+        ] {
+            assert_eq!(figure(row, paging), None, "{row}");
+        }
     }
 
     #[test]
