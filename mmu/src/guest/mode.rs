@@ -1,5 +1,7 @@
 //! What the control registers say of paging, put into masks once for many walks.
 
+use core::ops::RangeInclusive;
+
 use super::Width;
 use crate::addr::{Gpa, INDEX_BITS, PAGE_SHIFT};
 
@@ -16,6 +18,8 @@ const EFER_NXE: u64 = 1 << 11;
 
 pub(super) const LARGE: u64 = 1 << 7;
 pub(super) const NO_EXECUTE: u64 = 1 << 63;
+/// Levels of the deepest table.
+const LEVELS: u8 = 5;
 /// Bits of an 8-byte entry that can hold an address.
 const FRAME: u64 = 0x000f_ffff_ffff_f000;
 
@@ -65,7 +69,7 @@ pub struct Mode {
     pub(super) keys: bool,
     pub(super) no_execute: bool,
     /// Bits that must be 0 in a present entry that leads to a table, and in one that maps a page; by level − 1.
-    pub(super) reserved: [[u64; 2]; 5],
+    pub(super) reserved: [[u64; 2]; LEVELS as usize],
     root_mask: u64,
 }
 
@@ -73,6 +77,16 @@ impl Mode {
     /// The mode of these registers on that CPU. Registers that no CPU would accept together give a mode as well: the
     /// bits that are looked at first decide.
     pub fn new(controls: Controls, cpu: CpuFeatures) -> Self {
+        Self::of_levels(controls, cpu, 1..=LEVELS)
+    }
+
+    /// The same for who judges entries of one level alone: at all others everything is reserved.
+    pub(crate) fn of_level(controls: Controls, cpu: CpuFeatures, level: u8) -> Self {
+        Self::of_levels(controls, cpu, level..=level)
+    }
+
+    #[inline]
+    fn of_levels(controls: Controls, cpu: CpuFeatures, levels_in_use: RangeInclusive<u8>) -> Self {
         let Controls { cr0, cr4, efer } = controls;
         let address = FRAME & ((1 << cpu.physical_bits.clamp(32, 52)) - 1);
         let (format, levels, root_mask) = if cr0 & CR0_PG == 0 {
@@ -102,11 +116,11 @@ impl Mode {
             smap: cr4 & CR4_SMAP != 0,
             keys: cr4 & CR4_PKE != 0 && format == Some(Format::Long),
             no_execute,
-            reserved: [[0; 2]; 5],
+            reserved: [[u64::MAX; 2]; LEVELS as usize],
             root_mask,
         };
         if let Some(format) = format {
-            for level in 1..=5 {
+            for level in levels_in_use {
                 let [table, leaf] = &mut mode.reserved[usize::from(level) - 1];
                 (*table, *leaf) = reserved(format, level, address, no_execute, large_levels);
             }

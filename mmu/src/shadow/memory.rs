@@ -10,10 +10,10 @@
 //! ([`Backed::neighbours`]); none begins before the lock is left, so what the backing says there stays true as long.
 
 use alloc::sync::Arc;
+use alloc::vec::Vec;
 
 use super::table::Inside;
 use super::{GFN_LIMIT, Shadow};
-use crate::Mmu;
 use crate::addr::{Gfn, GfnRange, Gpa, Hfn, Level, PAGE_SHIFT};
 use crate::format::MemoryType;
 use crate::guest::{Marked, Tables, Width};
@@ -25,9 +25,12 @@ use crate::slots::dirty::Ring;
 use crate::slots::{AddressSpace, Slot, SlotFlags, SlotState};
 use crate::tdp::protect::Logged;
 use crate::vcpu::FaultError;
+use crate::{Mmu, OutOfMemory};
 
-/// Guest tables whose frames a vCPU remembers: those of one walk, and the last level of some more.
-const REMEMBERED: usize = 8;
+/// Guest tables whose frames a vCPU remembers are in sets, by their number, so that few are gone through to find one. A set
+/// has room for all of a walk, and some more.
+const SETS: usize = 4;
+const WAYS: usize = 8;
 /// No frame of a guest's.
 const NO_FRAME: Gfn = Gfn(u64::MAX);
 
@@ -241,13 +244,19 @@ pub(super) fn back<H: Host>(
     Err(if overtaken { Unbacked::Changing } else { Unbacked::Error(error) })
 }
 
+/// Some of the frames of guest tables that are remembered.
+#[derive(Debug)]
+struct Set {
+    /// Of which frame each is. Beside it, because this is gone through at each entry.
+    gfns: [Gfn; WAYS],
+    frames: [Option<Backed>; WAYS],
+    next: usize,
+}
+
 /// What a vCPU has asked last: the frames of guest tables that it has read, and what its last fault led to.
 #[derive(Debug)]
 pub(super) struct Remembered {
-    /// Of which frame each is. Beside it, because this is gone through at each entry.
-    gfns: [Gfn; REMEMBERED],
-    frames: [Option<Backed>; REMEMBERED],
-    next: usize,
+    sets: Vec<Set>,
     pub(super) target: Option<Backed>,
     /// The slots of the last table and of the last target that were asked about.
     table_slot: Option<SeenSlot>,
@@ -255,15 +264,11 @@ pub(super) struct Remembered {
 }
 
 impl Remembered {
-    pub(super) const fn new() -> Self {
-        Self {
-            gfns: [NO_FRAME; REMEMBERED],
-            frames: [None; REMEMBERED],
-            next: 0,
-            target: None,
-            table_slot: None,
-            target_slot: None,
-        }
+    pub(super) fn new() -> Result<Self, OutOfMemory> {
+        let mut sets = Vec::new();
+        sets.try_reserve_exact(SETS)?;
+        sets.extend((0..SETS).map(|_| Set { gfns: [NO_FRAME; WAYS], frames: [None; WAYS], next: 0 }));
+        Ok(Self { sets, target: None, table_slot: None, target_slot: None })
     }
 
     /// Asks what stands behind a guest's table. Outside the lock.
@@ -273,18 +278,21 @@ impl Remembered {
 
     #[inline]
     pub(super) fn find(&self, gfn: Gfn) -> Option<&Backed> {
-        let place = self.gfns.iter().position(|other| *other == gfn)?;
-        self.frames[place].as_ref()
+        let set = &self.sets[gfn.0 as usize % SETS];
+        let place = set.gfns.iter().position(|other| *other == gfn)?;
+        set.frames[place].as_ref()
     }
 
     fn keep(&mut self, backed: Backed) {
-        self.gfns[self.next] = backed.gfn;
-        self.frames[self.next] = Some(backed);
-        self.next = (self.next + 1) % REMEMBERED;
+        let set = &mut self.sets[backed.gfn.0 as usize % SETS];
+        set.gfns[set.next] = backed.gfn;
+        set.frames[set.next] = Some(backed);
+        set.next = (set.next + 1) % WAYS;
     }
 
     fn forget(&mut self, gfn: Gfn) {
-        for (place, frame) in self.gfns.iter_mut().zip(&mut self.frames).filter(|(other, _)| **other == gfn) {
+        let Set { gfns, frames, .. } = &mut self.sets[gfn.0 as usize % SETS];
+        for (place, frame) in gfns.iter_mut().zip(frames).filter(|(other, _)| **other == gfn) {
             *place = NO_FRAME;
             *frame = None;
         }

@@ -181,10 +181,10 @@ impl Role {
         Rights { user: self.0 & USER != 0, write: self.0 & WRITE != 0, execute: self.0 & EXECUTE != 0 }
     }
 
-    /// How the guest reads its tables.
+    /// How the guest reads tables of this role's level.
     pub(super) fn mode(self, cpu: CpuFeatures) -> Mode {
         let (cr0, cr4, efer) = (bits(&CR0_BITS, self.0), bits(&CR4_BITS, self.0), bits(&EFER_BITS, self.0));
-        Mode::new(Controls { cr0, cr4, efer }, cpu)
+        Mode::of_level(Controls { cr0, cr4, efer }, cpu, self.level())
     }
 
     /// Whether the supervisor may write where the tables say that nobody may.
@@ -440,8 +440,26 @@ mod tests {
         assert_eq!(root(LONG), root(Controls { cr4: LONG.cr4 | 1 << 4, ..LONG }), "PSE means nothing in long mode");
         let off = Controls { cr0: 0, cr4: 0, efer: 0 };
         assert_eq!(Identity::root(off, 0x1000, CPU), Identity::root(off, 0x2000, CPU));
-        assert_eq!(root(LONG).mode(CPU), Mode::new(LONG, CPU));
-        assert_eq!(root(LEGACY).mode(CPU), Mode::new(LEGACY, CPU));
-        assert_eq!(root(PAE).mode(CPU), Mode::new(PAE, CPU));
+    }
+
+    #[test]
+    fn a_role_reads_its_own_level_as_the_registers_do_and_nothing_of_others() {
+        let raws = [0x1067, 0x20_00e7, 0x4000_00e7, 0x1027, 1 << 63 | 0x1067, 0x1067 | 1 << 51, 0x1067 | 1 << 7, 0x66];
+        let judged = |mode: Mode, level| raws.map(|raw| mode.judge(level, raw));
+        for controls in [LONG, LEGACY, PAE] {
+            let mut role = Identity::root(controls, 0x1000, CPU).role;
+            if role.source() == Source::Identity {
+                role = role.below(Rights::ALL, 0, false);
+            }
+            loop {
+                let (mode, level) = (role.mode(CPU), role.level());
+                assert_eq!(judged(mode, level), judged(Mode::new(controls, CPU), level), "{controls:x?} {level}");
+                assert_eq!(judged(mode, level % 3 + 1), [Judged::Nothing; 8]);
+                if level == 1 {
+                    break;
+                }
+                role = role.below(Rights::ALL, 0, false);
+            }
+        }
     }
 }

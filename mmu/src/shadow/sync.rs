@@ -69,7 +69,7 @@
 
 use super::bucket::Bucket;
 use super::large;
-use super::leaves::{Leaves, Reading};
+use super::leaves::{Glance, Leaves, Reading};
 use super::listed::{Chosen, LIST, Listed};
 use super::order::{Looks, Order, PageGuard};
 use super::page::{GROUP, Handle, Page, Place, STALE, UNSYNC};
@@ -101,6 +101,35 @@ fn is_reached<H: Host>(inside: Inside<'_, H>, looks: &mut impl Looks, top: u32, 
     if page.index == top {
         return true;
     }
+    let top_level = inside.page(top).role().level();
+    let mut one = page;
+    // Most pages have one parent.
+    loop {
+        let page = inside.page(one.index);
+        let level = page.role().level();
+        if !page.is(one) || level >= top_level {
+            return false;
+        }
+        let Some(guard) = looks.look(inside, one.index) else { return true };
+        if !page.is(one) {
+            return false;
+        }
+        let parents = &guard.links.parents;
+        if level + 1 == top_level {
+            return parents.iter().any(|parent| parent.page() == top);
+        }
+        match parents[..] {
+            [] => return false,
+            [parent] => one = Handle { index: parent.page(), life: inside.page(parent.page()).life() },
+            _ => break,
+        }
+    }
+    is_reached_by_many(inside, looks, top, one)
+}
+
+/// The same of a page that has more than one parent, or had.
+#[inline(never)]
+fn is_reached_by_many<H: Host>(inside: Inside<'_, H>, looks: &mut impl Looks, top: u32, page: Handle) -> bool {
     let top_level = inside.page(top).role().level();
     let (mut here, mut count) = ([page; WAYS], 1);
     while count > 0 {
@@ -399,7 +428,25 @@ fn compare_leaves<H: Host + GuestMemory>(
             guard.links.note_empty(first);
             continue;
         }
-        for entry in first..first + GROUP {
+        compare_changed(inside, guard, reading, glance, first);
+    }
+}
+
+/// Compares the entries of a group that has changed, one by one. Apart: a look at a whole group is not to pay for it.
+#[inline(never)]
+fn compare_changed<H: Host + GuestMemory>(
+    inside: Inside<'_, H>,
+    guard: &mut PageGuard<'_, '_>,
+    reading: &Reading,
+    glance: Glance,
+    first: usize,
+) {
+    let page = guard.page;
+    let Some(entries) = inside.entries(page) else { return };
+    for (entry, there) in (first..).zip(&entries[first..first + GROUP]) {
+        let there = load_for_update(there);
+        let changed = || glance.difference(reading.load(inside, page.guest(), entry), there, page.target(entry));
+        if there != ABSENT && glance.is_change(changed()) {
             compare_leaf(inside, guard, reading, entry);
         }
     }

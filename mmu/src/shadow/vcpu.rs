@@ -203,7 +203,7 @@ impl<H: Host + GuestMemory> Mmu<H> {
         let Some(shadow) = self.shadow.get().filter(|_| id.0 < self.config.vcpus) else { return Ok(None) };
         let mut blanks = Vec::new();
         blanks.try_reserve_exact(quota::ROOM)?;
-        let debts = Debts::new()?;
+        let (debts, remembered) = (Debts::new()?, Remembered::new()?);
         let seat = usize::from(id.0);
         let Some(ticket) = self.lock.claim(seat..seat + 1) else { return Ok(None) };
         let controls = Controls { cr0: 0, cr4: 0, efer: 0 };
@@ -221,7 +221,7 @@ impl<H: Host + GuestMemory> Mmu<H> {
             previous: [None; PREVIOUS],
             blanks,
             debts,
-            remembered: Remembered::new(),
+            remembered,
             way: Way::new(),
             tlb: self.tlb.own(id),
             ring: None,
